@@ -1,0 +1,67 @@
+"""What can go wrong with a patient, as short stable codes.
+
+Every failure that a user can meet carries one of these codes, a message that names the file and what was found in it,
+and a remedy. The same table stands in the documentation (``bundle/docs/codes.md``); a test holds the two together.
+"""
+
+from __future__ import annotations
+
+CODES: dict[str, str] = {
+    "E_NO_SEQUENCE": "no file of the protocol's sequences was found for this patient",
+    "E_AMBIGUOUS": "two or more files match the same sequence, mask or truth",
+    "E_DUPLICATE": "two patients share an id, or their ids differ only by case",
+    "E_ID": "the patient id holds a path separator, '..' or a leading '/'",
+    "E_NAME": "the patient id is too long for a file name",
+    "E_FILE": "a file cannot be opened: missing, dangling or looping link, a folder, no permission",
+    "E_EMPTY": "a file has zero bytes",
+    "E_GZIP": "a gzip stream is truncated or damaged, or the file's name and its compression disagree",
+    "E_FORMAT": "a file is not NIfTI",
+    "E_HEADER": "a NIfTI header is invalid: dimensions, data type or offset",
+    "E_DICOM": "a DICOM file or series stands where a NIfTI file belongs",
+    "E_SIZE": "an image has more voxels than --max-voxels, or unpacks to more than its header promises",
+    "E_DIM": "an image is not three-dimensional",
+    "E_DTYPE": "the voxel type is complex or RGB",
+    "E_SCALE": "the header's intensity scaling is not finite",
+    "E_AFFINE": "the affine holds NaN or is singular",
+    "E_NONFINITE": "NaN or infinite intensities lie inside the mask",
+    "E_CONSTANT": "a sequence has no contrast inside the mask",
+    "E_GRID": "a sequence, mask or truth does not overlap the reference grid",
+    "E_IDENTICAL": "two sequences are the same data, byte for byte",
+    "E_MASK_NONE": "no mask was found",
+    "E_MASK_EMPTY": "the mask holds no voxel",
+    "E_MASK_FRACTIONAL": "the mask holds values that are not whole numbers",
+    "E_MASK_SMALL": "the mask has fewer voxels than the mixture needs",
+    "E_TRUTH": "the truth cannot be used for evaluation",
+    "E_MEANS": "the means file does not fit the protocol, its tissues or the normalisation",
+    "E_WRITE": "a result could not be written",
+    "E_DISK": "the disk is full",
+    "E_CRASH": "the worker process died while it handled this patient (out of memory, killed)",
+    "E_INTERNAL": "an unexpected error: please report it with the log",
+}
+
+
+class UsageError(Exception):
+    """A command cannot start: bad option, no patient, or an output folder that is refused (exit code 2)."""
+
+
+class StudyError(Exception):
+    """One patient cannot be segmented; the run goes on without this patient.
+
+    Args:
+        code: one of ``CODES``.
+        message: what was found, and in which file (a file name, never an absolute path).
+        remedy: what the user can do about it.
+
+    Raises:
+        ValueError: the code is not in ``CODES``.
+    """
+
+    def __init__(self, code: str, message: str, remedy: str = "") -> None:
+        if code not in CODES:
+            raise ValueError(f"unknown error code {code!r}; codes: {', '.join(CODES)}")
+        super().__init__(code, message, remedy)
+        self.code, self.message, self.remedy = code, message, remedy
+
+    def __str__(self) -> str:
+        """``message. remedy`` on one line."""
+        return f"{self.message}. {self.remedy}".rstrip(". ") + "." if self.remedy else self.message

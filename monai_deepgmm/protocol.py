@@ -1,0 +1,177 @@
+"""What to look for: which sequences, which tissues, and what each tissue looks like in each sequence.
+
+A protocol is a YAML file. Two come with the package (``infarct`` and ``brain``); a path to any other file works too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from monai_deepgmm.errors import UsageError
+
+#: How bright a word is, in standard deviations of the intensities inside the mask.
+BRIGHTNESS = {"very dark": -1.5, "dark": -0.75, "grey": 0.0, "bright": 0.75, "very bright": 1.5}
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """One tissue of a protocol.
+
+    Attributes:
+        name: as written into tables and sidecars.
+        index: the label value in the written NIfTI, 1 to 255.
+        color: ``#rrggbb``.
+        density_g_per_ml: for the mass; None where the protocol gives none.
+        signature: sequence → expected brightness, in standard deviations from the mean inside the mask.
+        centrality: expected mean relative depth: 0 at the mask's border, 1 at its deepest point.
+        seen_in: the sequences that show this tissue; one of them must be present.
+        merges_into: the tissue that takes its voxels where it cannot be seen.
+    """
+
+    name: str
+    index: int
+    color: str
+    density_g_per_ml: float | None
+    signature: Mapping[str, float]
+    centrality: float
+    seen_in: tuple[str, ...]
+    merges_into: str | None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The sequences and tissues of one kind of examination.
+
+    Attributes:
+        name: as typed after ``--protocol``.
+        title: one line for people.
+        unit: ``slice`` when every slice is an image of its own, ``volume`` when the whole volume is one.
+        mask: what the mask must cover, for messages.
+        sequences: in order of reference; the first one present lends its grid.
+        required: sequences without which a patient fails.
+        crop_mm: side of the square (cube) around the mask over which intensities are z-scored; None: over the mask.
+        tissues: in order of index.
+        percent_name: what ``percent`` in the measurements is a percentage of.
+        percent_of: the tissues that make up that denominator.
+    """
+
+    name: str
+    title: str
+    unit: Literal["slice", "volume"]
+    mask: str
+    sequences: tuple[str, ...]
+    required: tuple[str, ...]
+    crop_mm: float | None
+    tissues: tuple[Tissue, ...]
+    percent_name: str
+    percent_of: tuple[str, ...]
+
+    @property
+    def normalisation(self) -> str:
+        """A name that tells two normalisations apart; means are used only with the one they were computed with."""
+        where = "mask" if self.crop_mm is None else f"crop-{self.crop_mm:g}mm"
+        return f"zscore-{self.unit}-{where}"
+
+    def tissue(self, name: str) -> Tissue:
+        """The tissue of that name.
+
+        Raises:
+            KeyError: the protocol has no such tissue.
+        """
+        return next((t for t in self.tissues if t.name == name), None) or _no_tissue(name, self)
+
+    def visible(self, sequences: Sequence[str]) -> tuple[Tissue, ...]:
+        """The tissues that these sequences can show, in order of index."""
+        return tuple(t for t in self.tissues if set(t.seen_in) & set(sequences))
+
+    def merged(self, sequences: Sequence[str]) -> dict[int, int]:
+        """Each tissue's index → the index it bears when only these sequences are present."""
+        seen = {t.name for t in self.visible(sequences)}
+        mapping = {}
+        for tissue in self.tissues:
+            target = tissue
+            while target.name not in seen and target.merges_into is not None:
+                target = self.tissue(target.merges_into)
+            mapping[tissue.index] = target.index if target.name in seen else 0
+        return mapping
+
+
+def _no_tissue(name: str, protocol: Protocol) -> Tissue:
+    raise KeyError(f"no tissue {name!r} in protocol {protocol.name}; it has {[t.name for t in protocol.tissues]}")
+
+
+def names() -> list[str]:
+    """The protocols that come with the package."""
+    folder = resources.files("monai_deepgmm") / "protocols"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load(name: str | Path) -> Protocol:
+    """Reads a protocol by name, or from a YAML file.
+
+    Args:
+        name: one of ``names()``, or a path that ends in ``.yaml`` or ``.yml``.
+
+    Raises:
+        UsageError: no such protocol, or its file does not describe one; the message says which key.
+    """
+    if str(name).endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"--protocol: there is no file {name}")
+        text = path.read_text(encoding="utf-8")
+    elif str(name) in names():
+        text = (resources.files("monai_deepgmm") / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise UsageError(f"--protocol: no protocol {str(name)!r}; choose one of {', '.join(names())}, or a YAML file")
+    try:
+        return _parse(yaml.safe_load(text))
+    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UsageError(f"--protocol {name}: {error!s} is missing or wrong") from error
+
+
+def _parse(raw: Mapping[str, Any]) -> Protocol:
+    sequences = tuple(raw["sequences"])
+    tissues = tuple(sorted((_tissue(t, sequences) for t in raw["tissues"]), key=lambda t: t.index))
+    if len({t.index for t in tissues}) < len(tissues) or not all(1 <= t.index <= 255 for t in tissues):
+        raise ValueError("tissues: indices must differ and lie in 1-255: one of them")
+    if raw["unit"] not in ("slice", "volume"):
+        raise ValueError(f"unit: {raw['unit']!r} (choose slice or volume)")
+    denominator = raw["percent_of"]
+    return Protocol(
+        name=raw["name"],
+        title=raw["title"],
+        unit=raw["unit"],
+        mask=raw["mask"],
+        sequences=sequences,
+        required=tuple(raw.get("required", ())),
+        crop_mm=raw["normalisation"]["crop_mm"],
+        tissues=tissues,
+        percent_name=denominator["name"],
+        percent_of=tuple(denominator.get("tissues") or (t.name for t in tissues)),
+    )
+
+
+def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
+    def level(value: str | float) -> float:
+        return BRIGHTNESS[value] if isinstance(value, str) else float(value)
+
+    signature = {sequence: level(value) for sequence, value in raw["signature"].items()}
+    if set(signature) != set(sequences):
+        raise ValueError(f"signature of {raw['name']} for each of {', '.join(sequences)}")
+    return Tissue(
+        name=raw["name"],
+        index=int(raw["index"]),
+        color=raw["color"],
+        density_g_per_ml=raw.get("density_g_per_ml"),
+        signature=signature,
+        centrality=float(raw["centrality"]),
+        seen_in=tuple(raw["seen_in"]),
+        merges_into=raw.get("merges_into"),
+    )
