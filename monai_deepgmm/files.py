@@ -27,7 +27,12 @@ _BLOCK = 1 << 20
 def shown(path: Path) -> str:
     """A file's name as it may stand in a message: no folder, no control characters, no lone surrogates."""
     name = Path(path).name or str(path)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def refused(path: Path, code: str, found: str, remedy: str) -> StudyError:
+    """The error that says what was ``found`` wrong with a file."""
+    return StudyError(code, f"{shown(path)}: {found}", remedy)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -45,22 +50,22 @@ def open_regular(path: Path) -> BinaryIO:
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
     found = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-    raise StudyError("E_FILE", f"{shown(path)}: {found} stands where a file is expected", "Name the file itself")
+    raise refused(path, "E_FILE", f"{found} stands where a file is expected", "Name the file itself")
 
 
 def unreadable(path: Path, error: Exception) -> StudyError:
     """``E_FILE`` for an error met while a file was opened or read, without its folder."""
     number = error.errno if isinstance(error, OSError) else None
     if number == errno.ENOENT and os.path.islink(path):
-        return StudyError("E_FILE", f"{shown(path)}: the link points to a file that does not exist", "Repair the link")
+        return refused(path, "E_FILE", "the link points to a file that does not exist", "Repair the link")
     if number == errno.ENOENT:
-        return StudyError("E_FILE", f"{shown(path)}: no such file", "Check the path")
+        return refused(path, "E_FILE", "no such file", "Check the path")
     if number == errno.ELOOP:
-        return StudyError("E_FILE", f"{shown(path)}: the link leads back to itself", "Repair the link")
+        return refused(path, "E_FILE", "the link leads back to itself", "Repair the link")
     if number in (errno.EACCES, errno.EPERM):
-        return StudyError("E_FILE", f"{shown(path)}: no permission to read it", "Change the file's permissions")
+        return refused(path, "E_FILE", "no permission to read it", "Change the file's permissions")
     reason = os.strerror(number) if number else "not a valid file name"
-    return StudyError("E_FILE", f"{shown(path)}: it cannot be read ({reason})", "Check the file and its disk")
+    return refused(path, "E_FILE", f"it cannot be read ({reason})", "Check the file and its disk")
 
 
 def sha256(path: Path) -> str:
@@ -149,12 +154,12 @@ def _flush_folder(folder: Path) -> None:
 def _unwritten(path: Path, error: Exception) -> StudyError:
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return StudyError("E_DISK", f"{shown(path)}: the disk is full", "Free some space and run the command again")
+        return refused(path, "E_DISK", "the disk is full", "Free some space and run the command again")
     if number == errno.ENAMETOOLONG:
-        return StudyError("E_NAME", f"{shown(path)}: the name is too long for a file", "Shorten the patient id")
+        return refused(path, "E_NAME", "the name is too long for a file", "Shorten the patient id")
     reason = os.strerror(number) if number else "not a valid file name"
-    return StudyError(
-        "E_WRITE", f"{shown(path)}: it could not be written ({reason})", "Check the output folder and its permissions"
+    return refused(
+        path, "E_WRITE", f"it could not be written ({reason})", "Check the output folder and its permissions"
     )
 
 

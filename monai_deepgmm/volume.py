@@ -102,10 +102,9 @@ def resample(volume: Volume, like: Volume, *, nearest: bool = False) -> NDArray[
     resampler.SetOutputOrigin(origin)
     resampler.SetOutputSpacing(spacing)
     resampler.SetOutputDirection(direction)
-    result: NDArray[np.floating] = np.ascontiguousarray(
-        sitk.GetArrayViewFromImage(resampler.Execute(source)).transpose(2, 1, 0)
-    )
-    return result
+    # A copy, not a view: the view would outlive the image whose memory it shows.
+    resampled = sitk.GetArrayFromImage(resampler.Execute(source))
+    return np.ascontiguousarray(resampled.transpose(2, 1, 0))
 
 
 def _frame(volume: Volume) -> tuple[list[float], list[float], list[float]]:
