@@ -162,6 +162,7 @@ def test_surface_at_the_edge_of_the_array_and_in_a_row():
     truth, predicted = np.zeros((2, 1, 6), bool)
     truth[0, 0], predicted[0, 4] = True, True
     assert metrics.surface(predicted, truth, spacing_mm=(1.0, 0.5)) == (2.0, 2.0)
+    assert metrics.surface(truth[:, :1], truth[:, :1], spacing_mm=(1.0, 0.5)) == (0.0, 0.0)
     whole = np.ones((4, 4), bool)
     assert metrics.surface(whole, whole, spacing_mm=(1.0, 1.0)) == (0.0, 0.0)
 
