@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -21,7 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from monai_deepgmm import files, metrics, nifti
+from monai_deepgmm import files, metrics, nifti, truth
 from monai_deepgmm.cohort import Cohort, Problem, Study
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.protocol import Protocol, Tissue
@@ -191,10 +192,8 @@ def summary(evaluation: Evaluation) -> str:
     lines.append(("mean", *means, str(found["dice"]["mean_n"]), ""))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.append(
-        f"{found['n_patients']} patients, {found['n_units']} {evaluation.unit}s ({evaluation.slices}); "
-        f"{len(evaluation.problems)} patients not evaluated"
-    )
+    compared = f"{found['n_patients']} patients, {found['n_units']} {evaluation.unit}s ({evaluation.slices})"
+    text.append(f"compared: {compared}; not evaluated: {len(evaluation.problems)}")
     text += [f"  {name}: {problem.code}: {problem.message}" for name, problem in evaluation.problems.items()]
     return "\n".join(text)
 
@@ -205,17 +204,17 @@ def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, uni
         if problem.code in _NOT_ONE_PATIENT:
             raise StudyError(problem.code, problem.message, problem.remedy)
     path = out / study.patient / f"{study.patient}_dseg.nii.gz"
-    if not path.exists():
+    if not os.path.exists(path):  # pathlib's own raises on a name that is too long
         why = "".join(f"; {p.code}: {p.message}" for p in study.problems)
         message = f"there is no {path.name}: the patient failed or was not segmented{why}"
         raise StudyError("E_FILE", message, "See summary.tsv, or run deepgmm segment")
     sequences, axis = _sidecar(path.with_name(f"{study.patient}_dseg.json"), protocol)
     prediction = nifti.read(path, dtype=np.float64)
-    truth, warnings = _truth(study, protocol, sequences, like=prediction)
+    labels, warnings = truth.read(study, protocol, sequences, like=prediction)
     tissues = protocol.visible(sequences)
     rows = [
         row
-        for number, predicted, true, spacing_mm in _units(prediction, truth, axis=axis, unit=unit)
+        for number, predicted, true, spacing_mm in _units(prediction, labels, axis=axis, unit=unit)
         if slices == "all" or np.isin([t.index for t in tissues], true).all()
         for row in _rows(study.patient, number, predicted, true, tissues=tissues, spacing_mm=spacing_mm)
     ]
@@ -238,48 +237,16 @@ def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int]:
     return sequences, axis
 
 
-def _truth(
-    study: Study, protocol: Protocol, sequences: Sequence[str], *, like: nifti.Volume
-) -> tuple[Labels, tuple[str, ...]]:
-    """The manual labels as the protocol's indices, merged as the sequences demand, on the prediction's grid."""
-    if study.truth is None:
-        why = "".join(f"; {p.code}: {p.message}" for p in study.problems)
-        raise StudyError("E_TRUTH", f"no truth was found{why}", "Add a truth file, or leave this patient out")
-    truth = nifti.read(study.truth, dtype=np.float64)
-    name, data, warnings = f"{truth.name} (truth)", truth.data, list(truth.warnings)
-    if not nifti.grids_equal(truth, like):
-        if not nifti.overlaps(truth, like):
-            remedy = "Check that both belong to the same patient and examination"
-            raise StudyError("E_GRID", f"{name} does not overlap {like.name}", remedy)
-        data = nifti.resample(truth, like, nearest=True)
-        warnings.append(f"W_GRID: {name} lies on another grid; it was resampled by nearest neighbour")
-    values = np.unique(data[data != 0])
-    if (broken := values[~np.isclose(values, np.rint(values), rtol=0, atol=1e-3)]).size:
-        message = f"{name} holds {broken[:5].tolist()}; expected whole numbers"
-        raise StudyError("E_TRUTH", message, "Save the labels unscaled, or resample them by nearest neighbour")
-    meaning = study.truth_labels or {t.index: t.index for t in protocol.tissues}
-    unknown = [int(v) for v in np.rint(values) if v not in meaning]
-    if len(unknown) == len(values):
-        message = f"{name} holds no tissue, but the values {[0, *unknown[:9]]}; expected some of {sorted(meaning)}"
-        raise StudyError("E_TRUTH", message, "Check the layout, which says what a value means, and the protocol")
-    if unknown and not study.truth_labels:
-        warnings.append(f"W_TRUTH: {name} holds values that are no tissue and count as background: {unknown[:10]}")
-    merged, labels = protocol.merged(sequences), np.zeros(data.shape, dtype=np.int64)
-    for value in values:
-        labels[data == value] = merged.get(meaning.get(int(np.rint(value)), 0), 0)
-    return labels, tuple(warnings)
-
-
 def _units(
-    prediction: nifti.Volume, truth: Labels, *, axis: int, unit: Unit
+    prediction: nifti.Volume, labels: Labels, *, axis: int, unit: Unit
 ) -> Iterator[tuple[int | None, Labels, Labels, tuple[float, ...]]]:
     """Each unit that holds anything: slice number, predicted (*S), true (*S), spacing in mm."""
     predicted, spacing_mm = prediction.data.astype(np.int64), tuple(float(mm) for mm in prediction.spacing_mm)
     if unit == "volume":
-        yield None, predicted, truth, spacing_mm
+        yield None, predicted, labels, spacing_mm
         return
     in_plane = spacing_mm[:axis] + spacing_mm[axis + 1 :]
-    pairs = zip(np.moveaxis(predicted, axis, 0), np.moveaxis(truth, axis, 0), strict=True)
+    pairs = zip(np.moveaxis(predicted, axis, 0), np.moveaxis(labels, axis, 0), strict=True)
     for number, (image, true) in enumerate(pairs):
         if image.any() or true.any():
             yield number, image, true, in_plane
@@ -289,16 +256,16 @@ def _rows(
     patient: str,
     number: int | None,
     predicted: Labels,
-    truth: Labels,
+    true: Labels,
     *,
     tissues: Sequence[Tissue],
     spacing_mm: Sequence[float],
 ) -> Iterator[Row]:
     """One row for each tissue of a unit."""
-    counts = metrics.confusion(predicted, truth, [t.index for t in tissues])
+    counts = metrics.confusion(predicted, true, [t.index for t in tissues])
     found, matched = metrics.overlap(counts), metrics.matched_dice(counts)
     for i, tissue in enumerate(tissues):
-        surface = metrics.surface(predicted == tissue.index, truth == tissue.index, spacing_mm=spacing_mm)
+        surface = metrics.surface(predicted == tissue.index, true == tissue.index, spacing_mm=spacing_mm)
         yield Row(
             patient=patient,
             slice=number,

@@ -234,6 +234,11 @@ def test_an_id_that_is_not_one_patients_is_not_looked_up(folders):
     assert (evaluation.problems["A"].code, evaluation.patients) == ("E_DUPLICATE", {})
 
 
+def test_a_name_too_long_for_a_file_is_a_failed_patient(folders):
+    folders.studies = [Study("x" * 250, {})]
+    assert folders.evaluate().problems["x" * 250].code == "E_FILE"
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [
@@ -303,7 +308,7 @@ def test_nothing_to_evaluate_is_still_a_result(folders):
     found = json.loads((folders.out / "evaluation.json").read_text())
     assert found["dice"]["mean"] is None
     assert found["dice"]["blood"] == {"mean": None, "sd": None, "n": 0}
-    assert "1 patients not evaluated" in summary(evaluation)
+    assert "not evaluated: 1" in summary(evaluation)
 
 
 def test_summary_is_aligned(folders):
