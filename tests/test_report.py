@@ -1,0 +1,379 @@
+"""The picture and the pages: right way up, self-contained, safe with hostile names, rebuilt from files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from monai_deepgmm import measure, mosaic, protocol, report
+from monai_deepgmm.errors import UsageError
+from monai_deepgmm.segment import Segmentation
+from monai_deepgmm.volume import Volume
+
+HOSTILE = "<script>alert('owned')</script>\"&"
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def hearts(
+    patient: str = "sub-1", *, name: str = "infarct", sequences: tuple[str, ...] = (), affine: np.ndarray | None = None
+) -> Segmentation:
+    """A ring around a pool in slices 1 to 3 of 5, 1.5 × 1.5 × 8 mm; edema in a quarter of the ring, no scar."""
+    chosen = protocol.load(name)
+    sequences = sequences or chosen.sequences
+    x, y, z = np.meshgrid(np.arange(60), np.arange(48), np.arange(5), indexing="ij")
+    radius = np.hypot(x - 30, y - 24)
+    labels = np.where(radius < 16, 2, 0)
+    labels[(radius < 16) & (x > 30) & (y > 24)] = 3
+    labels[radius < 9] = 1
+    labels[(z == 0) | (z == 4)] = 0
+    tissues = chosen.visible(sequences)
+    rng = np.random.default_rng(0)
+    images = {s: (100.0 * labels + rng.normal(0, 5, labels.shape)).astype(np.float32) for s in sequences}
+    affine = LPS @ np.diag([1.5, 1.5, 8.0, 1.0]) if affine is None else affine
+    return Segmentation(
+        patient=patient,
+        protocol=chosen,
+        tissues=tissues,
+        images=images,
+        mask=labels > 0,
+        labels=labels.astype(np.uint8),
+        probabilities=np.stack([labels == t.index for t in tissues]).astype(np.float32),
+        reference=Volume(images[sequences[0]], affine, nib.Nifti1Header(), labels.shape, "p.nii", ""),
+        slice_axis=2,
+        sidecar={
+            "method": "svgmm",
+            "sequences": list(sequences),
+            "tissues": [{"name": t.name, "index": t.index, "color": t.color} for t in tissues],
+            "naming": {"rule": "by signature", "certainty": 0.9, "units": [{"slice": 1, "certainty": 0.875}]},
+            "fit": {"units": [{"slice": 1, "nll": 2.5, "trace": [4.0, 3.0, 2.5], "converged": False, "iterations": 3}]},
+            "inputs": {"LGE": {"file": "sub-1_LGE.nii.gz", "sha256": "ab" * 32}},
+            "versions": {"monai-deepgmm": "0.1.0"},
+            "configuration": {"method": "svgmm", "note": "<b>"},
+        },
+        warnings=("W_QFORM: the sform was used",),
+    )
+
+
+def row_of(segmentation: Segmentation, **changes: Any) -> dict[str, Any]:
+    row = {"patient": segmentation.patient, "status": "ok", "code": "", "message": "", "seconds": 1.5}
+    row |= {"method": "svgmm", "warnings": list(segmentation.warnings)}
+    row["slices"] = [s._asdict() for s in measure.measure_slices(segmentation)]
+    return row | changes
+
+
+def failed(patient: str, **changes: Any) -> dict[str, Any]:
+    row = {"patient": patient, "status": "failed", "code": "E_GZIP", "message": "x_T2.nii.gz: cut <short>"}
+    return row | {"remedy": "Copy it again", "seconds": 0.1, "method": "svgmm", "warnings": []} | changes
+
+
+def page_of(segmentation: Segmentation, **changes: Any) -> str:
+    rows = [m._asdict() for m in measure.measure(segmentation)]
+    return report.page(row_of(segmentation, **changes), segmentation.sidecar, rows, report.preview(segmentation))
+
+
+def write(out: Path, row: dict[str, Any], segmentation: Segmentation | None = None) -> Path:
+    """A patient's folder as the batch leaves it, without the page."""
+    name = row["patient"]
+    folder = out / name
+    folder.mkdir(parents=True)
+    rows = [m._asdict() for m in measure.measure(segmentation)] if segmentation else []
+    (folder / f"{name}_row.json").write_text(json.dumps(row | {"measurements": rows}))
+    if segmentation:
+        (folder / f"{name}_dseg.json").write_text(json.dumps(segmentation.sidecar))
+        (folder / f"{name}_preview.png").write_bytes(report.preview(segmentation))
+    return folder
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def near(picture: np.ndarray, color: str, tolerance: int = 6) -> np.ndarray:
+    wanted = np.array(ImageColor.getrgb(color))
+    return np.abs(picture.astype(int) - wanted).max(axis=-1) <= tolerance
+
+
+# The picture
+
+
+@pytest.mark.parametrize(
+    ("affine", "slice_axis", "edges", "plane"),
+    [
+        (np.eye(4), 2, ("R", "L", "A", "P"), "axial"),
+        (LPS, 2, ("R", "L", "A", "P"), "axial"),
+        (np.eye(4), 1, ("R", "L", "S", "I"), "coronal"),
+        (np.eye(4), 0, ("A", "P", "S", "I"), "sagittal"),
+        (np.eye(4)[[2, 0, 1, 3]], 0, ("R", "L", "S", "I"), "coronal"),
+    ],
+)
+def test_slices_are_shown_the_radiological_way(affine, slice_axis, edges, plane):
+    view = mosaic.view(affine, slice_axis)
+    assert view.edges == edges
+    assert mosaic.PLANE_NAMES[view.plane] == plane
+
+
+def test_upright_puts_the_patients_right_on_the_left_and_anterior_on_top():
+    volume = np.zeros((4, 5, 3))
+    volume[3, 4, 1] = 1  # identity affine: the right-most, most anterior corner
+    upright = mosaic.view(np.eye(4), 2).upright(volume)
+    assert upright.shape == (3, 5, 4)
+    assert upright[1, 0, 0] == 1
+
+
+def test_oblique_edges_carry_two_letters():
+    turn = np.eye(4)
+    angle = np.deg2rad(40)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    assert mosaic.view(turn, 2).edges == ("RA", "LP", "AL", "PR")
+
+
+def test_a_row_per_slice_with_mask_and_a_column_per_panel():
+    one, three = (pixels(report.preview(hearts(sequences=s))) for s in (("LGE",), ("LGE", "T2", "bSSFP")))
+    # Columns: sequences, tissues, unsure, 4 pixels apart. Tiles show the mask's 31 × 31 voxels with a margin of 10,
+    # which the image's 48 rows cut to 51 × 48.
+    tile = (three.shape[1] - 34) / 5 - 4
+    assert (one.shape[1] - 34) / 3 - 4 > tile  # fewer panels are shown larger
+    assert three.shape[0] == pytest.approx(24 + 3 * (tile * 48 / 51 + 4), abs=3)
+
+
+def test_a_slice_is_not_squashed_when_voxels_are_not_square():
+    tall = LPS @ np.diag([1.0, 3.0, 8.0, 1.0])
+    picture = pixels(report.preview(hearts(affine=tall)))
+    blood = near(picture, "#c0392b", 40)
+    rows, columns = np.flatnonzero(blood.any(axis=1)), np.flatnonzero(blood.any(axis=0))
+    third = rows[rows < rows[0] + (rows[-1] - rows[0]) / 3]  # the first slice's pool: 17 voxels either way
+    assert np.ptp(third) / np.ptp(columns) == pytest.approx(3, rel=0.1)
+
+
+def test_tissues_bear_their_colours_and_nothing_outside_the_mask_does():
+    picture = pixels(report.preview(hearts()))
+    for tissue in hearts().tissues[:3]:
+        assert near(picture, tissue.color).any()
+    assert not near(picture, hearts().tissues[3].color).any()  # no voxel is scar
+
+
+def test_uncertainty_is_dark_when_certain_and_light_when_all_tissues_are_equally_likely():
+    sure = hearts()
+    even = dataclasses.replace(sure, probabilities=np.where(sure.mask, 0.25, 0).astype(np.float32)[None].repeat(4, 0))
+    light = mosaic.UNCERTAINTY_COLORS[-1]
+    assert near(pixels(report.preview(even)), light).sum() > 5000
+    assert not near(pixels(report.preview(sure)), light).any()
+
+
+def test_a_brain_is_shown_in_three_orientations():
+    brain = hearts(name="brain", sequences=("T1",))
+    picture = pixels(report.preview(brain))
+    titles = [b.title for b in (mosaic._block(brain, axis, 8) for axis in mosaic._by_plane(brain))]
+    assert titles == ["axial", "coronal", "sagittal"]
+    assert picture.shape[1] <= 1120
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 7.0])
+def test_odd_intensities_do_not_stop_the_picture(value: float):
+    odd = hearts()
+    odd.images["T2"][...] = np.where(odd.mask, 7.0, value)
+    assert pixels(report.preview(odd)).size
+
+
+# A patient's page
+
+
+def test_page_tells_volumes_warnings_naming_fit_and_provenance():
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page_of(hearts()).split("</head>")[1]))
+    assert "W_QFORM the sform was used" in text
+    assert "by signature" in text
+    assert "88 %" in text  # certainty of slice 1
+    assert "2.500" in text
+    assert "ab" * 32 in text
+    assert "Research use only, not a medical device" in text
+    blood = measure.measure(hearts())[0]
+    assert f"blood {blood.volume_ml:.1f} {blood.mass_g:.1f} – {blood.expected_ml:.1f}" in text
+
+
+def test_page_is_self_contained():
+    html = page_of(hearts())
+    assert not re.search(r"(src|href)=[\"']?(https?:|//)|url\(|@import|<script|<link", html)
+    assert "data:image/png;base64," in html
+    assert "default-src 'none'" in html
+
+
+def test_a_failed_patients_page_says_what_to_do():
+    html = report.page(failed("p"), None, [], None)
+    assert "E_GZIP" in html
+    assert "x_T2.nii.gz: cut &lt;short&gt;" in html
+    assert "Copy it again" in html
+    assert "data:image" not in html
+
+
+def test_hostile_text_is_escaped_everywhere():
+    heart = hearts(HOSTILE)
+    heart.sidecar.update(method=HOSTILE, sequences=[HOSTILE], versions={HOSTILE: HOSTILE}, configuration=HOSTILE)
+    heart.sidecar["naming"]["rule"] = HOSTILE
+    heart.sidecar["tissues"][0]["color"] = "red;background:url(x)"
+    html = page_of(heart, warnings=[f"W_X: {HOSTILE}"], message=HOSTILE)
+    rows = [m._asdict() for m in measure.measure(heart)]
+    cohort = report.index([row_of(heart), failed(HOSTILE)], rows, HOSTILE)
+    for text in (html, cohort, report.page(failed(HOSTILE, message=HOSTILE, remedy=HOSTILE), None, [], None)):
+        assert "alert(" in text
+        assert "<script>alert" not in text
+        assert "url(" not in text
+    assert 'href="%3Cscript%3Ealert%28%27owned%27%29%3C%2Fscript%3E%22%26/' in cohort
+
+
+@pytest.mark.parametrize(
+    "sidecar",
+    [
+        None,
+        {},
+        {"naming": None, "fit": [], "mixture": {"units": [None]}, "tissues": "x", "inputs": {}},
+        {"fit": {"units": [{"slice": None, "nll": float("nan"), "trace": [float("inf"), 1.0]}, 3]}},
+        {"naming": {"units": [{"slice": 2}, {"slice": None}]}},
+    ],
+)
+def test_a_sparse_sidecar_only_leaves_parts_out(sidecar):
+    assert "sub-1" in report.page({"patient": "sub-1", "status": "ok"}, sidecar, [], None)
+
+
+def test_an_id_that_is_no_utf8_can_be_shown():
+    name = b"sub-\xff".decode("utf-8", "surrogateescape")
+    html = report.index([failed(name)], [], "t")
+    assert 'href="sub-%FF/sub-%FF_report.html"' in html
+    report.page(failed(name), None, [], None).encode("utf-8")
+
+
+# The cohort's page
+
+
+def test_index_counts_and_puts_the_failed_first():
+    heart = hearts("a")
+    rows = [row_of(heart), failed("z"), row_of(hearts("b"), warnings=[]), failed("y", status="skipped")]
+    html = report.index(rows, [m._asdict() for m in measure.measure(heart)], "Cohort")
+    assert re.findall(r"<b>(\d+)</b>\W*(\w+)", html) == [
+        ("4", "patients"),
+        ("2", "ok"),
+        ("1", "failed"),
+        ("1", "skipped"),
+        ("1", "with"),
+    ]
+    table = html[html.index('id="patients"') :]
+    order = re.findall(r'<td class="name">.*?>?([abyz])<', table)
+    assert order == ["z", "y", "a", "b"]
+    assert "Copy it again" in html
+    assert 'href="summary.tsv"' in html
+    assert 'href="measurements.tsv"' in html
+
+
+def test_bars_share_one_scale():
+    volumes = [
+        {"patient": p, "tissue": "blood", "volume_ml": v, "percent": None} for p, v in (("a", 50.0), ("b", 200.0))
+    ]
+    html = report.index([{"patient": p, "status": "ok"} for p in "ab"], volumes, "t")
+    assert re.findall(r'<i style="width:([\d.]+)%', html) == ["25.0", "100.0"]
+
+
+# Rebuilding
+
+
+def test_rebuild_is_idempotent_and_reads_files_alone(tmp_path):
+    heart = hearts("sub 1 é")
+    folder = write(tmp_path, row_of(heart), heart)
+    write(tmp_path, failed("bad"))
+    (tmp_path / ".refused").mkdir()
+    (tmp_path / ".refused" / "1.json").write_text(json.dumps(failed("../up", code="E_ID")))
+    assert report.rebuild(tmp_path) == 2
+    first = {f: f.read_bytes() for f in tmp_path.rglob("*.html")}
+    assert {f.name for f in first} == {"sub 1 é_report.html", "bad_report.html", "index.html"}
+    assert report.rebuild(tmp_path) == 2
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*.html")} == first
+
+    cohort = first[tmp_path / "index.html"].decode()
+    links = re.findall(r'href="([^"]+_report.html)"', cohort)
+    assert set(links) == {"sub%201%20%C3%A9/sub%201%20%C3%A9_report.html", "bad/bad_report.html"}
+    assert "../up" in cohort
+    assert b"data:image/png" in first[folder / "sub 1 é_report.html"]
+
+
+def test_a_failed_patient_shows_no_older_result(tmp_path):
+    heart = hearts("p")
+    folder = write(tmp_path, row_of(heart), heart)
+    (folder / "p_row.json").write_text(json.dumps(failed("p")))
+    report.rebuild(tmp_path)
+    assert "data:image" not in (folder / "p_report.html").read_text()
+
+
+def test_one_broken_row_does_not_hide_the_others(tmp_path):
+    write(tmp_path, failed("a", code="E_DIM"))
+    folder = write(tmp_path, failed("b"))
+    (folder / "b_row.json").write_text('{"patient": "b", ')
+    assert report.rebuild(tmp_path) == 2
+    cohort = (tmp_path / "index.html").read_text()
+    assert "E_DIM" in cohort
+    assert "b_row.json" in cohort
+    assert str(tmp_path) not in cohort
+
+
+def test_rebuild_refuses_a_folder_without_results(tmp_path):
+    with pytest.raises(UsageError, match="no results"):
+        report.rebuild(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_colours_of_the_index_follow_the_written_table(tmp_path):
+    heart = hearts("p")
+    write(tmp_path, row_of(heart), heart)
+    (tmp_path / "dseg.tsv").write_text("index\tname\tcolor\n1\tblood\t#123456\n2\tmyocardium\turl(x)\n")
+    report.rebuild(tmp_path)
+    cohort = (tmp_path / "index.html").read_text()
+    assert "background:#123456" in cohort
+    assert "url(" not in cohort
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"no browser on the path: {', '.join(names)}")
+    profile = tmp_path_factory.mktemp("profile")
+
+    def open_page(url: str, *options: str) -> str:
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", *options, url]
+        return subprocess.run(command, capture_output=True, check=True, timeout=120, text=True).stdout
+
+    return open_page
+
+
+def test_the_picture_is_drawn_in_a_browser(tmp_path, browser):
+    heart = hearts("p")
+    write(tmp_path, row_of(heart), heart)
+    report.rebuild(tmp_path)
+    shot = tmp_path / "shot.png"
+    url = (tmp_path / "p" / "p_report.html").as_uri()
+    browser(url, f"--screenshot={shot}", "--window-size=1400,900", "--hide-scrollbars")
+    left = pixels(shot.read_bytes())[:, :900]
+    # The pool under its colour lies in the picture alone; had the policy stopped the image, nothing red would be there.
+    assert near(left, "#c0392b", 40).sum() > 500
+
+
+def test_the_index_filters_and_nothing_foreign_runs(tmp_path, browser):
+    hostile = "<img src=x onerror=document.title='owned'>"
+    rows = [failed(hostile), failed("sub-7"), row_of(hearts("sub-8"))]
+    (tmp_path / "index.html").write_text(report.index(rows, [], "Cohort"))
+    dom = browser((tmp_path / "index.html").as_uri() + "#sub-7", "--dump-dom")
+    assert '<span id="shown">1 of 3</span>' in dom
+    assert "<title>Cohort</title>" in dom
+    assert "<img" not in dom
