@@ -20,7 +20,7 @@ if sys.platform != "win32":
 
 _PREFIX, _SUFFIX = ".deepgmm-", ".part"
 _STALE_SECONDS = 3600.0
-_ATTEMPTS = 3
+_ATTEMPTS = 5
 _BLOCK = 1 << 20
 
 

@@ -1,0 +1,209 @@
+import errno
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from monai_deepgmm import files
+from monai_deepgmm.errors import StudyError
+
+
+def parts(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def failing(number: int):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_written_file_holds_the_bytes_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "ünï cøde name.bin"
+    files.write_whole(path, b"older")
+    files.write_whole(path, b"newer")
+    assert path.read_bytes() == b"newer"
+    assert parts(tmp_path) == [path.name]
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_whole(tmp_path / "a", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.ENOSPC, "E_DISK"),
+        (errno.EDQUOT, "E_DISK"),
+        (errno.EIO, "E_WRITE"),
+        (errno.EACCES, "E_WRITE"),
+        (errno.ENAMETOOLONG, "E_NAME"),
+    ],
+)
+def test_a_failed_write_keeps_the_older_file_and_leaves_no_temporary(tmp_path, monkeypatch, call, number, code):
+    path = tmp_path / "labels.nii.gz"
+    path.write_bytes(b"older")
+    monkeypatch.setattr(files.os, call, failing(number))
+    with pytest.raises(StudyError) as caught:
+        files.write_whole(path, b"newer")
+    assert caught.value.code == code
+    assert "labels.nii.gz" in caught.value.message
+    assert str(tmp_path) not in str(caught.value)
+    assert path.read_bytes() == b"older"
+    assert parts(tmp_path) == ["labels.nii.gz"]
+
+
+def test_bytes_that_read_back_differently_are_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.Path, "read_bytes", lambda _: b"rotten")
+    with pytest.raises(StudyError) as caught:
+        files.write_whole(tmp_path / "a", b"fresh")
+    assert caught.value.code == "E_WRITE"
+    assert parts(tmp_path) == []
+
+
+def test_an_interrupt_leaves_no_temporary(tmp_path, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_whole(tmp_path / "a", b"x")
+    assert parts(tmp_path) == []
+
+
+def test_the_longest_name_works_and_a_longer_one_is_refused(tmp_path):
+    files.write_whole(tmp_path / ("n" * 255), b"x")
+    with pytest.raises(StudyError) as caught:
+        files.write_whole(tmp_path / ("n" * 256), b"x")
+    assert caught.value.code == "E_NAME"
+    assert parts(tmp_path) == ["n" * 255]
+
+
+@pytest.mark.parametrize("name", ["no folder/a", "nul\0byte"])
+def test_a_place_that_does_not_exist_is_a_write_error(tmp_path, name):
+    with pytest.raises(StudyError) as caught:
+        files.write_whole(tmp_path / name, b"x")
+    assert caught.value.code == "E_WRITE"
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path):
+    data = os.urandom((1 << 20) + 17)
+    (tmp_path / "a").write_bytes(data)
+    assert files.sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_sha256_of_nothing_is_a_file_error(tmp_path):
+    with pytest.raises(StudyError) as caught:
+        files.sha256(tmp_path / "absent")
+    assert caught.value.code == "E_FILE"
+
+
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StudyError) as caught:
+        files.sha256(tmp_path / "pipe")
+    assert caught.value.code == "E_FILE"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("a b é", "a b é"), ("x\x1b[31m\n", "x\\x1b[31m\\n"), ("\udcff", "\\udcff")]
+)
+def test_a_shown_name_is_printable(name, expected):
+    assert files.shown(Path("/secret/folder") / name) == expected
+
+
+KILLED = """
+    import os, sys
+    from pathlib import Path
+    from monai_deepgmm import files
+    files.os.replace = lambda *_: os.kill(os.getpid(), 9)
+    files.write_whole(Path(sys.argv[1]), b"half")
+"""
+
+
+def test_what_a_killed_run_leaves_is_removed_at_once(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "a.nii.gz")], check=False)
+    assert killed.returncode == -9
+    (left,) = parts(tmp_path)
+    assert left.startswith(".")
+    (tmp_path / ".hidden").touch()
+    assert [path.name for path in files.stale_temporaries(tmp_path)] == [left]
+    assert parts(tmp_path) == [".hidden"]
+
+
+def test_a_live_writers_temporary_stays(tmp_path, monkeypatch):
+    removed, replace = [], os.replace
+
+    def meanwhile(source, target):
+        removed.extend(files.stale_temporaries(tmp_path))
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", meanwhile)
+    files.write_whole(tmp_path / "a", b"x")
+    assert removed == []
+    assert parts(tmp_path) == ["a"]
+
+
+def test_without_locks_only_an_hours_silence_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", failing(errno.EOPNOTSUPP))
+    old, new = tmp_path / ".deepgmm-1-00.part", tmp_path / ".deepgmm-1-01.part"
+    for part in (old, new):
+        part.touch()
+    os.utime(old, (time.time() - 4000, time.time() - 4000))
+    assert files.stale_temporaries(tmp_path) == (old,)
+    assert parts(tmp_path) == [new.name]
+
+
+def test_a_temporary_taken_by_mistake_is_written_again(tmp_path, monkeypatch):
+    taken, replace = [], os.replace
+
+    def steal_once(source, target):
+        if not taken:
+            taken.append(source)
+            source.unlink()
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", steal_once)
+    files.write_whole(tmp_path / "a", b"x")
+    assert (tmp_path / "a").read_bytes() == b"x"
+    assert parts(tmp_path) == ["a"]
+
+
+def test_two_writers_and_a_cleaner_never_show_a_partial_file(tmp_path):
+    contents = [bytes([value]) * 50_000 for value in (1, 2)]
+    path, seen, done = tmp_path / "a", set(), threading.Event()
+    files.write_whole(path, contents[0])
+
+    def write(content: bytes) -> None:
+        for _ in range(20):
+            files.write_whole(path, content)
+
+    def clean() -> None:
+        while not done.is_set():
+            files.stale_temporaries(tmp_path)
+            seen.add(path.read_bytes())
+
+    cleaner = threading.Thread(target=clean)
+    writers = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in (cleaner, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    done.set()
+    cleaner.join()
+    assert seen <= set(contents)
+    assert parts(tmp_path) == ["a"]
