@@ -309,7 +309,9 @@ def test_a_failed_patient_shows_no_older_result(tmp_path):
     folder = write(tmp_path, row_of(heart), heart)
     (folder / "p_row.json").write_text(json.dumps(failed("p")))
     report.rebuild(tmp_path)
-    assert "data:image" not in (folder / "p_report.html").read_text()
+    html = (folder / "p_report.html").read_text()
+    assert "data:image" not in html
+    assert "by signature" not in html  # the older sidecar's
 
 
 def test_one_broken_row_does_not_hide_the_others(tmp_path):
@@ -320,6 +322,7 @@ def test_one_broken_row_does_not_hide_the_others(tmp_path):
     cohort = (tmp_path / "index.html").read_text()
     assert "E_DIM" in cohort
     assert "b_row.json" in cohort
+    assert "run deepgmm segment again" in cohort
     assert str(tmp_path) not in cohort
 
 
