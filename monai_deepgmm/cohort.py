@@ -6,79 +6,24 @@ import difflib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from monai_deepgmm import layout as layouts
 from monai_deepgmm import manifest as manifests
 from monai_deepgmm.claims import Claims, Found, claim
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.judge import failed, judge
 from monai_deepgmm.layout import Layout
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.tree import NIFTI, Tree, holds_dicom, scan
+from monai_deepgmm.study import Cohort, Problem, Study
+from monai_deepgmm.tree import NIFTI, Tree, holds_dicom, listed, scan, shown
+
+__all__ = ["MAX_ID_BYTES", "Cohort", "Problem", "Study", "find"]
 
 #: The longest id, in bytes: 255 less what is appended to it in the names of results.
 MAX_ID_BYTES = 200
-
-_SHOWN = 6  # files named in a message
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why a patient cannot be segmented, known from the files' names alone.
-
-    Attributes:
-        code: one of ``errors.CODES``.
-        message: what was found.
-        remedy: what the user can do about it.
-    """
-
-    code: str
-    message: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Study:
-    """The files of one patient.
-
-    Attributes:
-        patient: the id, byte for byte as found.
-        images: sequence → file, in the protocol's order of reference.
-        mask: the mask's file; None with ``mask_rule`` "nonzero", or when there is none.
-        mask_labels: which values of the mask's file count; empty: every value but 0.
-        mask_rule: "file", or "nonzero" for the voxels of the reference sequence that are not 0.
-        truth: the file with the manual labels, for evaluation and means only.
-        truth_labels: value in the truth's file → index of the protocol's tissue; empty: values are the indices.
-        problems: why it cannot be segmented; empty when it can be tried.
-    """
-
-    patient: str
-    images: Mapping[str, Path]
-    mask: Path | None = None
-    mask_labels: tuple[float, ...] = ()
-    mask_rule: str = "file"
-    truth: Path | None = None
-    truth_labels: Mapping[int, int] | None = None
-    problems: tuple[Problem, ...] = ()
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """The patients of a folder or manifest.
-
-    Attributes:
-        root: the folder.
-        layout: the layout's name, or "manifest".
-        studies: sorted by patient id.
-        notes: what else the user should know about the choice of the layout.
-    """
-
-    root: Path
-    layout: str
-    studies: tuple[Study, ...]
-    notes: tuple[str, ...] = ()
 
 
 def find(
@@ -143,7 +88,7 @@ def _from_manifest(
     studies = []
     for found in table:
         missing = [n for n in found.files() if not os.path.exists(here / n) and not (mask and n in found.mask)]
-        study = _study(found, Tree(here, (), (), frozenset(), frozenset()), None, protocol, mask, labels)
+        study = judge(found, Tree(here, (), (), frozenset(), frozenset()), None, protocol, mask, labels)
         problems = tuple(
             Problem(
                 "E_FILE",
@@ -178,8 +123,8 @@ def _from_layout(
     chosen, notes = _choose(claims)
     if not chosen.found and not any(_holds_scans(tree, one) for one in chosen.empty):
         raise UsageError(_nobody(tree, protocol, tried))
-    studies = [_study(one, tree, chosen.layout, protocol, mask, labels) for one in chosen.found]
-    studies += [_failed(one, tree, protocol) for one in chosen.empty]
+    studies = [judge(one, tree, chosen.layout, protocol, mask, labels) for one in chosen.found]
+    studies += [failed(one, tree, protocol) for one in chosen.empty]
     return Cohort(root, chosen.layout.name, tuple(studies), notes)
 
 
@@ -202,83 +147,8 @@ def _choose(claims: Sequence[Claims]) -> tuple[Claims, tuple[str, ...]]:
     best = max(matching, key=lambda i: (len(claims[i].found) - claims[i].clashes(), len(files[i])))
     notes: tuple[str, ...] = ()
     if left_out[best]:
-        notes = (f"layout {claims[best].layout.name} leaves out {_listed(left_out[best])}, which another layout finds",)
+        notes = (f"layout {claims[best].layout.name} leaves out {listed(left_out[best])}, which another layout finds",)
     return claims[best], notes
-
-
-def _study(
-    found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, mask: str | None, labels: tuple[float, ...]
-) -> Study:
-    """Judges what was found for one patient."""
-    present = {s: found.images[s] for s in protocol.sequences if s in found.images}
-    problems = [*_sequence_problems(found, present, protocol)]
-    for role, names in {**present, "the mask": () if mask else found.mask, "the truth": found.truth}.items():
-        if len(names) > 1:
-            remedy = "Keep one of them in this place, or name the right one in a table (--manifest)"
-            problems.append(Problem("E_AMBIGUOUS", f"{len(names)} files match {role}: {_listed(names)}", remedy))
-    own, known = _only(found.mask), layout.mask_labels if layout else ()
-    chosen = found.mask or (found.truth if known else [])
-    if not mask and not chosen:
-        problems.append(_no_mask(found.patient, layout, protocol))
-    truth = _only(found.truth)
-    mask_file = None if mask else _only(chosen)
-    return Study(
-        patient=found.patient,
-        images={s: tree.path(names[0]) for s, names in present.items() if len(names) == 1},
-        mask=tree.path(mask_file) if mask_file else None,
-        mask_labels=() if mask else labels or (known if own is None else ()),
-        mask_rule="nonzero" if mask else "file",
-        truth=tree.path(truth) if truth else None,
-        truth_labels=layout.truth_labels(protocol) if layout else None,
-        problems=tuple(problems),
-    )
-
-
-def _only(names: Sequence[str]) -> str | None:
-    return names[0] if len(names) == 1 else None
-
-
-def _sequence_problems(found: Found, present: Mapping[str, object], protocol: Protocol) -> Iterable[Problem]:
-    for sequence, name in found.dicom.items():
-        yield _dicom(f"{shown(name)} is DICOM where the NIfTI file of {sequence} belongs")
-    missing = [s for s in protocol.required if s not in present and s not in found.dicom]
-    if missing or not present:
-        wanted = " and ".join(missing) or f"any of {', '.join(protocol.sequences)}"
-        have = ", ".join(present) or "none"
-        remedy = f"Protocol {protocol.name} needs {wanted}: add its file, or name it in a table (--manifest)"
-        yield Problem("E_NO_SEQUENCE", f"{wanted} is missing; sequences found: {have}", remedy)
-
-
-def _no_mask(patient: str, layout: Layout | None, protocol: Protocol) -> Problem:
-    if layout is None:
-        file = "name its file in the manifest's column mask"
-    else:
-        examples = " or ".join(map(shown, layout.mask_examples(patient)))
-        file = f"add {examples or 'a file'}, or name the file in a manifest's column mask (--manifest)"
-    remedy = f"Give one: {file} (--mask-labels says which of its values count); or use the voxels that are not 0 "
-    return Problem("E_MASK_NONE", f"no mask of the {protocol.mask} was found", f"{remedy}(--mask nonzero)")
-
-
-def _failed(found: Found, tree: Tree, protocol: Protocol) -> Study:
-    """A folder that should hold a patient, and in which nothing matches."""
-    folder = found.folder or ""
-    names = tree.below(folder)
-    if folder in tree.unreadable:
-        problem = Problem("E_FILE", "the folder cannot be read", "Check its permissions")
-    elif holds_dicom(tree, names):
-        problem = _dicom("the folder holds DICOM files, and no NIfTI file")
-        if any(NIFTI.search(n) for n in names):
-            problem = _dicom("the folder holds DICOM files, and no NIfTI file of a sequence")
-    else:
-        sequences = ", ".join(protocol.sequences)
-        remedy = f"Put each sequence ({sequences}) into this folder as <sequence>.nii.gz, or use a table (--manifest)"
-        short = [n.removeprefix(f"{folder}/") for n in names]
-        problem = Problem("E_NO_SEQUENCE", f"no file is {sequences}; found {_listed(short) or 'no file'}", remedy)
-    return Study(found.patient, {}, problems=(problem,))
-
-
-def _dicom(message: str) -> Problem:
-    return Problem("E_DICOM", message, "Convert it with dcm2niix, and name the result after its sequence")
 
 
 def _holds_scans(tree: Tree, found: Found) -> bool:
@@ -294,7 +164,7 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
     if holds_dicom(tree, flat):
         hint = " There are DICOM files: convert them with dcm2niix."
     elif any(NIFTI.search(n) for n in flat):
-        hint = f" It holds {_listed([n for n in flat if NIFTI.search(n)])}: if it is one patient's folder, give the "
+        hint = f" It holds {listed([n for n in flat if NIFTI.search(n)])}: if it is one patient's folder, give the "
         hint += "folder around it."
     return (
         f"no patient found in {shown(tree.root.name or '.')} ({looked}): nothing is named like "
@@ -352,19 +222,9 @@ def _selected(studies: tuple[Study, ...], patients: Sequence[str]) -> tuple[Stud
     have = [study.patient for study in studies]
     for patient in patients:
         if patient not in have:
-            near = difflib.get_close_matches(patient, have, n=3) or have[:3]
+            near = difflib.get_close_matches(patient, have, n=3, cutoff=0.4) or have[:3]
             raise UsageError(
                 f"--patients: there is no patient {shown(patient)} among {len(have)}; "
                 f"near: {', '.join(map(shown, near))}"
             )
     return tuple(study for study in studies if not patients or study.patient in patients)
-
-
-def shown(name: str | Path) -> str:
-    """A file's name as it can be printed: bytes that are not text are escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(shown, names[:_SHOWN])) + more

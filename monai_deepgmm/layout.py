@@ -89,10 +89,12 @@ class Layout:
 
     def mask_examples(self, patient: str) -> list[str]:
         """What a mask of this patient may be called."""
-        words = [str(w) for w in (self.words or {}).get("mask", ())] or [""]
-        patterns = [p.removeprefix("**/") for p in (self.mask or (self.truth if self.mask_labels else ()))]
-        names = [p.replace("{words}", w) for p in patterns for w in (words if "{words}" in p else [""])]
-        return [f"{n.replace('{patient}', patient)}.nii.gz" for n in names]
+        word = next(iter((self.words or {}).get("mask", ())), "")
+        patterns = (*self.mask, *(self.truth if self.mask_labels else ()))
+        anywhere = re.compile(r"(\.\./[^/]*/|\*\*/|\*/)*")
+        names = [anywhere.sub("", p, count=1) for p in patterns]
+        filled = [n.replace("{words}", word).replace("{patient}", patient) for n in names]
+        return [f"{name}.nii.gz" for name in dict.fromkeys(filled)]
 
     @property
     def _is_open(self) -> bool:

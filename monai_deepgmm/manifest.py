@@ -64,10 +64,15 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     """(line number, cells) of every line that is not blank."""
     try:
         text = _decoded(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--manifest {path.name}: cannot be read ({error})") from error
+    except OSError as error:
+        raise UsageError(f"--manifest {path.name}: cannot be read ({error.strerror})") from error
+    except UnicodeError as error:
+        raise UsageError(f"--manifest {path.name}: cannot be read ({error.reason} in its UTF-16)") from error
     first = next((line for line in text.splitlines() if line.strip()), "")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(path, first), strict=True)
+    separator = _delimiter(path, first)
+    blanks = separator != "\t"  # "a, b" is a habit of writing; a blank after a tab is meant
+    table = io.StringIO(text, newline="")
+    reader = csv.reader(table, delimiter=separator, strict=True, skipinitialspace=blanks)
     try:
         return [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
     except csv.Error as error:

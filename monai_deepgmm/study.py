@@ -1,0 +1,64 @@
+"""One patient's files, and what is known against them. A study is paths until it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a patient cannot be segmented, known from the files' names alone.
+
+    Attributes:
+        code: one of ``errors.CODES``.
+        message: what was found.
+        remedy: what the user can do about it.
+    """
+
+    code: str
+    message: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The files of one patient.
+
+    Attributes:
+        patient: the id, byte for byte as found.
+        images: sequence → file, in the protocol's order of reference.
+        mask: the mask's file; None with ``mask_rule`` "nonzero", or when there is none.
+        mask_labels: which values of the mask's file count; empty: every value but 0.
+        mask_rule: "file", or "nonzero" for the voxels of the reference sequence that are not 0.
+        truth: the file with the manual labels, for evaluation and means only.
+        truth_labels: value in the truth's file → index of the protocol's tissue; empty: values are the indices.
+        problems: why it cannot be segmented; empty when it can be tried.
+    """
+
+    patient: str
+    images: Mapping[str, Path]
+    mask: Path | None = None
+    mask_labels: tuple[float, ...] = ()
+    mask_rule: str = "file"
+    truth: Path | None = None
+    truth_labels: Mapping[int, int] | None = None
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The patients of a folder or manifest.
+
+    Attributes:
+        root: the folder.
+        layout: the layout's name, or "manifest".
+        studies: sorted by patient id.
+        notes: what else the user should know about the choice of the layout.
+    """
+
+    root: Path
+    layout: str
+    studies: tuple[Study, ...]
+    notes: tuple[str, ...] = ()
