@@ -66,7 +66,7 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
         text = _decoded(path.read_bytes())
     except OSError as error:
         raise UsageError(f"--manifest {path.name}: cannot be read ({error.strerror})") from error
-    except UnicodeError as error:
+    except UnicodeDecodeError as error:
         raise UsageError(f"--manifest {path.name}: cannot be read ({error.reason} in its UTF-16)") from error
     first = next((line for line in text.splitlines() if line.strip()), "")
     separator = _delimiter(path, first)
