@@ -15,69 +15,14 @@ from types import MappingProxyType
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.phantom_shapes import Floats, Look, Slice, draw, labels, looks
+from monai_deepgmm.phantom_looks import CROP_MM, intensities, paint
+from monai_deepgmm.phantom_shapes import Floats, draw, labels
 
 #: Sequence → what its file's name ends in.
 SUFFIXES: Mapping[str, str] = MappingProxyType({"LGE": "LGE", "T2": "T2", "bSSFP": "C0"})
 SEQUENCES = tuple(SUFFIXES)
-
-#: Side of the square around the ventricle over which intensities have mean 0 and standard deviation 1.
-CROP_MM = 120.0
-
-#: Mean of each look in LGE, T2, bSSFP.
-MEANS: Floats = np.array(
-    [
-        [1.35, -0.65, 1.85],  # blood
-        [-0.45, 0.50, -0.08],  # myocardium
-        [0.20, 1.25, 0.40],  # edema
-        [1.20, 1.10, 0.35],  # scar
-        [1.10, 1.10, 1.60],  # slow flow
-        [-0.20, 0.60, 0.10],  # no-reflow core
-        [0.90, -0.30, 1.30],  # right ventricle
-        [0.00, 0.00, 0.00],  # rest
-    ]
-)
-#: Standard deviation of the texture within each look.
-TEXTURE: Floats = np.array(
-    [
-        [0.45, 0.35, 0.40],
-        [0.52, 0.38, 0.40],
-        [0.60, 0.42, 0.45],
-        [0.75, 0.50, 0.45],
-        [0.50, 0.50, 0.40],
-        [0.50, 0.40, 0.40],
-        [0.60, 0.50, 0.50],
-        [0.60, 0.60, 0.60],
-    ]
-)
-#: Correlation of that texture: LGE with T2, LGE with bSSFP, T2 with bSSFP.
-TEXTURE_CORRELATION: Floats = np.array(
-    [
-        [-0.10, 0.20, -0.10],
-        [0.15, 0.15, 0.15],
-        [0.10, 0.20, 0.05],
-        [0.20, 0.20, 0.05],
-        [0.00, 0.20, 0.00],
-        [0.10, 0.10, 0.10],
-        [0.00, 0.20, 0.00],
-        [0.20, 0.30, 0.20],
-    ]
-)
-#: Standard deviation of each look's mean between slices; scar's row serves the core, blood's the rest.
-BETWEEN: Floats = np.array([[0.50, 0.38, 0.36], [0.26, 0.31, 0.24], [0.70, 0.47, 0.57], [0.76, 0.56, 0.37]])[
-    [0, 1, 2, 3, 0, 3, 0, 0]
-]
-#: Share of that variance which all looks of a slice have in common, and which all slices of a patient have in common.
-SHARED_BY_LOOKS: Floats = np.array([0.40, 0.60, 0.40])
-SHARED_BY_SLICES = 0.75
-#: The texture: correlation lengths in mm (standard deviation of the Gaussian filter) and shares of the variance.
-TEXTURE_SCALES: tuple[tuple[float, float], ...] = ((0.3, 0.04), (1.1, 0.5), (3.2, 0.46))
-#: An intensity of zero lies here, in standard deviations over the crop: magnitude images have no negative values.
-ZERO_AT: Floats = np.array([-1.55, -1.15, -1.35])
-
 
 @dataclass(frozen=True)
 class PhantomConfig:
@@ -103,7 +48,7 @@ class PhantomConfig:
     spacing_mm: tuple[float, float] = (0.73, 0.76)
     slices: tuple[int, int] = (2, 6)
     shading: float = 0.0
-    shift_mm: float = 0.5
+    shift_mm: float = 1.0
     no_edema: float = 0.10
     no_scar: float = 0.08
     no_edema_or_scar: float = 0.05
@@ -172,9 +117,9 @@ def make_patient(config: PhantomConfig, seed: int, number: int) -> PhantomPatien
     x, y = np.meshgrid(*((np.arange(n) - c) * spacing for n, c in zip(extent, centre, strict=True)), indexing="ij")
     shapes = draw(anatomy, _presence(anatomy, config, n_slices))
     truth = np.stack([labels(s, x, y) for s in shapes], axis=-1)
-    scores = _paint(look, shapes, truth, x, y, config.shift_mm)
-    intensities = _intensities(look, shade, scores, x, y, config.shading)
-    images = {s: np.ascontiguousarray(intensities[i]) for i, s in enumerate(SEQUENCES)}
+    scores = paint(look, shapes, truth, x, y, config.shift_mm)
+    signal = intensities(look, shade, scores, x, y, config.shading)
+    images = {s: np.ascontiguousarray(signal[i]) for i, s in enumerate(SEQUENCES)}
     for sequence in _lacking(lack, config.incomplete):
         del images[sequence]
     return PhantomPatient(f"Phantom{number:03d}", images, truth, affine)
@@ -248,148 +193,6 @@ def _affine(rng: np.random.Generator, extent: tuple[int, ...], spacing: float, n
     middle = (np.array([*extent, n_slices]) - 1) / 2
     affine[:3, 3] = rng.uniform(-20, 20, 3) - affine[:3, :3] @ middle
     return affine
-
-
-def _paint(
-    rng: np.random.Generator, shapes: list[Slice], truth: NDArray[np.int16], x: Floats, y: Floats, shift_mm: float
-) -> Floats:
-    """Intensities as z-scores over the crop, ``(3, H, W, n_slices)``."""
-    spacing = float(x[1, 0] - x[0, 0])
-    of_patient = _deviation(rng)
-    gain = np.exp(0.18 * rng.standard_normal((1, 3))) * np.exp(0.12 * rng.standard_normal((len(Look), 3)))
-    scores = []
-    for i, shape in enumerate(shapes):
-        mean = MEANS + np.sqrt(SHARED_BY_SLICES) * of_patient + np.sqrt(1 - SHARED_BY_SLICES) * _deviation(rng)
-        noise = _texture(rng, x.shape, spacing)
-        rest = _rest(rng, x, y, spacing)
-        picture = np.stack(
-            [
-                _blend(_memberships(rng, shape, x, y, spacing, shift_mm), mean, gain, noise, rest, c)
-                for c in range(len(SEQUENCES))
-            ]
-        )
-        scores.append(_standardised(picture, truth[..., i], spacing))
-    return np.stack(scores, axis=-1)
-
-
-def _deviation(rng: np.random.Generator) -> Floats:
-    """How far the looks' means lie from ``MEANS``, ``(looks, 3)``: partly all looks together, partly each by itself."""
-    common = rng.standard_normal((1, 3))
-    common[0, 2] = 0.8 * common[0, 0] + 0.6 * common[0, 2]  # LGE and bSSFP are bright together
-    own = rng.standard_normal((len(Look), 3))
-    return BETWEEN * (np.sqrt(SHARED_BY_LOOKS) * common + np.sqrt(1 - SHARED_BY_LOOKS) * own)
-
-
-def _texture(rng: np.random.Generator, extent: tuple[int, ...], spacing: float) -> Floats:
-    """Three independent fields of unit variance, correlated in space as the residuals of patients, ``(3, H, W)``."""
-    total = np.zeros((3, *extent))
-    for scale_mm, share in TEXTURE_SCALES:
-        total += np.sqrt(share) * _smooth_noise(rng, (3, *extent), scale_mm / spacing)
-    return total
-
-
-def _smooth_noise(rng: np.random.Generator, extent: tuple[int, ...], sigma: float) -> Floats:
-    """Gaussian-filtered noise of unit variance over the last two axes; ``sigma`` in voxels."""
-    field: Floats = gaussian_filter(rng.standard_normal(extent), (0,) * (len(extent) - 2) + (sigma, sigma), mode="wrap")
-    return field / field.std(axis=(-2, -1), keepdims=True)
-
-
-def _memberships(
-    rng: np.random.Generator, shape: Slice, x: Floats, y: Floats, spacing: float, shift_mm: float
-) -> Floats:
-    """How much of each look a voxel of one sequence holds, ``(looks, H, W)``, sum 1.
-
-    The sequence's own displacement, the scanner's blur, and an edema that fades out instead of ending.
-    """
-    dx, dy = shift_mm * _smooth_noise(rng, (2, *x.shape), 15.0 / spacing)
-    seen = looks(shape, x + dx, y + dy)
-    sharp = (seen == np.arange(len(Look))[:, None, None]).astype(np.float64)
-    soft: Floats = gaussian_filter(sharp, (0, 0.6 / spacing, 0.6 / spacing))
-    wall = soft[Look.MYOCARDIUM] + soft[Look.EDEMA]
-    faded = gaussian_filter(sharp[[Look.EDEMA, Look.MYOCARDIUM]], (0, 1.8 / spacing, 1.8 / spacing))
-    edema = wall * faded[0] / np.maximum(faded.sum(0), 1e-6)
-    soft[Look.EDEMA], soft[Look.MYOCARDIUM] = edema, wall - edema
-    return soft
-
-
-def _blend(members: Floats, mean: Floats, gain: Floats, noise: Floats, rest: Floats, channel: int) -> Floats:
-    """One sequence: each look's mean and texture, in proportion to its membership, ``(H, W)``."""
-    picture = members[Look.REST] * rest[channel]
-    for look in Look:
-        if look is Look.REST:
-            continue
-        grain = np.tensordot(_mixing(TEXTURE_CORRELATION[look])[channel], noise, 1)
-        picture = picture + members[look] * (mean[look, channel] + TEXTURE[look, channel] * gain[look, channel] * grain)
-    return picture
-
-
-def _mixing(correlation: Floats) -> Floats:
-    """The Cholesky factor of a 3×3 correlation matrix given as its three entries above the diagonal."""
-    a, b, c = correlation
-    factor: Floats = np.linalg.cholesky(np.array([[1, a, b], [a, 1, c], [b, c, 1]]))
-    return factor
-
-
-def _rest(rng: np.random.Generator, x: Floats, y: Floats, spacing: float) -> Floats:
-    """Chest wall, lung and fat around the heart, ``(3, H, W)``; bright at the upper side, dark at the lower right."""
-    common = _smooth_noise(rng, x.shape, 7.0 / spacing)
-    own = _smooth_noise(rng, (3, *x.shape), 4.0 / spacing)
-    fine = _smooth_noise(rng, (3, *x.shape), 0.9 / spacing)
-    turn = rng.normal(0, 0.25)
-    across = x * np.sin(turn) - y * np.cos(turn)
-    chest = 1 / (1 + np.exp(-(across - rng.uniform(38, 46) - 4 * common) / 1.5))
-    lung = 1 / (1 + np.exp(-(x - y - 45 + 8 * common) / 4))
-    tissue = 0.5 * common + 0.6 * own + 0.35 * fine
-    return tissue * (1 - 0.8 * lung) - 0.9 * lung + np.array([1.0, 1.5, 1.2])[:, None, None] * chest
-
-
-def _standardised(picture: Floats, truth: NDArray[np.int16], spacing: float) -> Floats:
-    """Scales what lies outside of the ventricles so that the crop around the left one has mean 0 and deviation 1.
-
-    So a z-score over the crop gives the tissues back the means that they were painted with.
-    """
-    left = (truth > 0) & (truth != 600)
-    points = np.argwhere(left)
-    middle = (points.min(0) + points.max(0)) / 2
-    half = CROP_MM / spacing / 2
-    window = np.zeros(truth.shape, bool)
-    window[tuple(slice(max(0, round(m - half)), round(m + half)) for m in middle)] = True
-    heart = gaussian_filter((truth > 0).astype(np.float64), 1.0)
-    inside, outside = window & (truth > 0), window & (truth == 0)
-    share = outside.sum() / window.sum()
-    result = picture.copy()
-    for channel in result:
-        kept = channel[inside]
-        mean = -kept.sum() / outside.sum()
-        variance = (window.sum() - (kept**2).sum()) / outside.sum() - mean**2
-        old = channel[outside]
-        scaled = mean + np.sqrt(max(variance, 0.15 * share)) * (channel - old.mean()) / old.std()
-        channel[:] = heart * channel + (1 - heart) * scaled
-    return result
-
-
-def _intensities(
-    look: np.random.Generator, shade: np.random.Generator, scores: Floats, x: Floats, y: Floats, shading: float
-) -> NDArray[np.int16]:
-    """Scanner units: shaded, not negative, whole numbers, ``(3, H, W, n_slices)``."""
-    unit = np.array([190.0, 170.0, 400.0]) * np.exp(0.3 * look.standard_normal(3))
-    above = scores - ZERO_AT[:, None, None, None]
-    # A magnitude image folds its noise floor up instead of cutting it off.
-    floored = 0.5 * (above + np.sqrt(above**2 + 0.15**2))
-    field = _shading(shade, x, y, scores.shape[-1])
-    signal = floored * (1 + shading * field) * unit[:, None, None, None]
-    whole: NDArray[np.int16] = np.clip(np.rint(signal), 0, 32767).astype(np.int16)
-    return whole
-
-
-def _shading(rng: np.random.Generator, x: Floats, y: Floats, n_slices: int) -> Floats:
-    """A smooth field per sequence, between -1 and 1 over the crop, much alike in all slices, ``(3, H, W, n_slices)``."""
-    u, v = np.clip(x / (CROP_MM / 2), -1, 1), np.clip(y / (CROP_MM / 2), -1, 1)
-    basis = np.stack([u, v, u * v, u**2 - 0.5, v**2 - 0.5])
-    weights = rng.standard_normal((3, 1, 5)) + 0.3 * rng.standard_normal((3, n_slices, 5))
-    field = np.einsum("csb,bhw->chws", weights, basis)
-    peak: Floats = field / np.abs(field).max(axis=(1, 2), keepdims=True)
-    return peak
 
 
 def _write(path: Path, data: NDArray[np.int16], affine: Floats) -> None:

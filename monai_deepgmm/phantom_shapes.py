@@ -31,9 +31,10 @@ class Look(IntEnum):
     EDEMA = 2
     SCAR = 3
     SLOW_FLOW = 4
-    NO_REFLOW = 5
-    RIGHT_VENTRICLE = 6
-    REST = 7
+    RIM = 5
+    NO_REFLOW = 6
+    RIGHT_VENTRICLE = 7
+    REST = 8
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,17 @@ def looks(shape: Slice, x_mm: Floats, y_mm: Floats) -> NDArray[np.int64]:
         result[wall & _between(getattr(shape.infarct, borders), depth, angle)] = look
     result[cavity] = Look.BLOOD
     inside_mm = inner - radius
-    result[cavity & (inside_mm < np.maximum(shape.slow_mm, shape.rim_mm)[angle])] = Look.SLOW_FLOW
+    result[cavity & (inside_mm < shape.slow_mm[angle])] = Look.SLOW_FLOW
     muscle = inside_mm < shape.trabecula_mm[angle]
     for x, y, size in shape.papillary_mm:
         muscle |= (x_mm - x) ** 2 + (y_mm - y) ** 2 < size**2
-    result[cavity & muscle & (inside_mm >= shape.rim_mm[angle])] = Look.MYOCARDIUM
+    result[cavity & muscle] = Look.MYOCARDIUM
+    result[cavity & (inside_mm < shape.rim_mm[angle])] = Look.RIM
     return result
 
 
 def labels(shape: Slice, x_mm: Floats, y_mm: Floats) -> NDArray[np.int16]:
-    """What the reader writes down at each point: MyoPS label values, 0 outside the ventricles; arguments as ``looks``."""
+    """What the reader writes down at each point: MyoPS values, 0 outside the ventricles; arguments as ``looks``."""
     radius, angle = _polar(x_mm, y_mm)
     inner, outer = shape.inner_mm[angle], shape.outer_mm[angle]
     depth = (radius - inner) / (outer - inner)
@@ -128,12 +130,12 @@ def draw(rng: np.random.Generator, presence: list[tuple[bool, bool]]) -> list[Sl
         presence: for each slice, whether it holds edema and whether it holds scar.
     """
     heart = _Heart(
-        radius_mm=float(rng.normal(34.5, 3.2)),
-        wall_mm=float(np.clip(rng.normal(12.3, 1.5), 9.5, 15.5)),
+        radius_mm=float(rng.normal(36.0, 3.6)),
+        wall_mm=float(np.clip(rng.normal(11.9, 1.8), 8.8, 15.5)),
         septum=float(rng.uniform(np.pi - 0.6, np.pi + 0.6)),
         infarct=float(rng.uniform(0, 2 * np.pi)),
-        scar_width=float(rng.uniform(0.55, 1.35)),
-        scar_depth=float(rng.uniform(0.5, 1.0)),
+        scar_width=float(rng.uniform(0.6, 1.65)),
+        scar_depth=float(rng.uniform(0.65, 1.15)),
         edema_width=float(rng.uniform(0.15, 0.75)),
         edema_depth=float(rng.uniform(0.45, 1.25)),
         core=bool(rng.random() < 0.3),
@@ -175,8 +177,8 @@ def _slice(rng: np.random.Generator, heart: _Heart, height: float, *, edema: boo
     return Slice(
         outer_mm=outer,
         inner_mm=inner,
-        trabecula_mm=np.maximum(0.0, 0.4 + 0.8 * wave(rng, 1, 4) + 1.3 * wave(rng, 8, 26)),
-        slow_mm=np.maximum(0.0, 2.0 + 2.0 * wave(rng, 1, 5) + 1.0 * wave(rng, 6, 16)),
+        trabecula_mm=np.maximum(0.0, 0.4 + 0.9 * wave(rng, 1, 4) + 1.6 * wave(rng, 8, 26)),
+        slow_mm=np.maximum(0.0, 3.0 + 3.0 * wave(rng, 1, 5) + 1.0 * wave(rng, 6, 16)),
         rim_mm=_rim(rng, heart) if edema else np.zeros(N_ANGLES),
         papillary_mm=_papillary(rng, inner, height),
         right_mm=right,
@@ -239,7 +241,7 @@ def wave(rng: np.random.Generator, first: int, last: int) -> Floats:
 
 
 def wedge(centre: float, half_width: float) -> Floats:
-    """1 at the angle ``centre``, falling steeply to 0 at ``half_width`` (radians) and negative beyond, ``(N_ANGLES,)``."""
+    """1 at the angle ``centre``, 0 at ``half_width`` (radians) from it, negative beyond, ``(N_ANGLES,)``."""
     away = np.abs((ANGLES - centre + np.pi) % (2 * np.pi) - np.pi)
     return 1 - (away / half_width) ** 4
 
