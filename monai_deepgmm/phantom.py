@@ -48,7 +48,7 @@ class PhantomConfig:
     spacing_mm: tuple[float, float] = (0.73, 0.76)
     slices: tuple[int, int] = (2, 6)
     shading: float = 0.0
-    shift_mm: float = 1.0
+    shift_mm: float = 0.95
     no_edema: float = 0.10
     no_scar: float = 0.08
     no_edema_or_scar: float = 0.05

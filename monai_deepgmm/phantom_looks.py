@@ -17,12 +17,14 @@ CROP_MM = 120.0
 #: Mean of each look in LGE, T2, bSSFP.
 MEANS: Floats = np.array(
     [
-        [1.59, -0.60, 2.26],  # blood
-        [-0.67, 0.52, -0.21],  # myocardium
-        [0.00, 1.58, 0.24],  # edema
-        [1.87, 1.35, 0.47],  # scar
+        [1.61, -0.69, 2.24],  # blood
+        [-0.87, 0.33, -0.36],  # myocardium
+        [-0.40, 1.53, -0.01],  # edema
+        [1.82, 1.23, 0.45],  # scar
         [0.75, 0.95, 1.35],  # slow flow
         [0.80, 1.60, 1.30],  # rim
+        [-0.35, 0.50, 0.40],  # trabecula
+        [-0.33, 0.80, 0.00],  # grey zone
         [-0.20, 0.60, 0.10],  # no-reflow core
         [0.90, -0.30, 1.30],  # right ventricle
         [0.00, 0.00, 0.00],  # rest
@@ -31,12 +33,14 @@ MEANS: Floats = np.array(
 #: Standard deviation of the texture within each look.
 TEXTURE: Floats = np.array(
     [
-        [0.36, 0.47, 0.22],  # blood
-        [0.41, 0.29, 0.35],  # myocardium
-        [0.53, 0.15, 0.44],  # edema
-        [0.82, 0.60, 0.63],  # scar
+        [0.41, 0.38, 0.32],  # blood
+        [0.22, 0.15, 0.22],  # myocardium
+        [0.38, 0.15, 0.38],  # edema
+        [0.93, 0.55, 0.61],  # scar
         [0.40, 0.45, 0.40],  # slow flow
         [0.50, 0.45, 0.50],  # rim
+        [0.50, 0.50, 0.50],  # trabecula
+        [0.42, 0.33, 0.37],  # grey zone
         [0.50, 0.40, 0.40],  # no-reflow core
         [0.60, 0.50, 0.50],  # right ventricle
         [0.60, 0.60, 0.60],  # rest
@@ -45,30 +49,45 @@ TEXTURE: Floats = np.array(
 #: Correlation of that texture: LGE with T2, LGE with bSSFP, T2 with bSSFP.
 TEXTURE_CORRELATION: Floats = np.array(
     [
-        [-0.13, -0.19, 0.10],  # blood
-        [0.17, 0.02, 0.24],  # myocardium
-        [0.36, 0.15, 0.19],  # edema
-        [0.22, 0.30, 0.06],  # scar
+        [-0.12, -0.25, 0.12],  # blood
+        [-0.35, -0.63, -0.02],  # myocardium
+        [0.66, 0.31, 0.37],  # edema
+        [0.24, 0.31, 0.08],  # scar
         [0.00, 0.20, 0.00],  # slow flow
         [0.00, 0.20, 0.00],  # rim
+        [0.00, 0.20, 0.00],  # trabecula
+        [0.15, 0.15, 0.15],  # grey zone
         [0.10, 0.10, 0.10],  # no-reflow core
         [0.00, 0.20, 0.00],  # right ventricle
         [0.20, 0.30, 0.20],  # rest
     ]
 )
 #: Standard deviation of each look's mean between slices; scar's row serves the core, blood's the rest.
-BETWEEN: Floats = np.array([[0.61, 0.35, 0.56], [0.22, 0.31, 0.23], [1.28, 0.57, 1.13], [0.70, 0.62, 0.33]])[
-    [0, 1, 2, 3, 0, 0, 3, 0, 0]
+BETWEEN: Floats = np.array([[0.59, 0.38, 0.52], [0.21, 0.33, 0.25], [1.38, 0.74, 1.43], [0.76, 0.55, 0.31]])[
+    [0, 1, 2, 3, 0, 0, 0, 1, 3, 0, 0]
 ]
 #: Share of that variance which all looks of a slice have in common, and which all slices of a patient have in common.
-SHARED_BY_LOOKS: Floats = np.array([0.40, 0.60, 0.40])
+SHARED_BY_LOOKS: Floats = np.full((len(Look), 3), 0.4)
+SHARED_BY_LOOKS[:, 1] = [
+    0.05,
+    0.75,
+    0.75,
+    0.75,
+    0.05,
+    0.4,
+    0.4,
+    0.75,
+    0.75,
+    0.05,
+    0.05,
+]  # on T2 the wall's tissues go together
 SHARED_BY_SLICES = 0.75
 #: The texture: correlation lengths in mm (standard deviation of the Gaussian filter) and shares of the variance.
-TEXTURE_SCALES: tuple[tuple[float, float], ...] = ((0.3, 0.05), (1.1, 0.45), (3.5, 0.12), (12.0, 0.38))
+TEXTURE_SCALES: tuple[tuple[float, float], ...] = ((0.3, 0.03), (1.2, 0.53), (3.5, 0.11), (12.0, 0.33))
 #: The scanner's blur; looks that fade into each other, and over which distance (standard deviations of Gaussians).
 BLUR_MM = 1.1
 FADES_MM: tuple[tuple[list[int], float], ...] = (
-    ([Look.EDEMA, Look.MYOCARDIUM], 2.6),
+    ([Look.EDEMA, Look.GREY_ZONE, Look.MYOCARDIUM], 2.4),
     ([Look.SLOW_FLOW, Look.BLOOD], 3.0),
 )
 #: Over which distance the displacement of the sequences against each other changes.
@@ -83,7 +102,7 @@ def paint(
     """Intensities as z-scores over the crop, ``(3, H, W, n_slices)``."""
     spacing = float(x[1, 0] - x[0, 0])
     of_patient = _deviation(rng)
-    gain = np.exp(0.18 * rng.standard_normal((1, 3))) * np.exp(0.12 * rng.standard_normal((len(Look), 3)))
+    gain = np.exp(0.25 * rng.standard_normal((1, 3))) * np.exp(0.12 * rng.standard_normal((len(Look), 3)))
     scores = []
     for i, shape in enumerate(shapes):
         mean = MEANS + np.sqrt(SHARED_BY_SLICES) * of_patient + np.sqrt(1 - SHARED_BY_SLICES) * _deviation(rng)
@@ -148,7 +167,7 @@ def _blend(members: Floats, mean: Floats, gain: Floats, noise: Floats, rest: Flo
     for look in Look:
         if look is Look.REST:
             continue
-        grain = np.tensordot(_mixing(TEXTURE_CORRELATION[look])[channel], noise, 1)
+        grain = np.einsum("m,mhw->hw", _mixing(TEXTURE_CORRELATION[look])[channel], noise)
         picture = picture + members[look] * (mean[look, channel] + TEXTURE[look, channel] * gain[look, channel] * grain)
     return picture
 

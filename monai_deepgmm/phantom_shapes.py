@@ -32,9 +32,11 @@ class Look(IntEnum):
     SCAR = 3
     SLOW_FLOW = 4
     RIM = 5
-    NO_REFLOW = 6
-    RIGHT_VENTRICLE = 7
-    REST = 8
+    TRABECULA = 6
+    GREY_ZONE = 7
+    NO_REFLOW = 8
+    RIGHT_VENTRICLE = 9
+    REST = 10
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Infarct:
     Attributes:
         scar: inner and outer depth per angle, ``(2, N_ANGLES)``; no scar where the outer one is not the larger.
         edema: the same for edema, where there is no scar.
+        grey: the same for the partly injured wall around both, which counts as myocardium.
         core: the same for the dark no-reflow core inside the scar.
     """
 
     scar: Floats
     edema: Floats
+    grey: Floats
     core: Floats
 
 
@@ -94,15 +98,17 @@ def looks(shape: Slice, x_mm: Floats, y_mm: Floats) -> NDArray[np.int64]:
     result[_in_right_ventricle(shape, x_mm, y_mm)] = Look.RIGHT_VENTRICLE
     wall, cavity = (radius >= inner) & (radius < outer), radius < inner
     result[wall] = Look.MYOCARDIUM
-    for look, borders in ((Look.EDEMA, "edema"), (Look.SCAR, "scar"), (Look.NO_REFLOW, "core")):
-        result[wall & _between(getattr(shape.infarct, borders), depth, angle)] = look
+    infarct = shape.infarct
+    layers = (infarct.grey, infarct.edema, infarct.scar, infarct.core)
+    for look, borders in zip((Look.GREY_ZONE, Look.EDEMA, Look.SCAR, Look.NO_REFLOW), layers, strict=True):
+        result[wall & _between(borders, depth, angle)] = look
     result[cavity] = Look.BLOOD
     inside_mm = inner - radius
     result[cavity & (inside_mm < shape.slow_mm[angle])] = Look.SLOW_FLOW
     muscle = inside_mm < shape.trabecula_mm[angle]
     for x, y, size in shape.papillary_mm:
         muscle |= (x_mm - x) ** 2 + (y_mm - y) ** 2 < size**2
-    result[cavity & muscle] = Look.MYOCARDIUM
+    result[cavity & muscle] = Look.TRABECULA
     result[cavity & (inside_mm < shape.rim_mm[angle])] = Look.RIM
     return result
 
@@ -131,12 +137,12 @@ def draw(rng: np.random.Generator, presence: list[tuple[bool, bool]]) -> list[Sl
     """
     heart = _Heart(
         radius_mm=float(rng.normal(36.0, 3.6)),
-        wall_mm=float(np.clip(rng.normal(11.9, 1.8), 8.8, 15.5)),
+        wall_mm=float(np.clip(rng.normal(11.5, 1.8), 8.6, 15.5)),
         septum=float(rng.uniform(np.pi - 0.6, np.pi + 0.6)),
         infarct=float(rng.uniform(0, 2 * np.pi)),
-        scar_width=float(rng.uniform(0.6, 1.65)),
+        scar_width=float(rng.uniform(0.65, 1.8)),
         scar_depth=float(rng.uniform(0.65, 1.15)),
-        edema_width=float(rng.uniform(0.15, 0.75)),
+        edema_width=float(rng.uniform(0.1, 0.7)),
         edema_depth=float(rng.uniform(0.45, 1.25)),
         core=bool(rng.random() < 0.3),
         rim_mm=float(rng.uniform(0.0, 4.5)),
@@ -177,8 +183,8 @@ def _slice(rng: np.random.Generator, heart: _Heart, height: float, *, edema: boo
     return Slice(
         outer_mm=outer,
         inner_mm=inner,
-        trabecula_mm=np.maximum(0.0, 0.4 + 0.9 * wave(rng, 1, 4) + 1.6 * wave(rng, 8, 26)),
-        slow_mm=np.maximum(0.0, 3.0 + 3.0 * wave(rng, 1, 5) + 1.0 * wave(rng, 6, 16)),
+        trabecula_mm=np.maximum(0.0, 0.6 + 1.0 * wave(rng, 1, 4) + 1.7 * wave(rng, 8, 26)),
+        slow_mm=np.maximum(0.0, 3.8 + 3.2 * wave(rng, 1, 5) + 1.2 * wave(rng, 6, 16)),
         rim_mm=_rim(rng, heart) if edema else np.zeros(N_ANGLES),
         papillary_mm=_papillary(rng, inner, height),
         right_mm=right,
@@ -197,20 +203,23 @@ def _infarct(rng: np.random.Generator, heart: _Heart, *, edema: bool, scar: bool
     wings = wedge(centre + rng.normal(0, 0.35), half + heart.edema_width * rng.uniform(0.5, 1.5))
     edema_out = np.where(wings > 0, heart.edema_depth * np.maximum(wings, 0) ** 0.4 + 0.10 * wave(rng, 2, 9), -1.0)
     edema_in = np.maximum(0.0, 0.02 + 0.12 * wave(rng, 2, 7))
+    around = wedge(centre + rng.normal(0, 0.3), half + heart.edema_width + rng.uniform(0.1, 0.8))
+    grey_out = np.where(around > 0, 1.3 * np.maximum(around, 0) ** 0.4 + 0.2 * wave(rng, 2, 9), -1.0)
     never = np.full(N_ANGLES, -1.0)
     core_out = scar_out - 0.22 if heart.core else never
     core_in = np.maximum(scar_in, 0.12)
     seen = Infarct(
         scar=np.stack([scar_in, scar_out if scar else never]),
         edema=np.stack([edema_in, edema_out if edema else never]),
+        grey=np.stack([np.zeros(N_ANGLES), grey_out if edema or scar else never]),
         core=np.stack([core_in, core_out if scar else never]),
     )
-    return seen, Infarct(scar=_redrawn(rng, seen.scar), edema=_redrawn(rng, seen.edema), core=seen.core)
+    return seen, Infarct(scar=_redrawn(rng, seen.scar), edema=_redrawn(rng, seen.edema), grey=seen.grey, core=seen.core)
 
 
 def _redrawn(rng: np.random.Generator, borders: Floats) -> Floats:
     """The same borders by another hand: turned a little, and a little deeper or shallower."""
-    turned = np.roll(borders, int(rng.normal(0, 8.0)), axis=1)
+    turned = np.roll(borders, int(rng.normal(0, 14.0)), axis=1)
     wobble = np.stack([0.04 * wave(rng, 1, 8), 0.07 * wave(rng, 1, 8)])
     return np.where(turned < 0, turned, np.maximum(turned + wobble, 0))
 
