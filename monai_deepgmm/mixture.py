@@ -76,8 +76,12 @@ def m_step(
     floor = torch.as_tensor(floor, dtype=image.dtype, device=image.device)
     floor = floor.expand(image.shape[:2])[:, None]  # (B, 1, M)
     covariances = _covariances(centred, w, safe, covariance)
-    matrices = covariance in ("full", "tied")
-    covariances = covariances + (torch.diag_embed(floor) if matrices else floor[..., : covariances.shape[-1]])
+    if covariance == "spherical":
+        covariances = covariances + floor.mean(-1, keepdim=True)
+    elif covariance == "diag":
+        covariances = covariances + floor
+    else:
+        covariances = covariances + torch.diag_embed(floor)
     weights = resp if spatial else count / count.sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     return Mixture(weights, means, covariances)
 
