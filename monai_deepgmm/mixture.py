@@ -59,7 +59,8 @@ def m_step(
         mask: Ω as weights ``(B, 1, *S)``, 1 inside and 0 outside.
         covariance: the shape of Σ.
         spatial: True for the SVGMM.
-        floor: added to the variances, a number or ``(B, M)``; keeps a component on equal values from Σ = 0.
+        floor: added to the variances, a number or ``(B, M)``; keeps a component on equal values from Σ = 0. On the
+            diagonal of a matrix it is at least a few roundings of that matrix, so that its Cholesky factor exists.
 
     Returns:
         The mixture. A component without any voxel gets μ = 0 and Σ = floor, never NaN.
@@ -81,7 +82,9 @@ def m_step(
     elif covariance == "diag":
         covariances = covariances + floor
     else:
-        covariances = covariances + torch.diag_embed(floor)
+        # Sequences that depend on each other leave Σ singular to rounding, and the Cholesky factor would not exist.
+        rounding = 32 * torch.finfo(w.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
+        covariances = covariances + torch.diag_embed(torch.maximum(floor, rounding))
     weights = resp if spatial else count / count.sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     return Mixture(weights, means, covariances)
 
