@@ -261,11 +261,14 @@ def _collapsed(resp: Tensor, mask: Tensor) -> Tensor:
 
 
 def _variance(image: Tensor, mask: Tensor) -> Tensor:
-    """The variance of each sequence inside the mask ``(B, M)``; 1 where it is zero."""
+    """The variance of each sequence inside the mask ``(B, M)``; 1 where it is constant."""
     count = mask.sum(-1).clamp_min(1)
     centred = (image - ((image * mask).sum(-1) / count)[..., None]) * mask
     variance = centred.square().sum(-1) / count
-    return torch.where(variance > 0, variance, 1.0)
+    # Of equal values the computed mean is off by a rounding, so the variance of a constant is seldom exactly zero.
+    low = torch.where(mask > 0, image, torch.inf).amin(-1)
+    high = torch.where(mask > 0, image, -torch.inf).amax(-1)
+    return torch.where(high > low, variance, 1.0)
 
 
 def _put(old: Tensor, rows: Tensor, new: Tensor) -> Tensor:
