@@ -62,7 +62,7 @@ def kmeans_start(
         ``(B, K, *S)``, 0 outside the mask.
     """
     inside = mask.flatten(1).to(image.dtype)  # (B, N)
-    voxels = image.flatten(2).mT  # (B, N, M)
+    voxels = torch.where(mask > 0, image, 0).flatten(2).mT  # (B, N, M)
     centres: list[Tensor] = []
     nearest = inside
     for _ in range(components):
@@ -96,6 +96,7 @@ def means_start(image: Tensor, mask: Tensor, means: Tensor) -> Tensor:
         ``(B, K, *S)``, 0 outside the mask.
     """
     means = means.to(image).expand(len(image), *means.shape[-2:])
+    image = torch.where(mask > 0, image, 0)
     squared = (image.flatten(2)[:, None] - means[..., None]).square()  # (B, K, M, N)
     # The variance of each sequence around the nearest mean, shared by all components.
     nearest = squared.sum(2, keepdim=True).argmin(1, keepdim=True).expand(-1, -1, image.shape[1], -1)
@@ -107,9 +108,9 @@ def means_start(image: Tensor, mask: Tensor, means: Tensor) -> Tensor:
 
 
 def labels_start(labels: Tensor, mask: Tensor, components: int) -> Tensor:
-    """Responsibilities from a label map: ``(B, 1, *S)`` integers 0 … K−1 → ``(B, K, *S)``, 0 outside the mask."""
-    one_hot = torch.nn.functional.one_hot(labels[:, 0].long(), components).movedim(-1, 1)
-    return one_hot * mask
+    """Responsibilities from a label map: ``(B, 1, *S)`` integers 0 … K−1 inside the mask → ``(B, K, *S)``."""
+    inside = torch.where(mask > 0, labels, 0)[:, 0].long()
+    return torch.nn.functional.one_hot(inside, components).movedim(-1, 1) * mask
 
 
 # Step ------------------------------------------------------------------------------------------------------------
@@ -194,12 +195,11 @@ def fit(
     restarts = start.shape[0] if start.ndim == image.ndim + 1 else 1
     start = start.reshape(-1, *start.shape[-image.ndim + 1 :])
     inside, where = _pack_index(mask)
-    image_packed, start_packed = _pack(image, where, inside), _pack(start, where.repeat(restarts, 1), None)
-    repeat = [restarts, 1, 1]
+    every = inside.repeat(restarts, 1, 1)
     packed = _loop(
-        image_packed.repeat(repeat),
-        inside.repeat(repeat),
-        start_packed,
+        _pack(image, where, inside).repeat(restarts, 1, 1),
+        every,
+        _pack(start, where.repeat(restarts, 1), every),
         _Options(spatial, covariance, tol, max_iter, floor),
     )
     return _unpack(_best(packed, restarts), where, inside, image.shape[2:])
@@ -303,10 +303,9 @@ def _pack_index(mask: Tensor) -> tuple[Tensor, Tensor]:
     return flat.take_along_dim(where, 1)[:, None].to(mask.dtype), where
 
 
-def _pack(values: Tensor, where: Tensor, inside: Tensor | None) -> Tensor:
+def _pack(values: Tensor, where: Tensor, inside: Tensor) -> Tensor:
     """``(B, C, *S)`` → ``(B, C, N)``; what lies outside ``inside`` becomes 0, so that padding is always finite."""
-    packed = values.flatten(2).take_along_dim(where[:, None], 2)
-    return packed if inside is None else torch.where(inside > 0, packed, 0)
+    return torch.where(inside > 0, values.flatten(2).take_along_dim(where[:, None], 2), 0)
 
 
 def _unpack(fits: Fit, where: Tensor, inside: Tensor, spatial_shape: torch.Size) -> Fit:
