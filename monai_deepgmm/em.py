@@ -67,21 +67,29 @@ def kmeans_start(
     nearest = inside
     for _ in range(components):
         draw = torch.rand(len(image), 1, generator=generator, dtype=torch.float64).to(image)
-        mass = (nearest * inside).cumsum(1)
+        # Where every voxel already lies on a centre, any of them will do; a draw may round to 1, but must stay below.
+        left = nearest * inside
+        mass = torch.where(left.sum(1, keepdim=True) > 0, left, inside).cumsum(1)
+        draw = draw.clamp_max(1 - torch.finfo(draw.dtype).eps)
         index = torch.searchsorted(mass, draw * mass[:, -1:], right=True).clamp_max(inside.shape[1] - 1)
         centres.append(voxels.take_along_dim(index[..., None], 1))  # (B, 1, M)
         squared = (voxels - centres[-1]).square().sum(-1)
         nearest = squared if len(centres) == 1 else torch.minimum(nearest, squared)
     means = torch.cat(centres, 1)
-    labels = torch.cdist(voxels, means).argmin(-1)
+    labels = _nearest(voxels, means)
     for _ in range(lloyd_steps):
         member = torch.nn.functional.one_hot(labels, components).to(image.dtype) * inside[..., None]
         count = member.sum(1)[..., None]
         means = torch.where(count > 0, member.mT @ voxels / count.clamp_min(1), means)
-        previous, labels = labels, torch.cdist(voxels, means).argmin(-1)
+        previous, labels = labels, _nearest(voxels, means)
         if torch.equal(previous, labels):
             break
-    return labels_start(labels.reshape(len(image), 1, *image.shape[2:]), mask, components)
+    return labels_start(labels.reshape(len(image), 1, *image.shape[2:]), mask.to(image.dtype), components)
+
+
+def _nearest(voxels: Tensor, means: Tensor) -> Tensor:
+    """The nearest of the means ``(B, K, M)`` to each voxel ``(B, N, M)``, from differences: exact at any offset."""
+    return torch.cdist(voxels, means, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
 
 
 def means_start(image: Tensor, mask: Tensor, means: Tensor) -> Tensor:
