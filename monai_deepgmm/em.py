@@ -202,7 +202,7 @@ def fit(
     """
     restarts = start.shape[0] if start.ndim == image.ndim + 1 else 1
     start = start.reshape(-1, *start.shape[-image.ndim + 1 :])
-    inside, where = _pack_index(mask)
+    inside, where = _pack_index(mask.to(image.dtype))
     every = inside.repeat(restarts, 1, 1)
     packed = _loop(
         _pack(image, where, inside).repeat(restarts, 1, 1),
