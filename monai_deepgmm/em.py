@@ -138,8 +138,9 @@ def step(image: Tensor, mask: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor,
 def reseed(image: Tensor, mask: Tensor, mixture: Mixture, evidence: Tensor, collapsed: Tensor) -> Mixture:
     """Moves collapsed components to where the mixture explains the image worst.
 
-    The new mean is that of the twentieth of the voxels with the lowest density; the new covariance is the average of
-    the components that stand; the weights start equal.
+    The new mean is that of the twentieth of the voxels with the lowest density, for a second collapsed component the
+    next twentieth, and so on (equal components would stay equal for ever); the new covariance is the average of the
+    components that stand; the weights start equal.
 
     Args:
         image: ``(B, M, N)``.
@@ -149,11 +150,13 @@ def reseed(image: Tensor, mask: Tensor, mixture: Mixture, evidence: Tensor, coll
         collapsed: ``(B, K)``.
     """
     surprise = torch.where(mask > 0, -evidence, -torch.inf)
-    wanted = (mask.sum(-1) * 0.05).ceil().long().clamp_min(1)  # (B, 1)
-    threshold = surprise.sort(-1, descending=True).values.take_along_dim(wanted[..., None] - 1, -1)
-    worst = ((surprise >= threshold) & (mask > 0)).to(image.dtype)  # (B, 1, N)
-    place = (image * worst).sum(-1) / worst.sum(-1).clamp_min(1)  # (B, M)
-    means = torch.where(collapsed[..., None], place[:, None], mixture.means)
+    rank = surprise.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # (B, 1, N)
+    wanted = (mask.sum(-1, keepdim=True) * 0.05).ceil().clamp_min(1)  # (B, 1, 1)
+    parts = (mask.sum(-1, keepdim=True) / wanted).ceil().clamp_min(1)
+    turn = (collapsed.cumsum(1)[..., None] - 1).remainder(parts)  # (B, K, 1): which twentieth is whose
+    worst = ((rank / wanted).floor() == turn).to(image.dtype) * mask  # (B, K, N)
+    place = worst @ image.mT / worst.sum(-1, keepdim=True).clamp_min(1)  # (B, K, M)
+    means = torch.where(collapsed[..., None], place, mixture.means)
     covariances = mixture.covariances
     if covariances.shape[1] > 1:
         stands = (~collapsed).to(image.dtype).reshape(*collapsed.shape, *[1] * (covariances.ndim - 2))
