@@ -26,7 +26,8 @@ class Fit(NamedTuple):
         resp: responsibilities ``(B, K, *S)``, 0 outside the mask.
         mixture: the parameters.
         nll: the final NLL per voxel ``(B,)``.
-        trace: the NLL after each iteration ``(T, B)``; an image that has converged repeats its last value.
+        trace: the NLL of the start and after each iteration ``(T + 1, B)``; it falls, except where a component was
+            moved elsewhere. An image that has converged repeats its last value.
         iterations: how many of them each image needed ``(B,)``.
         converged: whether the gain fell below the tolerance ``(B,)``.
         reseeded: how often a collapsed component was moved elsewhere ``(B,)``.
@@ -93,7 +94,9 @@ def _nearest(voxels: Tensor, means: Tensor) -> Tensor:
 
 
 def means_start(image: Tensor, mask: Tensor, means: Tensor) -> Tensor:
-    """Responsibilities from known means (μ_data, S §4.2): one E-step with equal weights and one shared variance.
+    """Responsibilities from known means (μ_data, S §4.2): one E-step with equal weights and equal covariances.
+
+    The covariance, shared by all components, is diagonal: the mean square distance to the nearest mean.
 
     Args:
         image: ``(B, M, *S)``.
