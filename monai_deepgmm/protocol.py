@@ -29,7 +29,8 @@ class Tissue:
         color: ``#rrggbb``.
         density_g_per_ml: for the mass; None where the protocol gives none.
         signature: sequence → expected brightness, in standard deviations from the mean inside the mask.
-        centrality: expected mean relative depth: 0 at the mask's border, 1 at its deepest point.
+        centrality: expected mean relative depth, 0 at the mask's border and 1 at its deepest point; None where the
+            place tells nothing.
         seen_in: the sequences that show this tissue; one of them must be present.
         merges_into: the tissue that takes its voxels where it cannot be seen.
     """
@@ -39,7 +40,7 @@ class Tissue:
     color: str
     density_g_per_ml: float | None
     signature: Mapping[str, float]
-    centrality: float
+    centrality: float | None
     seen_in: tuple[str, ...]
     merges_into: str | None
 
@@ -171,7 +172,7 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         color=raw["color"],
         density_g_per_ml=raw.get("density_g_per_ml"),
         signature=signature,
-        centrality=float(raw["centrality"]),
+        centrality=None if raw.get("centrality") is None else float(raw["centrality"]),
         seen_in=tuple(raw["seen_in"]),
         merges_into=raw.get("merges_into"),
     )

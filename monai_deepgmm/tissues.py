@@ -1,0 +1,145 @@
+"""Which component is which tissue, without any truth.
+
+The protocol says how bright each tissue is in each sequence and how deep it lies. That alone sorts every voxel, softly
+and roughly: the *signature map*. A component gets the name of the tissue whose signature map it overlaps best, all
+components being named at once. With known means (μ_data) the map is made from those instead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.ndimage import distance_transform_edt
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from monai_deepgmm.em import Fit
+from monai_deepgmm.mixture import Mixture
+from monai_deepgmm.protocol import Tissue
+
+#: How far a voxel may stray from its tissue's signature: in standard deviations inside the mask, and in relative depth.
+BRIGHTNESS_SD, DEPTH_SD = 0.7, 0.2
+#: Two assignments whose mean soft Dice differ by this much are told apart with odds e : 1.
+CERTAINTY_SCALE = 0.04
+
+
+class Naming(NamedTuple):
+    """Which component bears which tissue's name.
+
+    Attributes:
+        order: (B, T) the component of each tissue, in the protocol's order.
+        certainty: (B,) the probability of this assignment among all, from how much worse the others overlap, 0 to 1.
+        agreement: (B, T) the share of each named component that lies where the signature map expects the tissue.
+    """
+
+    order: Tensor
+    certainty: Tensor
+    agreement: Tensor
+
+
+def relative_depth(mask: Tensor, spacing_mm: tuple[float, ...]) -> Tensor:
+    """Distance to the mask's border over the largest such distance: 0 at the border, 1 at the deepest point.
+
+    Args:
+        mask: ``(B, 1, *S)``.
+        spacing_mm: of the axes in ``*S``.
+
+    Returns:
+        ``(B, 1, *S)``, 0 outside the mask.
+    """
+    depths = [distance_transform_edt(m.numpy() > 0, sampling=spacing_mm) for m in mask[:, 0].cpu()]
+    relative = np.stack([depth / max(float(depth.max()), 1e-9) for depth in depths])
+    return torch.from_numpy(relative)[:, None].to(mask)
+
+
+def standardise(image: Tensor, mask: Tensor) -> Tensor:
+    """The image ``(B, M, *S)`` with mean 0 and standard deviation 1 inside the mask: the scale of signatures."""
+    axes = tuple(range(2, image.ndim))
+    count = mask.sum(axes, keepdim=True).clamp_min(1)
+    centred = image - (image * mask).sum(axes, keepdim=True) / count
+    deviation = ((centred.square() * mask).sum(axes, keepdim=True) / count).sqrt()
+    return centred / torch.where(deviation > 0, deviation, 1.0)
+
+
+def signature_map(
+    image: Tensor,
+    mask: Tensor,
+    tissues: tuple[Tissue, ...],
+    sequences: tuple[str, ...],
+    spacing_mm: tuple[float, ...],
+) -> Tensor:
+    """Each voxel's tissue as the protocol's signatures alone would have it.
+
+    ``q_t(x) ∝ exp(−½ Σ_m ((z_m(x) − s_tm) / 0.7)² − ½ ((depth(x) − c_t) / 0.2)²)`` with z standardised inside the mask.
+
+    Args:
+        image: ``(B, M, *S)``, channels as in ``sequences``; any scale.
+        mask: ``(B, 1, *S)``.
+        tissues: T tissues with their signatures s and centralities c.
+        sequences: the M sequences.
+        spacing_mm: of the axes in ``*S``.
+
+    Returns:
+        ``(B, T, *S)``, sums to 1 inside the mask, 0 outside.
+    """
+    z = standardise(image, mask)[:, None]  # (B, 1, M, *S)
+    expected = torch.tensor([[t.signature[s] for s in sequences] for t in tissues]).to(image)
+    expected = expected.reshape(1, *expected.shape, *[1] * (image.ndim - 2))
+    cost = ((z - expected) / BRIGHTNESS_SD).square().sum(2)
+    if all(t.centrality is not None for t in tissues):
+        centrality = torch.tensor([float(t.centrality or 0) for t in tissues]).to(image)
+        centrality = centrality.reshape(1, -1, *[1] * (image.ndim - 2))
+        cost = cost + ((relative_depth(mask, spacing_mm) - centrality) / DEPTH_SD).square()
+    return (-cost / 2).softmax(1) * mask
+
+
+def name(resp: Tensor, expected: Tensor) -> Naming:
+    """Names components by their overlap with the maps of where tissues are expected.
+
+    The assignment maximises the sum over tissues of the soft Dice ``2 Σ w q / (Σ w + Σ q)``.
+
+    Args:
+        resp: responsibilities w ``(B, K, *S)``, 0 outside the mask.
+        expected: the signature map q ``(B, T, *S)``, T = K.
+    """
+    w, q = resp.flatten(2), expected.flatten(2)
+    shared = w @ q.mT  # (B, K, T)
+    dice = 2 * shared / (w.sum(-1)[:, :, None] + q.sum(-1)[:, None]).clamp_min(1e-9)
+    order, certainty = zip(*(_assign(table) for table in dice.cpu().numpy()), strict=True)
+    chosen = torch.tensor(np.stack(order), device=resp.device)
+    agreement = shared / w.sum(-1).clamp_min(1e-9)[:, :, None]
+    picked = agreement.take_along_dim(chosen[:, None], 1).squeeze(1)
+    return Naming(chosen, torch.tensor(certainty), picked)
+
+
+def _assign(dice: np.ndarray) -> tuple[np.ndarray, float]:
+    """The best component of each tissue, from a (K, T) table, and the probability of that assignment.
+
+    The rivals are the best assignments in which one of the tissues gets another component.
+    """
+    components, tissues = linear_sum_assignment(dice, maximize=True)
+    order = components[np.argsort(tissues)]
+    best = dice[components, tissues].mean()
+    odds = 1.0
+    for component, tissue in zip(components, tissues, strict=True):
+        barred = dice.copy()
+        barred[component, tissue] = -len(dice)
+        rival = barred[linear_sum_assignment(barred, maximize=True)].mean()
+        odds += float(np.exp((rival - best) / CERTAINTY_SCALE)) / 2  # a swap of two tissues is met twice
+    return order, 1 / odds
+
+
+def reorder(fit: Fit, order: Tensor) -> Fit:
+    """The fit with its components in the order of the tissues; ``order`` is ``Naming.order`` (B, T)."""
+
+    def pick(values: Tensor) -> Tensor:
+        index = order.to(values.device).reshape(*order.shape, *[1] * (values.ndim - 2))
+        return values.take_along_dim(index, 1)
+
+    mixture = fit.mixture
+    covariances = mixture.covariances
+    tied = covariances.shape[1] < order.shape[1]
+    named = Mixture(pick(mixture.weights), pick(mixture.means), covariances if tied else pick(covariances))
+    return fit._replace(resp=pick(fit.resp), mixture=named, collapsed=pick(fit.collapsed))
