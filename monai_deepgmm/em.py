@@ -240,8 +240,11 @@ def _loop(image: Tensor, mask: Tensor, start: Tensor, options: _Options) -> Fit:
     active = torch.arange(batch, device=image.device)
     mixture = maximise(active, start.to(image.dtype))
     if options.spatial:
-        # Π_k(x) = 0 never changes again, so an SVGMM that began with hard responsibilities would end there.
-        mixture = mixture._replace(weights=torch.full_like(mixture.weights, 1 / start.shape[1]))
+        # Π_k(x) = 0 never changes again, so an SVGMM that began with hard responsibilities would end there. Only a
+        # component without any voxel keeps 0: its mean is arbitrary, and it is moved in the first iteration.
+        present = ((start * mask).sum(-1, keepdim=True) > 0).to(image.dtype)
+        equal = present / present.sum(1, keepdim=True).clamp_min(1)
+        mixture = mixture._replace(weights=equal.expand_as(mixture.weights))
     resp, last, evidence = step(image, mask, mixture)
     trace = [last.clone()]
     iterations = torch.zeros(batch, dtype=torch.long, device=image.device)
