@@ -24,6 +24,7 @@ from monai_deepgmm.phantom_shapes import Floats, draw, labels
 SUFFIXES: Mapping[str, str] = MappingProxyType({"LGE": "LGE", "T2": "T2", "bSSFP": "C0"})
 SEQUENCES = tuple(SUFFIXES)
 
+
 @dataclass(frozen=True)
 class PhantomConfig:
     """What kind of patients to make.

@@ -17,13 +17,13 @@ CROP_MM = 120.0
 #: Mean of each look in LGE, T2, bSSFP.
 MEANS: Floats = np.array(
     [
-        [1.61, -0.69, 2.24],  # blood
-        [-0.87, 0.33, -0.36],  # myocardium
-        [-0.40, 1.53, -0.01],  # edema
-        [1.82, 1.23, 0.45],  # scar
-        [0.75, 0.95, 1.35],  # slow flow
+        [1.72, -0.69, 2.25],  # blood
+        [-0.82, 0.37, -0.30],  # myocardium
+        [-0.35, 1.59, 0.06],  # edema
+        [1.93, 1.26, 0.54],  # scar
+        [0.62, 1.00, 1.30],  # slow flow
         [0.80, 1.60, 1.30],  # rim
-        [-0.35, 0.50, 0.40],  # trabecula
+        [-0.50, 0.55, 0.55],  # trabecula
         [-0.33, 0.80, 0.00],  # grey zone
         [-0.20, 0.60, 0.10],  # no-reflow core
         [0.90, -0.30, 1.30],  # right ventricle
@@ -33,10 +33,10 @@ MEANS: Floats = np.array(
 #: Standard deviation of the texture within each look.
 TEXTURE: Floats = np.array(
     [
-        [0.41, 0.38, 0.32],  # blood
-        [0.22, 0.15, 0.22],  # myocardium
-        [0.38, 0.15, 0.38],  # edema
-        [0.93, 0.55, 0.61],  # scar
+        [0.23, 0.29, 0.36],  # blood
+        [0.23, 0.15, 0.24],  # myocardium
+        [0.29, 0.15, 0.28],  # edema
+        [0.92, 0.56, 0.62],  # scar
         [0.40, 0.45, 0.40],  # slow flow
         [0.50, 0.45, 0.50],  # rim
         [0.50, 0.50, 0.50],  # trabecula
@@ -49,10 +49,10 @@ TEXTURE: Floats = np.array(
 #: Correlation of that texture: LGE with T2, LGE with bSSFP, T2 with bSSFP.
 TEXTURE_CORRELATION: Floats = np.array(
     [
-        [-0.12, -0.25, 0.12],  # blood
-        [-0.35, -0.63, -0.02],  # myocardium
-        [0.66, 0.31, 0.37],  # edema
-        [0.24, 0.31, 0.08],  # scar
+        [0.17, -0.53, 0.29],  # blood
+        [-0.60, -0.70, -0.07],  # myocardium
+        [0.70, 0.26, 0.38],  # edema
+        [0.25, 0.30, 0.07],  # scar
         [0.00, 0.20, 0.00],  # slow flow
         [0.00, 0.20, 0.00],  # rim
         [0.00, 0.20, 0.00],  # trabecula
@@ -63,7 +63,7 @@ TEXTURE_CORRELATION: Floats = np.array(
     ]
 )
 #: Standard deviation of each look's mean between slices; scar's row serves the core, blood's the rest.
-BETWEEN: Floats = np.array([[0.59, 0.38, 0.52], [0.21, 0.33, 0.25], [1.38, 0.74, 1.43], [0.76, 0.55, 0.31]])[
+BETWEEN: Floats = np.array([[0.64, 0.41, 0.50], [0.20, 0.33, 0.26], [1.45, 0.74, 1.49], [0.73, 0.52, 0.30]])[
     [0, 1, 2, 3, 0, 0, 0, 1, 3, 0, 0]
 ]
 #: Share of that variance which all looks of a slice have in common, and which all slices of a patient have in common.
@@ -83,11 +83,11 @@ SHARED_BY_LOOKS[:, 1] = [
 ]  # on T2 the wall's tissues go together
 SHARED_BY_SLICES = 0.75
 #: The texture: correlation lengths in mm (standard deviation of the Gaussian filter) and shares of the variance.
-TEXTURE_SCALES: tuple[tuple[float, float], ...] = ((0.3, 0.03), (1.2, 0.53), (3.5, 0.11), (12.0, 0.33))
+TEXTURE_SCALES: tuple[tuple[float, float], ...] = ((0.3, 0.03), (1.05, 0.53), (3.5, 0.11), (12.0, 0.33))
 #: The scanner's blur; looks that fade into each other, and over which distance (standard deviations of Gaussians).
 BLUR_MM = 1.1
 FADES_MM: tuple[tuple[list[int], float], ...] = (
-    ([Look.EDEMA, Look.GREY_ZONE, Look.MYOCARDIUM], 2.4),
+    ([Look.EDEMA, Look.GREY_ZONE, Look.MYOCARDIUM], 3.2),
     ([Look.SLOW_FLOW, Look.BLOOD], 3.0),
 )
 #: Over which distance the displacement of the sequences against each other changes.
@@ -233,7 +233,7 @@ def intensities(
 
 
 def _shading(rng: np.random.Generator, x: Floats, y: Floats, n_slices: int) -> Floats:
-    """A smooth field per sequence, between -1 and 1 over the crop, much alike in all slices, ``(3, H, W, n_slices)``."""
+    """A smooth field per sequence, between -1 and 1, much alike in all slices, ``(3, H, W, n_slices)``."""
     u, v = np.clip(x / (CROP_MM / 2), -1, 1), np.clip(y / (CROP_MM / 2), -1, 1)
     basis = np.stack([u, v, u * v, u**2 - 0.5, v**2 - 0.5])
     weights = rng.standard_normal((3, 1, 5)) + 0.3 * rng.standard_normal((3, n_slices, 5))

@@ -203,7 +203,7 @@ def _infarct(rng: np.random.Generator, heart: _Heart, *, edema: bool, scar: bool
     wings = wedge(centre + rng.normal(0, 0.35), half + heart.edema_width * rng.uniform(0.5, 1.5))
     edema_out = np.where(wings > 0, heart.edema_depth * np.maximum(wings, 0) ** 0.4 + 0.10 * wave(rng, 2, 9), -1.0)
     edema_in = np.maximum(0.0, 0.02 + 0.12 * wave(rng, 2, 7))
-    around = wedge(centre + rng.normal(0, 0.3), half + heart.edema_width + rng.uniform(0.1, 0.8))
+    around = wedge(centre + rng.normal(0, 0.3), half + heart.edema_width + rng.uniform(0.1, 0.7))
     grey_out = np.where(around > 0, 1.3 * np.maximum(around, 0) ** 0.4 + 0.2 * wave(rng, 2, 9), -1.0)
     never = np.full(N_ANGLES, -1.0)
     core_out = scar_out - 0.22 if heart.core else never

@@ -122,8 +122,7 @@ def _lagged(left: Floats, labels: Labels, lag: int, axis: int) -> float:
 
 
 def moments(crop: Crop, tissue: int) -> Floats | None:
-    """Mean (3), sd (3), correlations (3) and share of the left ventricle (1) of a tissue; None where it is (nearly)
-    absent."""
+    """A tissue's means (3), sds (3), correlations (3) and share of the left ventricle (1); None where it is absent."""
     inside = crop.labels == tissue
     if inside.sum() < 30:
         return None
@@ -251,9 +250,8 @@ def main() -> int:
         numbers = f"{row.found:9.2f}{row.target:10.2f}{row.found - row.target:+9.2f}{row.tolerance:9.2f}"
         print(f"{row.name:34}{numbers}  {'ok' if row.ok else 'OFF'}")
     bound = " ".join(f"{b:.2f}" for b in best.mean(0))
-    print(
-        f"\nGaussians fitted with the truth reach {bound}, mean {best.mean():.2f} (patients: edema .51, scar .67, mean .73)"
-    )
+    print(f"\nGaussians fitted with the truth reach {bound}, mean {best.mean():.2f}")
+    print("(in patients edema .51, scar .67, mean .73)")
     off = sum(not row.ok for row in rows)
     print(f"{off} of {len(rows)} numbers are off" if off else f"all {len(rows)} numbers are within their tolerance")
     return int(off > 0)
