@@ -1,0 +1,223 @@
+"""Protocols: the two that come along, a file of one's own, what is visible, and errors that name the key."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+
+from monai_deepgmm import protocol
+from monai_deepgmm.errors import UsageError
+
+OWN = {
+    "name": "liver",
+    "title": "Liver and lesion",
+    "unit": "volume",
+    "mask": "liver",
+    "sequences": ["ADC", "T2"],
+    "normalisation": {"crop_mm": None},
+    "tissues": [
+        {
+            "name": "lesion",
+            "index": 7,
+            "color": "#ff0000",
+            "signature": {"ADC": "very bright", "T2": 0.3},
+            "centrality": 0.5,
+            "seen_in": ["ADC"],
+            "merges_into": "liver",
+        },
+        {
+            "name": "liver",
+            "index": 2,
+            "color": "#00ff00",
+            "density_g_per_ml": 1.07,
+            "signature": {"ADC": "dark", "T2": "grey"},
+            "centrality": 0.2,
+            "seen_in": ["ADC", "T2"],
+        },
+    ],
+    "percent_of": {"name": "liver"},
+}
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(content):
+        path = tmp_path / "own.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    return write
+
+
+def without(*keys):
+    raw = copy.deepcopy(OWN)
+    *path, last = keys
+    place = raw
+    for key in path:
+        place = place[key]
+    del place[last]
+    return raw
+
+
+def changed(value, *keys):
+    raw = copy.deepcopy(OWN)
+    *path, last = keys
+    place = raw
+    for key in path:
+        place = place[key]
+    place[last] = value
+    return raw
+
+
+# Those that come along -------------------------------------------------------------------------------------------
+
+
+def test_two_protocols_come_along():
+    assert protocol.names() == ["brain", "infarct"]
+
+
+def test_infarct():
+    infarct = protocol.load("infarct")
+    assert infarct.sequences == ("LGE", "T2", "bSSFP")
+    assert [(t.index, t.name) for t in infarct.tissues] == [(1, "blood"), (2, "myocardium"), (3, "edema"), (4, "scar")]
+    assert infarct.unit == "slice"
+    assert infarct.required == ()
+    assert (infarct.percent_name, infarct.percent_of) == ("wall", ("myocardium", "edema", "scar"))
+    assert infarct.tissue("myocardium").density_g_per_ml == 1.05
+
+
+def test_brain():
+    brain = protocol.load("brain")
+    assert brain.sequences == ("T1", "T2", "FLAIR")
+    assert [(t.index, t.name) for t in brain.tissues] == [(1, "GM"), (2, "WM"), (3, "CSF")]
+    assert brain.required == ("T1",)
+    assert (brain.percent_name, brain.percent_of) == ("mask", ("GM", "WM", "CSF"))
+    assert all(t.density_g_per_ml is None for t in brain.tissues)
+
+
+@pytest.mark.parametrize("name", protocol.names())
+def test_every_protocol_is_sound(name):
+    loaded = protocol.load(name)
+    names = {t.name for t in loaded.tissues}
+    assert loaded.name == name
+    assert set(loaded.required) <= set(loaded.sequences)
+    assert set(loaded.percent_of) <= names
+    for tissue in loaded.tissues:
+        assert set(tissue.signature) == set(loaded.sequences)
+        assert tissue.seen_in
+        assert set(tissue.seen_in) <= set(loaded.sequences)
+        assert tissue.merges_into is None or tissue.merges_into in names - {tissue.name}
+        assert tissue.centrality is None or 0 <= tissue.centrality <= 1
+        assert len(tissue.color) == 7
+    assert loaded.visible(loaded.sequences) == loaded.tissues
+    assert loaded.merged(loaded.sequences) == {t.index: t.index for t in loaded.tissues}
+
+
+def test_the_normalisation_tells_where_intensities_are_z_scored():
+    assert protocol.load("infarct").normalisation == "zscore-slice-crop-120mm"
+    assert protocol.load("brain").normalisation == "zscore-volume-mask"
+
+
+# What can be seen ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sequences", "seen", "merged"),
+    [
+        (["LGE", "T2", "bSSFP"], ["blood", "myocardium", "edema", "scar"], {1: 1, 2: 2, 3: 3, 4: 4}),
+        (["LGE", "bSSFP"], ["blood", "myocardium", "scar"], {1: 1, 2: 2, 3: 2, 4: 4}),
+        (["T2", "bSSFP"], ["blood", "myocardium", "edema"], {1: 1, 2: 2, 3: 3, 4: 3}),
+        (["bSSFP"], ["blood", "myocardium"], {1: 1, 2: 2, 3: 2, 4: 2}),
+        (["T2"], ["blood", "myocardium", "edema"], {1: 1, 2: 2, 3: 3, 4: 3}),
+        (["LGE"], ["blood", "myocardium", "scar"], {1: 1, 2: 2, 3: 2, 4: 4}),
+        ([], [], {1: 0, 2: 0, 3: 0, 4: 0}),
+    ],
+)
+def test_a_missing_sequence_takes_its_tissues_away(sequences, seen, merged):
+    infarct = protocol.load("infarct")
+    assert [t.name for t in infarct.visible(sequences)] == seen
+    assert infarct.merged(sequences) == merged
+
+
+@pytest.mark.parametrize("sequences", [["T1"], ["FLAIR", "T1"], ["T1", "T2"]])
+def test_t1_alone_shows_all_of_the_brain(sequences):
+    brain = protocol.load("brain")
+    assert brain.merged(sequences) == {1: 1, 2: 2, 3: 3}
+
+
+def test_a_tissue_that_the_protocol_lacks():
+    with pytest.raises(KeyError, match=r"no tissue 'edemas' in protocol infarct.*'edema'"):
+        protocol.load("infarct").tissue("edemas")
+
+
+# A file of one's own ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml"])
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "path"])
+def test_a_file_of_ones_own(tmp_path, suffix, kind):
+    path = tmp_path / f"own{suffix}"
+    path.write_text(yaml.safe_dump(OWN), encoding="utf-8")
+    own = protocol.load(kind(path))
+    assert [t.name for t in own.tissues] == ["liver", "lesion"]  # in order of index
+    assert own.tissue("lesion").signature == {"ADC": 1.5, "T2": 0.3}
+    assert own.percent_of == ("liver", "lesion")
+    assert own.normalisation == "zscore-volume-mask"
+    assert own.merged(["T2"]) == {7: 2, 2: 2}
+    assert own.tissue("lesion").density_g_per_ml is None
+    assert own.tissue("liver").centrality == 0.2
+
+
+def test_optional_keys(written):
+    own = protocol.load(written(without("tissues", 0, "merges_into")))
+    assert own.required == ()
+    assert own.merged(["T2"]) == {7: 0, 2: 2}  # nothing takes the lesion's voxels
+    assert protocol.load(written(changed(None, "tissues", 0, "centrality"))).tissue("lesion").centrality is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["name", "title", "unit", "mask", "sequences", "normalisation", "tissues", "percent_of"],
+)
+def test_a_missing_key_is_named(written, key):
+    with pytest.raises(UsageError, match=rf"--protocol .*own\.yaml: .*{key}"):
+        protocol.load(written(without(key)))
+
+
+@pytest.mark.parametrize("key", ["name", "index", "color", "signature", "seen_in"])
+def test_a_missing_key_of_a_tissue_is_named(written, key):
+    with pytest.raises(UsageError, match=key):
+        protocol.load(written(without("tissues", 0, key)))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (changed("patient", "unit"), "unit: 'patient'.*slice or volume"),
+        (changed(2, "tissues", 0, "index"), "indices must differ"),
+        (changed(0, "tissues", 0, "index"), "1-255"),
+        (changed(256, "tissues", 0, "index"), "1-255"),
+        (changed({"ADC": "dark"}, "tissues", 1, "signature"), "signature of liver for each of ADC, T2"),
+        (changed({"ADC": "dark", "T2": "grey", "T1": 0}, "tissues", 1, "signature"), "signature of liver"),
+        (changed({"ADC": "brightish", "T2": "grey"}, "tissues", 1, "signature"), "brightish"),
+        ("name: [liver", "own.yaml"),
+        ("", "own.yaml"),
+        ("just a sentence", "own.yaml"),
+        ("- a\n- list\n", "own.yaml"),
+    ],
+)
+def test_a_malformed_file_is_a_usage_error(written, raw, message):
+    with pytest.raises(UsageError, match=message):
+        protocol.load(written(raw))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UsageError, match=r"no file .*absent\.yaml"):
+        protocol.load(tmp_path / "absent.yaml")
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(UsageError, match=r"'heart'.*brain, infarct"):
+        protocol.load("heart")
