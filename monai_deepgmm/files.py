@@ -105,9 +105,9 @@ def write_whole(path: Path, data: bytes) -> None:
         except FileNotFoundError as error:
             # Where locks are not shared between machines, another run may have taken our file for a leftover.
             if attempt == _ATTEMPTS or not path.parent.is_dir():
-                raise _unwritten(path, error) from None
+                raise unwritten(path, error) from None
         except (OSError, ValueError) as error:
-            raise _unwritten(path, error) from None
+            raise unwritten(path, error) from None
 
 
 def _write_beside(path: Path, data: bytes) -> None:
@@ -151,7 +151,8 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _unwritten(path: Path, error: Exception) -> StudyError:
+def unwritten(path: Path, error: Exception) -> StudyError:
+    """What a failed write means to the user: ``E_DISK``, ``E_NAME`` or ``E_WRITE``."""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT):
         return refused(path, "E_DISK", "the disk is full", "Free some space and run the command again")

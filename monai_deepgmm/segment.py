@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from monai_deepgmm import em, tissues, transforms
+from monai_deepgmm.config import Config
+from monai_deepgmm.em import Fit
+from monai_deepgmm.errors import StudyError
+from monai_deepgmm.mixture import Mixture, e_step
 from monai_deepgmm.nifti import Volume
 from monai_deepgmm.protocol import Protocol, Tissue
+from monai_deepgmm.scan import MIN_VOXELS_PER_TISSUE, Scan
+from monai_deepgmm.study import Study
+from monai_deepgmm.tissues import Naming
+from monai_deepgmm.transforms import Units
+
+DISCLAIMER = "Research use only. Not a medical device."
+#: Names given with less certainty than this are reported.
+CERTAIN = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segmentation:
     """What one patient's segmentation produced, on the reference sequence's grid.
 
@@ -40,3 +57,270 @@ class Segmentation:
     slice_axis: int
     sidecar: dict[str, Any]
     warnings: tuple[str, ...]
+
+
+def segment(study: Study, config: Config) -> Segmentation:
+    """Segments one patient.
+
+    Args:
+        study: the files.
+        config: what to do with them.
+
+    Raises:
+        StudyError: the patient cannot be segmented; the code says why.
+    """
+    data: dict[str, Any] = {"study": study}
+    # Step by step, because Compose would hide a StudyError inside a RuntimeError.
+    for step in transforms.preprocessing(config.protocol, frame=config.frame, max_voxels=config.max_voxels).transforms:
+        data = step(data)
+    patient: Scan = data["scan"]
+    units: Units = data["units"]
+    visible = config.protocol.visible(patient.sequences)
+    image, mask = units.image.to(config.device), units.mask.to(config.device)
+    expected = expected_map(image, mask, units, patient.sequences, visible, config)
+    large = _large(units, visible, config.protocol)
+    fit = solve(image[large], mask[large], expected[large], config)
+    naming = tissues.name(fit.resp, expected[large])
+    fit = tissues.reorder(fit, naming.order)
+    resp = _all_units(fit, image, mask, large)
+    probabilities = units.restore(resp.cpu())
+    labels = _labels(probabilities, patient.mask, visible)
+    warnings = (
+        *patient.warnings,
+        *_about_sequences(config.protocol, patient.sequences),
+        *_about_order(units, patient, visible),
+        *_about_fit(fit, naming, units, large, visible),
+    )
+    return Segmentation(
+        patient=study.patient,
+        protocol=config.protocol,
+        tissues=visible,
+        images=dict(zip(patient.sequences, patient.image, strict=True)),
+        mask=patient.mask,
+        labels=labels,
+        probabilities=probabilities,
+        reference=patient.reference,
+        slice_axis=units.slice_axis,
+        sidecar=_sidecar(patient, units, visible, fit, naming, large, config, warnings),
+        warnings=warnings,
+    )
+
+
+def expected_map(
+    image: Tensor, mask: Tensor, units: Units, sequences: tuple[str, ...], visible: tuple[Tissue, ...], config: Config
+) -> Tensor:
+    """Where each tissue is expected ``(B, T, *S)``: by μ_data where given, else by the protocol's signatures.
+
+    Raises:
+        StudyError: ``E_MEANS``, the means lack a tissue or sequence of this patient.
+    """
+    if config.means is None:
+        return tissues.signature_map(image, mask, visible, sequences, units.spacing_mm)
+    try:
+        means = [[config.means.means[t.name][s] for s in sequences] for t in visible]
+    except KeyError as error:
+        message = f"the means have no value for {error}, which this patient's sequences show"
+        raise StudyError("E_MEANS", message, "Compute the means from patients with these sequences") from error
+    return em.means_start(image, mask, torch.tensor(means))
+
+
+def solve(image: Tensor, mask: Tensor, expected: Tensor, config: Config) -> Fit:
+    """Fits the mixture of ``config.method`` to each image, from the start that ``config`` asks for."""
+    settings = config.solver
+    start = expected
+    if settings.start == "kmeans" and config.means is None:
+        generator = torch.Generator().manual_seed(config.seed)
+        draws = [em.kmeans_start(image, mask, expected.shape[1], generator=generator) for _ in range(settings.restarts)]
+        start = torch.stack(draws)
+    return em.fit(
+        image,
+        mask,
+        start,
+        spatial=config.method == "svgmm",
+        covariance=config.covariance,
+        tol=settings.tol,
+        max_iter=settings.max_iter,
+        floor=settings.floor,
+    )
+
+
+def _large(units: Units, visible: tuple[Tissue, ...], protocol: Protocol) -> Tensor:
+    """The indices of the images with enough voxels for a fit of their own."""
+    needed = MIN_VOXELS_PER_TISSUE * len(visible)
+    large = torch.nonzero(units.mask.flatten(1).sum(1) >= needed).flatten()
+    if len(large) == 0:
+        message = f"no {protocol.unit} of the mask has the {needed} voxels that a fit needs"
+        raise StudyError("E_MASK_SMALL", message, f"Check that the mask covers the {protocol.mask}")
+    return large
+
+
+def _all_units(fit: Fit, image: Tensor, mask: Tensor, large: Tensor) -> Tensor:
+    """Responsibilities of every image: its own fit's, or for a small one by the mixture of the nearest large one."""
+    resp = image.new_zeros((len(image), *fit.resp.shape[1:]))
+    resp[large] = fit.resp
+    for index in sorted(set(range(len(image))) - set(large.tolist())):
+        near = int((large - index).abs().argmin())
+        weights = fit.resp[near].flatten(1).mean(1)
+        borrowed = Mixture((weights / weights.sum())[None], *(p[near][None] for p in fit.mixture[1:]))
+        resp[index] = e_step(image[index][None], mask[index][None], borrowed)[0]
+    return resp
+
+
+def _labels(probabilities: np.ndarray, mask: np.ndarray, visible: tuple[Tissue, ...]) -> np.ndarray:
+    """Bayes' rule (S §2): the most probable tissue of each voxel inside the mask."""
+    index = np.array([t.index for t in visible], dtype=np.uint8)
+    return np.where(mask, index[probabilities.argmax(0)], 0).astype(np.uint8)
+
+
+# What to tell the user -------------------------------------------------------------------------------------------
+
+
+def _about_sequences(protocol: Protocol, sequences: tuple[str, ...]) -> list[str]:
+    absent = [s for s in protocol.sequences if s not in sequences]
+    if not absent:
+        return []
+    by_index = {t.index: t.name for t in protocol.tissues}
+    merged = [(by_index[a], by_index[b]) for a, b in protocol.merged(sequences).items() if a != b and b in by_index]
+    told = "; ".join(f"{a} is counted as {b}" for a, b in merged) or "no tissue is lost"
+    return [f"W_MISSING: without {', '.join(absent)}: {told}"]
+
+
+def _about_order(units: Units, patient: Scan, visible: tuple[Tissue, ...]) -> list[str]:
+    swapped = tissues.looks_swapped(units.image, units.mask, visible, patient.sequences, units.spacing_mm)
+    if swapped is None:
+        return []
+    order = ", ".join(f"{a} like {b}" for a, b in zip(patient.sequences, swapped, strict=True) if a != b)
+    return [f"W_SWAPPED: the sequences look exchanged ({order}); check which file is which"]
+
+
+def _about_fit(fit: Fit, naming: Naming, units: Units, large: Tensor, visible: tuple[Tissue, ...]) -> list[str]:
+    def where(flags: Tensor) -> str:
+        chosen = [units.slices[int(large[i])] for i in torch.nonzero(flags).flatten()] if units.slices else []
+        return f" in slice {', '.join(map(str, chosen))}" if chosen else ""
+
+    notes = []
+    if units.slices and (small := sorted(set(range(len(units.slices))) - set(large.tolist()))):
+        listed = ", ".join(str(units.slices[i]) for i in small)
+        notes.append(f"W_SMALL: slice {listed} has too few voxels for a fit and uses its neighbour's mixture")
+    if not fit.converged.all():
+        notes.append(f"W_CONVERGENCE: the fit did not converge{where(~fit.converged)}; raise max_iter or tol")
+    if fit.reseeded.any():
+        notes.append(f"W_RESEEDED: a collapsed component was started anew{where(fit.reseeded > 0)}")
+    for i, tissue in enumerate(visible):
+        if fit.collapsed[:, i].any():
+            notes.append(f"W_COLLAPSED: {tissue.name} holds nearly no voxel{where(fit.collapsed[:, i])}")
+    unsure = naming.certainty < CERTAIN
+    if unsure.any():
+        notes.append(f"W_NAMES: the tissues' names are uncertain{where(unsure)}; check them on the page")
+    return notes
+
+
+# Provenance ------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that compute."""
+    packages = ("monai-deepgmm", "monai", "torch", "numpy", "scipy", "nibabel", "SimpleITK")
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
+
+
+def _sidecar(
+    patient: Scan,
+    units: Units,
+    visible: tuple[Tissue, ...],
+    fit: Fit,
+    naming: Naming,
+    large: Tensor,
+    config: Config,
+    warnings: tuple[str, ...],
+) -> dict[str, Any]:
+    names = [t.name for t in visible]
+    slices = [units.slices[int(i)] if units.slices else None for i in large]
+    voxels = units.mask.flatten(1).sum(1)[large]
+    certainty = float((naming.certainty * voxels).sum() / voxels.sum())
+    return {
+        "Disclaimer": DISCLAIMER,
+        "GeneratedBy": "monai-deepgmm",
+        "versions": versions(),
+        "method": config.method,
+        "sequences": list(patient.sequences),
+        "tissues": [{"name": t.name, "index": t.index, "color": t.color} for t in visible],
+        "configuration": config.as_json(),
+        "seed": config.seed,
+        "inputs": patient.inputs,
+        "grid": _grid(patient.reference),
+        "slice_axis": units.slice_axis,
+        "converged": bool(fit.converged.all()),
+        "naming": {
+            "rule": _naming_rule(config),
+            "certainty": round(certainty, 4),
+            "units": [
+                {
+                    "slice": slices[i],
+                    "certainty": round(float(naming.certainty[i]), 4),
+                    "assignment": dict(zip(names, naming.order[i].tolist(), strict=True)),
+                    "agreement": dict(zip(names, _rounded(naming.agreement[i]), strict=True)),
+                }
+                for i in range(len(large))
+            ],
+        },
+        "fit": {
+            "units": [
+                {
+                    "slice": slices[i],
+                    "nll": round(float(fit.nll[i]), 7),
+                    "converged": bool(fit.converged[i]),
+                    "iterations": int(fit.iterations[i]),
+                    "reseeded": int(fit.reseeded[i]),
+                    "trace": _rounded(fit.trace[: int(fit.iterations[i]) + 1, i], 7),
+                }
+                for i in range(len(large))
+            ]
+        },
+        "mixture": {
+            "units": [_parameters(fit, i, slices[i], names, patient.sequences) for i in range(len(large))],
+            "covariance": config.covariance,
+            "scale": config.protocol.normalisation,
+        },
+        "warnings": list(warnings),
+    }
+
+
+def _naming_rule(config: Config) -> str:
+    source = "the given means" if config.means is not None else "the protocol's signatures and places"
+    return f"components named together, by largest overlap with the map expected from {source}"
+
+
+def _grid(volume: Volume) -> dict[str, Any]:
+    return {
+        "shape": list(volume.source_shape),
+        "affine": np.round(volume.affine, 6).tolist(),
+        "spacing_mm": [round(s, 6) for s in volume.spacing_mm],
+        "sform_code": int(volume.header["sform_code"]),
+        "qform_code": int(volume.header["qform_code"]),
+        "voxel_ml": round(volume.voxel_ml, 9),
+    }
+
+
+def _parameters(
+    fit: Fit, index: int, where: int | None, names: list[str], sequences: tuple[str, ...]
+) -> dict[str, Any]:
+    """One image's π, μ and Σ; of an SVGMM's Π, the mean over the mask."""
+    resp = fit.resp[index].flatten(1).sum(1)
+    covariances = fit.mixture.covariances[index]
+    shared = covariances.shape[0] < len(names)
+    return {
+        "slice": where,
+        "weights": dict(zip(names, _rounded(resp / resp.sum()), strict=True)),
+        "means": {
+            name: dict(zip(sequences, _rounded(mean), strict=True))
+            for name, mean in zip(names, fit.mixture.means[index], strict=True)
+        },
+        "covariances": {
+            name: np.round(covariances[0 if shared else k].cpu().numpy(), 6).tolist() for k, name in enumerate(names)
+        },
+    }
+
+
+def _rounded(values: Tensor, digits: int = 5) -> list[float]:
+    return [round(float(v), digits) for v in values]

@@ -7,6 +7,7 @@ components being named at once. With known means (μ_data) the map is made from 
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ from monai_deepgmm.protocol import Tissue
 BRIGHTNESS_SD, DEPTH_SD = 0.7, 0.2
 #: Two assignments whose mean soft Dice differ by this much are told apart with odds e : 1.
 CERTAINTY_SCALE = 0.04
+#: Sequences are called exchanged when other names explain a voxel better by this much log-likelihood on average.
+SWAP_MARGIN = 0.15
 
 
 class Naming(NamedTuple):
@@ -84,15 +87,18 @@ def signature_map(
     Returns:
         ``(B, T, *S)``, sums to 1 inside the mask, 0 outside.
     """
-    z = standardise(image, mask)[:, None]  # (B, 1, M, *S)
-    expected = torch.tensor([[t.signature[s] for s in sequences] for t in tissues]).to(image)
-    expected = expected.reshape(1, *expected.shape, *[1] * (image.ndim - 2))
-    cost = ((z - expected) / BRIGHTNESS_SD).square().sum(2)
-    if all(t.centrality is not None for t in tissues):
-        centrality = torch.tensor([float(t.centrality or 0) for t in tissues]).to(image)
-        centrality = centrality.reshape(1, -1, *[1] * (image.ndim - 2))
-        cost = cost + ((relative_depth(mask, spacing_mm) - centrality) / DEPTH_SD).square()
-    return (-cost / 2).softmax(1) * mask
+    z, depth = standardise(image, mask), relative_depth(mask, spacing_mm)
+    return torch.stack([_log_expected(z, depth, t, sequences) for t in tissues], 1).softmax(1) * mask
+
+
+def _log_expected(z: Tensor, depth: Tensor, tissue: Tissue, sequences: tuple[str, ...]) -> Tensor:
+    """How well each voxel fits one tissue's signature and place, as an unnormalised log density ``(B, *S)``."""
+    signature = torch.tensor([tissue.signature[s] for s in sequences]).to(z)
+    signature = signature.reshape(-1, *[1] * (z.ndim - 2))
+    cost = ((z - signature) / BRIGHTNESS_SD).square().sum(1)
+    if tissue.centrality is not None:
+        cost = cost + ((depth[:, 0] - tissue.centrality) / DEPTH_SD).square()
+    return -cost / 2
 
 
 def name(resp: Tensor, expected: Tensor) -> Naming:
@@ -143,3 +149,37 @@ def reorder(fit: Fit, order: Tensor) -> Fit:
     tied = covariances.shape[1] < order.shape[1]
     named = Mixture(pick(mixture.weights), pick(mixture.means), covariances if tied else pick(covariances))
     return fit._replace(resp=pick(fit.resp), mixture=named, collapsed=pick(fit.collapsed))
+
+
+def looks_swapped(
+    image: Tensor,
+    mask: Tensor,
+    tissues: tuple[Tissue, ...],
+    sequences: tuple[str, ...],
+    spacing_mm: tuple[float, ...],
+) -> tuple[str, ...] | None:
+    """Whether the signatures would fit clearly better if the sequences' names were exchanged.
+
+    Args:
+        image: ``(B, M, *S)``; any scale.
+        mask: ``(B, 1, *S)``.
+        tissues: with their signatures and centralities.
+        sequences: the names of the channels, as the user gave them.
+        spacing_mm: of the axes in ``*S``.
+
+    Returns:
+        The names that fit the channels better, or None where the given ones are fine.
+    """
+    z = standardise(image, mask)
+    depth = relative_depth(mask, spacing_mm)
+
+    def surprise(order: tuple[str, ...]) -> float:
+        joint = torch.stack([_log_expected(z, depth, t, order) for t in tissues], 1)
+        return float(-(joint.logsumexp(1, keepdim=True) * mask).sum() / mask.sum())
+
+    given = surprise(sequences)
+    rivals = [order for order in permutations(sequences) if order != sequences]
+    costs = [surprise(order) for order in rivals]
+    if not rivals or given - min(costs) < SWAP_MARGIN:
+        return None
+    return rivals[int(np.argmin(costs))]

@@ -47,6 +47,14 @@ class Units(NamedTuple):
     corners: NDArray[np.int64]
     scan_shape: tuple[int, int, int]
 
+    def cut(self, volume: NDArray[Any]) -> NDArray[Any]:
+        """Cuts any other array (X, Y, Z) on the scan's grid as the image was cut: (B, *S), 0 beyond the scan."""
+        size = np.array(self.image.shape[2:])
+        size = np.insert(size, self.slice_axis, 1) if self.slices else size
+        whole = torch.from_numpy(np.ascontiguousarray(volume))[None]
+        cut = torch.stack([_cut(whole, corner, size)[0] for corner in self.corners])
+        return (cut.squeeze(1 + self.slice_axis) if self.slices else cut).numpy()
+
     def restore(self, values: Tensor) -> NDArray[np.float32]:
         """Maps (B, C, *S) back to where they came from: (C, X, Y, Z) float32, 0 outside the mask."""
         out = np.zeros((values.shape[1], *self.scan_shape), dtype=np.float32)
