@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,31 @@ def run(cohort: Cohort, out: Path, config: Config, plan: Plan, *, progress: Prog
     outputs.check(out, cohort)
     work = _work(studies, out, config, plan)
     outputs.prepare(out, config.protocol)
+    with _log_file(out):
+        return _run(studies, work, out, config, plan, progress)
+
+
+class Batch:
+    """A run that a bundle's configuration can hold: what to do is given first, ``run`` does it.
+
+    Args:
+        cohort: the patients.
+        output_dir: the output folder.
+        config: what to do.
+        plan: how to go about it.
+    """
+
+    def __init__(self, cohort: Cohort, output_dir: str | Path, config: Config, plan: Plan) -> None:
+        self.cohort, self.output_dir, self.config, self.plan = cohort, Path(output_dir), config, plan
+        self.exit_code = OK
+
+    def run(self) -> int:
+        """Segments every patient, and returns (and keeps) the exit code of ``run``."""
+        self.exit_code = run(self.cohort, self.output_dir, self.config, self.plan)
+        return self.exit_code
+
+
+def _run(studies: Sequence[Study], work: Rows, out: Path, config: Config, plan: Plan, progress: Progress) -> int:
     finished: dict[str, Row] = {}
     disk_full = False
     try:
@@ -132,7 +157,7 @@ def process(study: Study, out: Path, config: Config, overwrite: bool) -> Row:
         The patient's row. Its code is ``E_DISK`` when the run has to stop.
     """
     began = time.monotonic()
-    with outputs.lock(out, study.patient):
+    with _one_thread(), outputs.lock(out, study.patient):
         if not overwrite and (row := outputs.done(out, study, config)):
             return {**row, "resumed": True}
         row = _row(study, config)
@@ -148,6 +173,17 @@ def process(study: Study, out: Path, config: Config, overwrite: bool) -> Row:
             row |= _failure(StudyError("E_INTERNAL", reason, remedy)) | {"traceback": traceback.format_exc()}
         row |= {"seconds": round(time.monotonic() - began, 3)}
         return _fail(out, study, row)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One core per patient: the last digits do not depend on the machine, and small tensors are faster that way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fail(out: Path, study: Study, row: Row) -> Row:
@@ -195,6 +231,22 @@ def _tables(out: Path) -> None:
         outputs.rebuild_tables(out)
     except StudyError as error:
         logger.error("the tables could not be written: %s", error)
+
+
+@contextmanager
+def _log_file(out: Path) -> Iterator[None]:
+    """Everything said goes to ``deepgmm.log`` too."""
+    handler = logging.FileHandler(out / "deepgmm.log", encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package = logging.getLogger("monai_deepgmm")
+    if package.level == logging.NOTSET:  # a program that set the level itself knows why
+        package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
 
 
 def _log(row: Row) -> None:
@@ -258,8 +310,7 @@ def _stop(pool: ProcessPoolExecutor) -> None:
 
 
 def _quiet_worker() -> None:
-    """One core per worker, Ctrl-C is the parent's business, and a worker whose parent was killed ends too."""
-    torch.set_num_threads(1)
+    """Ctrl-C is the parent's business, and a worker whose parent was killed ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 

@@ -66,7 +66,7 @@ def scan(arguments: argparse.Namespace) -> int:
 
 def segment(arguments: argparse.Namespace) -> int:
     """Segments every patient."""
-    from monai_deepgmm import batch, outputs
+    from monai_deepgmm import batch
 
     config, found = _config(arguments), _find(arguments)
     plan = batch.Plan(
@@ -82,8 +82,7 @@ def segment(arguments: argparse.Namespace) -> int:
             detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else "; ".join(row["warnings"])
             print(f"{_shown(row['patient'])}\t{row['status']}\t{detail}")
         return _exit_code(sum(row["status"] == "failed" for row in rows), len(rows))
-    batch_size = len(batch.select(found, plan))
-    with _log_to_file(arguments.out, lambda: outputs.check(arguments.out, found)), _bar(batch_size) as bar:
+    with _bar(len(batch.select(found, plan))) as bar:
         code = batch.run(found, arguments.out, config, plan, progress=lambda row: bar.update())
     logger.warning("%s", _closing_line(arguments.out, code))
     return code
@@ -394,36 +393,26 @@ def _closing_line(out: Path, code: int) -> str:
 def _bar(total: int) -> Iterator[Any]:
     """A progress bar on a terminal; nothing in a log, where the lines per patient say as much."""
     from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    with tqdm(total=total, unit="patient", disable=None) as bar, logging_redirect_tqdm([logger]):
+    with tqdm(total=total, unit="patient", disable=None) as bar:
         yield bar
+
+
+class _Terminal(logging.StreamHandler[Any]):
+    """Prints above a progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _log_to_terminal(verbose: int, quiet: int) -> None:
     level = logging.WARNING if quiet else logging.INFO
     level = logging.ERROR if quiet > 1 else logging.DEBUG if verbose > 0 else level
-    handler = logging.StreamHandler()
+    handler = _Terminal()
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.setLevel(level)
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-
-
-@contextmanager
-def _log_to_file(out: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Everything said goes to ``deepgmm.log`` too, once the folder has been found fit to be written."""
-    check()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(out / "deepgmm.log", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UsageError(f"OUT: {out} cannot be written ({error.strerror})") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
