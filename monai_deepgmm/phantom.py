@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.phantom_looks import CROP_MM, intensities, paint
+from monai_deepgmm.phantom_looks import CROP_MM, deviation, intensities, paint
 from monai_deepgmm.phantom_shapes import Floats, draw, labels
 
 #: Sequence → what its file's name ends in.
@@ -118,7 +118,7 @@ def make_patient(config: PhantomConfig, seed: int, number: int) -> PhantomPatien
     x, y = np.meshgrid(*((np.arange(n) - c) * spacing for n, c in zip(extent, centre, strict=True)), indexing="ij")
     shapes = draw(anatomy, _presence(anatomy, config, n_slices))
     truth = np.stack([labels(s, x, y) for s in shapes], axis=-1)
-    scores = paint(look, shapes, truth, x, y, config.shift_mm)
+    scores = paint(look, shapes, truth, x, y, shift_mm=config.shift_mm, of_patient=_contrast(seed, number))
     signal = intensities(look, shade, scores, x, y, config.shading)
     images = {s: np.ascontiguousarray(signal[i]) for i, s in enumerate(SEQUENCES)}
     for sequence in _lacking(lack, config.incomplete):
@@ -155,6 +155,17 @@ def write_cohort(root: Path, n: int, *, seed: int, config: PhantomConfig | None 
         _write(folder / f"{patient.patient}_gd.nii.gz", patient.labels, patient.affine)
         written.append(patient.patient)
     return written
+
+
+def _contrast(seed: int, number: int) -> Floats:
+    """How one patient's looks differ from the average.
+
+    Patients 1 and 2, 3 and 4, … are opposites, so that a few patients are already as varied, and on average as hard,
+    as many.
+    """
+    pair, second = divmod(number - 1, 2)
+    away = deviation(np.random.default_rng([seed, pair, 4]))
+    return -away if second else away
 
 
 def _slice_counts(bounds: tuple[int, int]) -> list[int]:

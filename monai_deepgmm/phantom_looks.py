@@ -17,10 +17,10 @@ CROP_MM = 120.0
 #: Mean of each look in LGE, T2, bSSFP.
 MEANS: Floats = np.array(
     [
-        [1.72, -0.69, 2.25],  # blood
-        [-0.82, 0.37, -0.30],  # myocardium
-        [-0.35, 1.59, 0.06],  # edema
-        [1.93, 1.26, 0.54],  # scar
+        [1.73, -0.71, 2.24],  # blood
+        [-0.82, 0.36, -0.28],  # myocardium
+        [-0.33, 1.60, 0.13],  # edema
+        [1.97, 1.25, 0.57],  # scar
         [0.62, 1.00, 1.30],  # slow flow
         [0.80, 1.60, 1.30],  # rim
         [-0.50, 0.55, 0.55],  # trabecula
@@ -33,10 +33,10 @@ MEANS: Floats = np.array(
 #: Standard deviation of the texture within each look.
 TEXTURE: Floats = np.array(
     [
-        [0.23, 0.29, 0.36],  # blood
-        [0.23, 0.15, 0.24],  # myocardium
-        [0.29, 0.15, 0.28],  # edema
-        [0.92, 0.56, 0.62],  # scar
+        [0.20, 0.30, 0.35],  # blood
+        [0.23, 0.16, 0.25],  # myocardium
+        [0.22, 0.15, 0.20],  # edema
+        [0.89, 0.59, 0.63],  # scar
         [0.40, 0.45, 0.40],  # slow flow
         [0.50, 0.45, 0.50],  # rim
         [0.50, 0.50, 0.50],  # trabecula
@@ -49,10 +49,10 @@ TEXTURE: Floats = np.array(
 #: Correlation of that texture: LGE with T2, LGE with bSSFP, T2 with bSSFP.
 TEXTURE_CORRELATION: Floats = np.array(
     [
-        [0.17, -0.53, 0.29],  # blood
-        [-0.60, -0.70, -0.07],  # myocardium
-        [0.70, 0.26, 0.38],  # edema
-        [0.25, 0.30, 0.07],  # scar
+        [0.22, -0.59, 0.35],  # blood
+        [-0.64, -0.70, -0.07],  # myocardium
+        [0.70, 0.25, 0.39],  # edema
+        [0.25, 0.28, 0.06],  # scar
         [0.00, 0.20, 0.00],  # slow flow
         [0.00, 0.20, 0.00],  # rim
         [0.00, 0.20, 0.00],  # trabecula
@@ -63,7 +63,7 @@ TEXTURE_CORRELATION: Floats = np.array(
     ]
 )
 #: Standard deviation of each look's mean between slices; scar's row serves the core, blood's the rest.
-BETWEEN: Floats = np.array([[0.64, 0.41, 0.50], [0.20, 0.33, 0.26], [1.45, 0.74, 1.49], [0.73, 0.52, 0.30]])[
+BETWEEN: Floats = np.array([[0.64, 0.44, 0.52], [0.20, 0.32, 0.25], [1.55, 0.70, 1.52], [0.69, 0.51, 0.29]])[
     [0, 1, 2, 3, 0, 0, 0, 1, 3, 0, 0]
 ]
 #: Share of that variance which all looks of a slice have in common, and which all slices of a patient have in common.
@@ -97,15 +97,21 @@ ZERO_AT: Floats = np.array([-1.55, -1.15, -1.35])
 
 
 def paint(
-    rng: np.random.Generator, shapes: list[Slice], truth: NDArray[np.int16], x: Floats, y: Floats, shift_mm: float
+    rng: np.random.Generator,
+    shapes: list[Slice],
+    truth: NDArray[np.int16],
+    x: Floats,
+    y: Floats,
+    *,
+    shift_mm: float,
+    of_patient: Floats,
 ) -> Floats:
-    """Intensities as z-scores over the crop, ``(3, H, W, n_slices)``."""
+    """Intensities as z-scores over the crop, ``(3, H, W, n_slices)``; ``of_patient`` as from ``deviation``."""
     spacing = float(x[1, 0] - x[0, 0])
-    of_patient = _deviation(rng)
     gain = np.exp(0.25 * rng.standard_normal((1, 3))) * np.exp(0.12 * rng.standard_normal((len(Look), 3)))
     scores = []
     for i, shape in enumerate(shapes):
-        mean = MEANS + np.sqrt(SHARED_BY_SLICES) * of_patient + np.sqrt(1 - SHARED_BY_SLICES) * _deviation(rng)
+        mean = MEANS + np.sqrt(SHARED_BY_SLICES) * of_patient + np.sqrt(1 - SHARED_BY_SLICES) * deviation(rng)
         noise = _texture(rng, x.shape, spacing)
         rest = _rest(rng, x, y, spacing)
         picture = np.stack(
@@ -115,12 +121,13 @@ def paint(
     return np.stack(scores, axis=-1)
 
 
-def _deviation(rng: np.random.Generator) -> Floats:
+def deviation(rng: np.random.Generator) -> Floats:
     """How far the looks' means lie from ``MEANS``, ``(looks, 3)``: partly all looks together, partly each by itself."""
     common = rng.standard_normal((1, 3))
     common[0, 2] = 0.8 * common[0, 0] + 0.6 * common[0, 2]  # LGE and bSSFP are bright together
     own = rng.standard_normal((len(Look), 3))
-    return BETWEEN * (np.sqrt(SHARED_BY_LOOKS) * common + np.sqrt(1 - SHARED_BY_LOOKS) * own)
+    away: Floats = BETWEEN * (np.sqrt(SHARED_BY_LOOKS) * common + np.sqrt(1 - SHARED_BY_LOOKS) * own)
+    return away
 
 
 def _texture(rng: np.random.Generator, extent: tuple[int, ...], spacing: float) -> Floats:
@@ -134,7 +141,8 @@ def _texture(rng: np.random.Generator, extent: tuple[int, ...], spacing: float) 
 def _smooth_noise(rng: np.random.Generator, extent: tuple[int, ...], sigma: float) -> Floats:
     """Gaussian-filtered noise of unit variance over the last two axes; ``sigma`` in voxels."""
     field: Floats = gaussian_filter(rng.standard_normal(extent), (0,) * (len(extent) - 2) + (sigma, sigma), mode="wrap")
-    return field / field.std(axis=(-2, -1), keepdims=True)
+    field /= field.std(axis=(-2, -1), keepdims=True)
+    return field
 
 
 def _memberships(
@@ -163,12 +171,12 @@ def _blurred(planes: Floats, sigma: float) -> Floats:
 
 def _blend(members: Floats, mean: Floats, gain: Floats, noise: Floats, rest: Floats, channel: int) -> Floats:
     """One sequence: each look's mean and texture, in proportion to its membership, ``(H, W)``."""
-    picture = members[Look.REST] * rest[channel]
+    picture: Floats = members[Look.REST] * rest[channel]
     for look in Look:
         if look is Look.REST:
             continue
         grain = np.einsum("m,mhw->hw", _mixing(TEXTURE_CORRELATION[look])[channel], noise)
-        picture = picture + members[look] * (mean[look, channel] + TEXTURE[look, channel] * gain[look, channel] * grain)
+        picture += members[look] * (mean[look, channel] + TEXTURE[look, channel] * gain[look, channel] * grain)
     return picture
 
 
@@ -190,7 +198,8 @@ def _rest(rng: np.random.Generator, x: Floats, y: Floats, spacing: float) -> Flo
     lung = 1 / (1 + np.exp(-(x - y - 45 + 8 * common) / 4))
     # Mostly dark with some bright streaks, as fat and vessels are.
     tissue = np.exp(0.35 * common + 0.45 * own) * (1 + 0.2 * fine)
-    return tissue * (1 - 0.85 * lung) + np.array([1.0, 1.6, 1.2])[:, None, None] * chest
+    rest: Floats = tissue * (1 - 0.85 * lung) + np.array([1.0, 1.6, 1.2])[:, None, None] * chest
+    return rest
 
 
 def _standardised(picture: Floats, truth: NDArray[np.int16], spacing: float) -> Floats:

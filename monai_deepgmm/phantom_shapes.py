@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 #: Contours are sampled at this many angles (half a degree: 0.35 mm at a radius of 40 mm, less than half a voxel).
 N_ANGLES = 720
-ANGLES: Floats = np.arange(N_ANGLES) * (2 * np.pi / N_ANGLES)
+ANGLES: Floats = np.linspace(0.0, 2 * np.pi, N_ANGLES, endpoint=False, dtype=np.float64)
 
 #: The values of the MyoPS label files.
 BLOOD, MYOCARDIUM, EDEMA, SCAR, RIGHT_VENTRICLE = 500, 200, 1220, 2221, 600
@@ -142,7 +142,7 @@ def draw(rng: np.random.Generator, presence: list[tuple[bool, bool]]) -> list[Sl
         infarct=float(rng.uniform(0, 2 * np.pi)),
         scar_width=float(rng.uniform(0.65, 1.8)),
         scar_depth=float(rng.uniform(0.65, 1.15)),
-        edema_width=float(rng.uniform(0.1, 0.7)),
+        edema_width=float(rng.uniform(0.05, 0.55)),
         edema_depth=float(rng.uniform(0.45, 1.25)),
         core=bool(rng.random() < 0.3),
         rim_mm=float(rng.uniform(0.0, 4.5)),
@@ -203,7 +203,7 @@ def _infarct(rng: np.random.Generator, heart: _Heart, *, edema: bool, scar: bool
     wings = wedge(centre + rng.normal(0, 0.35), half + heart.edema_width * rng.uniform(0.5, 1.5))
     edema_out = np.where(wings > 0, heart.edema_depth * np.maximum(wings, 0) ** 0.4 + 0.10 * wave(rng, 2, 9), -1.0)
     edema_in = np.maximum(0.0, 0.02 + 0.12 * wave(rng, 2, 7))
-    around = wedge(centre + rng.normal(0, 0.3), half + heart.edema_width + rng.uniform(0.1, 0.7))
+    around = wedge(centre + rng.normal(0, 0.3), half + heart.edema_width + rng.uniform(0.2, 0.9))
     grey_out = np.where(around > 0, 1.3 * np.maximum(around, 0) ** 0.4 + 0.2 * wave(rng, 2, 9), -1.0)
     never = np.full(N_ANGLES, -1.0)
     core_out = scar_out - 0.22 if heart.core else never
@@ -246,7 +246,8 @@ def wave(rng: np.random.Generator, first: int, last: int) -> Floats:
     phase = rng.uniform(0, 2 * np.pi, orders.size)
     size = rng.rayleigh(1.0, orders.size)
     curve: Floats = (size[:, None] * np.cos(orders[:, None] * ANGLES + phase[:, None])).sum(0)
-    return curve / np.sqrt(orders.size)
+    curve /= np.sqrt(orders.size)
+    return curve
 
 
 def wedge(centre: float, half_width: float) -> Floats:

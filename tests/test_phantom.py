@@ -31,7 +31,7 @@ def check() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def patients() -> list[PhantomPatient]:
-    return [make_patient(CONFIG, 11, number) for number in range(1, 15)]
+    return [make_patient(CONFIG, 11, number) for number in range(1, 17)]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_shading_multiplies_by_a_smooth_field_of_its_amplitude(patients):
         assert ratio.max() < 1.36
 
 
-def test_scar_lies_inward_and_papillary_muscles_count_as_blood(patients):
+def test_papillary_muscles_count_as_blood(patients):
     """Labelled cavities have no holes although dark muscles stand in them; bSSFP shows those."""
     dark = 0
     for patient in patients:
