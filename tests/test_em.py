@@ -285,6 +285,14 @@ def test_kmeans_seeds_and_clusters_only_what_lies_inside(seed, values, voxels, c
     assert (starts[0].sum(-1) > 0).sum() == min(components, distinct) or components < distinct
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_kmeans_never_seeds_one_value_twice(seed):
+    """A seed is drawn by its distance to the nearest centre so far, which is 0 for a value already taken."""
+    image = torch.tensor([0.0, 1.0, 10.0, 100.0, 101.0]).repeat(8).reshape(1, 1, 40)
+    start = em.kmeans_start(image, torch.ones_like(image), 5, generator=seeded(seed), lloyd_steps=0)
+    assert start.sum(-1).tolist() == [[8, 8, 8, 8, 8]]
+
+
 def test_kmeans_on_a_constant_image_keeps_every_voxel():
     image, mask, _ = scene()
     start = em.kmeans_start(torch.full_like(image, 7.0), mask, K, generator=seeded())
