@@ -196,10 +196,10 @@ def test_a_missing_key_of_a_tissue_is_named(written, key):
     ("raw", "message"),
     [
         (changed("patient", "unit"), "unit: 'patient'.*slice or volume"),
-        (changed(2, "tissues", 0, "index"), "indices must differ"),
+        (changed(2, "tissues", 0, "index"), "tissues: .*differ"),
         (changed(0, "tissues", 0, "index"), "1-255"),
         (changed(256, "tissues", 0, "index"), "1-255"),
-        (changed({"ADC": "dark"}, "tissues", 1, "signature"), "signature of liver for each of ADC, T2"),
+        (changed({"ADC": "dark"}, "tissues", 1, "signature"), "signature of liver.*ADC, T2"),
         (changed({"ADC": "dark", "T2": "grey", "T1": 0}, "tissues", 1, "signature"), "signature of liver"),
         (changed({"ADC": "brightish", "T2": "grey"}, "tissues", 1, "signature"), "brightish"),
         ("name: [liver", "own.yaml"),
