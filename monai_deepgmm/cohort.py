@@ -24,6 +24,11 @@ __all__ = ["MAX_ID_BYTES", "Cohort", "Problem", "Study", "find"]
 
 #: The longest id, in bytes: 255 less what is appended to it in the names of results.
 MAX_ID_BYTES = 200
+#: What lies beside the patients' folders in a run's results.
+RESERVED = {
+    *("summary.tsv", "measurements.tsv", "dseg.tsv", "dataset_description.json", "index.html", "deepgmm.log"),
+    *("evaluation.tsv", "evaluation.json", ".locks", ".refused"),
+}
 
 
 def find(
@@ -177,11 +182,13 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
 def _with_usable_id(study: Study) -> Study:
     """The study, with a problem if its id cannot be the name of a folder and of files."""
     name = study.patient
-    parts = name.replace("\\", "/").split("/")
     problem = None
-    if not name.strip() or len(parts) > 1 or name in (".", "..") or any(unicodedata.category(c) == "Cc" for c in name):
+    odd = any(c in "/\\" or unicodedata.category(c) == "Cc" for c in name)
+    if odd or not name.strip() or name == "." or ".." in name:
         remedy = "Use an id without separators, '..' or control characters: it becomes a folder's name"
         problem = Problem("E_ID", f"the id {name!r} cannot be a folder's name", remedy)
+    elif name.casefold() in RESERVED:
+        problem = Problem("E_ID", f"the id {name!r} is the name of a file that every run writes", "Use another id")
     elif (size := len(os.fsencode(name))) > MAX_ID_BYTES:
         message = f"the id begins with {shown(name[:20])!r} and has {size} bytes; {MAX_ID_BYTES} are possible"
         problem = Problem("E_NAME", message, "Shorten it")

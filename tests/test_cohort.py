@@ -623,7 +623,24 @@ class TestManifest:
 
     @pytest.mark.parametrize(
         "patient",
-        ["", ".", "..", "/etc", "a/b", "../a", "a/../b", "a\\b", "\\\\host\\c", "a\x07", "a\x7f", "a\0b"],
+        [
+            "",
+            ".",
+            "..",
+            "/etc",
+            "a/b",
+            "../a",
+            "a/../b",
+            "a..b",
+            "...",
+            "Summary.tsv",
+            ".locks",
+            "a\\b",
+            "\\\\host\\c",
+            "a\x07",
+            "a\x7f",
+            "a\0b",
+        ],
     )
     def test_ids_that_are_refused(self, tmp_path, patient):
         touch(tmp_path, "i.nii")
@@ -631,7 +648,7 @@ class TestManifest:
         problems = {s.patient: codes(s) for s in find(tmp_path, INFARCT, manifest=manifest).studies}
         assert problems == {"ok": [], patient: ["E_ID"]}
 
-    @pytest.mark.parametrize("patient", ["a b", "é ", "a..b", "...", "-x", "<b>&", os.fsdecode(b"\xff"), "x" * 200])
+    @pytest.mark.parametrize("patient", ["a b", "é ", "a.b.", "-x", "<b>&", os.fsdecode(b"\xff"), "x" * 200])
     def test_ids_that_are_kept_byte_for_byte(self, tmp_path, patient):
         touch(tmp_path, "i.nii")
         manifest = write_manifest(tmp_path / "m.csv", f"patient,LGE,mask\n{patient},i.nii,i.nii\n")
