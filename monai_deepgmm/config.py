@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ class Solver:
         _choice("start", self.start, STARTS)
         for name, kind, low in (("restarts", int, 1), ("tol", float, 0), ("max_iter", int, 1), ("floor", float, 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, kind)) or value < low:
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value < math.inf:
                 raise UsageError(f"{name}: got {value!r}, expected a number of at least {low}")
 
 
@@ -104,12 +105,14 @@ class Config:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Refuses an unknown method.
+        """Refuses an unknown method and a seed that torch cannot take.
 
         Raises:
-            UsageError: the method is not one of ``METHODS``.
+            UsageError: the method is not one of ``METHODS``, or the seed does not fit into 63 bits.
         """
         _choice("method", self.method, METHODS)
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
 
     @property
     def covariance(self) -> Covariance:
@@ -185,7 +188,7 @@ def solver(settings: Sequence[str] | Mapping[str, Any]) -> Solver:
         pairs = [setting.partition("=") for setting in settings]
         if broken := [key for key, equals, _ in pairs if not equals]:
             raise UsageError(f"--set {broken[0]}: expected key=value")
-        settings = {key.strip(): _number(yaml.safe_load(value)) for key, _, value in pairs}
+        settings = {key.strip(): _value(value) for key, _, value in pairs}
     known = [f.name for f in dataclasses.fields(Solver)]
     if unknown := [key for key in settings if key not in known]:
         raise UsageError(f"--set {unknown[0]}: no such setting; choose from {', '.join(known)}")
@@ -215,12 +218,13 @@ def read_means(path: Path, protocol: Protocol) -> Means:
     return found
 
 
-def _number(value: Any) -> Any:
-    """YAML reads 1e-4 as a string; people do not."""
+def _value(text: str) -> Any:
+    """A value as YAML has it, but for 1e-4, which YAML reads as a string, and people do not."""
     try:
+        value = yaml.safe_load(text)
         return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    except (ValueError, yaml.YAMLError):
+        return text
 
 
 def _choice(name: str, value: object, choices: Sequence[object]) -> None:
