@@ -72,7 +72,7 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
         inputs[sequence] = _facts(volume, resampled=note is not None)
         warnings += [note] if note else []
     image = np.stack(channels)
-    mask, mask_facts, notes = _mask(study, protocol, sequences, reference, max_voxels=max_voxels)
+    mask, mask_facts, notes = _mask(study, protocol, sequences, reference, frame=frame, max_voxels=max_voxels)
     inputs |= mask_facts
     image, broken = _finite(image, mask, sequences)
     warnings += [*notes, *broken]
@@ -113,7 +113,13 @@ def _on_grid(volume: Volume, reference: Volume, *, nearest: bool) -> tuple[NDArr
 
 
 def _mask(
-    study: Study, protocol: Protocol, sequences: tuple[str, ...], reference: Volume, *, max_voxels: int
+    study: Study,
+    protocol: Protocol,
+    sequences: tuple[str, ...],
+    reference: Volume,
+    *,
+    frame: int | None,
+    max_voxels: int,
 ) -> tuple[NDArray[np.bool_], dict[str, dict[str, Any]], list[str]]:
     """The mask on the reference's grid, what file it came from, and warnings."""
     if study.mask_rule == "nonzero":
@@ -123,7 +129,7 @@ def _mask(
         if mask.all():
             notes = [f"W_MASK: no voxel of {name} is 0, so the mask is the whole image; is it skull-stripped?"]
     else:
-        mask, facts, notes, name = _mask_from_file(study, reference, max_voxels=max_voxels)
+        mask, facts, notes, name = _mask_from_file(study, reference, frame=frame, max_voxels=max_voxels)
     if not mask.any():
         labels = f" with any of the values {_listed(study.mask_labels)}" if study.mask_labels else ""
         remedy = f"Draw the {protocol.mask}, or name the values that mean it with --mask-labels"
@@ -136,14 +142,15 @@ def _mask(
 
 
 def _mask_from_file(
-    study: Study, reference: Volume, *, max_voxels: int
+    study: Study, reference: Volume, *, frame: int | None, max_voxels: int
 ) -> tuple[NDArray[np.bool_], dict[str, dict[str, Any]], list[str], str]:
     if study.mask is None:
         raise StudyError("E_MASK_NONE", "no mask was found", "Add a mask file, or use --mask nonzero")
-    volume = nifti.read(Path(study.mask), max_voxels=max_voxels, dtype=np.float64)
+    volume = nifti.read(Path(study.mask), frame=frame, max_voxels=max_voxels, dtype=np.float64)
     whole = np.rint(volume.data)
-    if not np.allclose(volume.data, whole, rtol=0, atol=1e-3):
-        odd = volume.data[~np.isclose(volume.data, whole, rtol=0, atol=1e-3)].flat[0]
+    good = np.isfinite(volume.data) & np.isclose(volume.data, whole, rtol=0, atol=1e-3)
+    if not good.all():
+        odd = volume.data[~good].flat[0]
         remedy = "Threshold the mask, or resample it with nearest neighbour"
         raise StudyError("E_MASK_FRACTIONAL", f"the mask {volume.name} holds {odd:g}, not a whole number", remedy)
     chosen = np.isin(whole, study.mask_labels) if study.mask_labels else whole != 0
