@@ -9,20 +9,21 @@ import dataclasses
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from monai_deepgmm import outputs, scan
+from monai_deepgmm import files, outputs, scan
 from monai_deepgmm.config import Config
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.outputs import Row
@@ -70,6 +71,7 @@ def run(cohort: Cohort, out: Path, config: Config, plan: Plan, *, progress: Prog
 
     Raises:
         UsageError: the output folder is refused, or Dask is asked for and not installed; nothing was touched.
+        StudyError: ``E_DISK`` or ``E_WRITE``, not even the folder's own files could be written.
         KeyboardInterrupt: the user stopped the run; what is done is complete, and the tables are up to date.
     """
     studies = select(cohort, plan)
@@ -115,11 +117,14 @@ def _run(studies: Sequence[Study], work: Rows, out: Path, config: Config, plan: 
         if plan.fail_fast:
             _skip(out, [s for s in studies if s.patient not in finished], config)
     finally:
-        _tables(out)
-    if disk_full:
+        outputs.sweep(out)
+        trouble = _tables(out)
+    if disk_full or trouble == "E_DISK":
         return DISK_FULL
     failed = sum(row["status"] == "failed" for row in finished.values())
-    return OK if failed == 0 else ALL_FAILED if failed == len(studies) else SOME_FAILED
+    if failed and failed == len(studies):
+        return ALL_FAILED
+    return SOME_FAILED if failed or trouble else OK
 
 
 def select(cohort: Cohort, plan: Plan) -> tuple[Study, ...]:
@@ -145,6 +150,8 @@ def dry_run(cohort: Cohort, out: Path, config: Config, plan: Plan) -> Iterator[R
             yield {**row, "status": "ready", "warnings": list(found.warnings)}
         except StudyError as error:
             yield {**row, **_failure(error)}
+        except Exception as error:  # as in process
+            yield {**row, **_surprise(error)}
 
 
 # One patient -------------------------------------------------------------------------------------------------------
@@ -156,23 +163,26 @@ def process(study: Study, out: Path, config: Config, overwrite: bool) -> Row:
     Returns:
         The patient's row. Its code is ``E_DISK`` when the run has to stop.
     """
-    began = time.monotonic()
-    with _one_thread(), outputs.lock(out, study.patient):
-        if not overwrite and (row := outputs.done(out, study, config)):
-            return {**row, "resumed": True}
-        row = _row(study, config)
-        try:
-            segmentation = segment(study, config)
-            row |= {"seconds": round(time.monotonic() - began, 3)}
-            return outputs.write(out, study, segmentation, row, config)
-        except StudyError as error:
-            row |= _failure(error)
-        except Exception as error:  # one patient's surprise must not stop the others
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            remedy = "Please report this with deepgmm.log"
-            row |= _failure(StudyError("E_INTERNAL", reason, remedy)) | {"traceback": traceback.format_exc()}
+    try:
+        with _one_thread(), outputs.lock(out, study.patient):
+            row = None if overwrite else outputs.done(out, study, config)
+            return {**row, "resumed": True} if row else _anew(study, out, config)
+    except StudyError as error:  # not even the failure could be written
+        return _row(study, config) | _failure(error)
+
+
+def _anew(study: Study, out: Path, config: Config) -> Row:
+    began, row = time.monotonic(), _row(study, config)
+    try:
+        segmentation = segment(study, config)
         row |= {"seconds": round(time.monotonic() - began, 3)}
-        return _fail(out, study, row)
+        return outputs.write(out, study, segmentation, row, config)
+    except StudyError as error:
+        row |= _failure(error)
+    except Exception as error:  # one patient's surprise must not stop the others
+        row |= _surprise(error)
+    row |= {"seconds": round(time.monotonic() - began, 3)}
+    return _fail(out, study, row)
 
 
 @contextmanager
@@ -218,6 +228,14 @@ def _failure(error: StudyError) -> Row:
     return {"status": "failed", "code": error.code, "message": error.message, "remedy": error.remedy}
 
 
+def _surprise(error: Exception) -> Row:
+    """The failure for what nobody foresaw; its message may hold a file's name, but no folder of this machine."""
+    text = (error.strerror or "") if isinstance(error, OSError) else re.sub(r"(?<![^\s'\"(])/\S*/", "", str(error))
+    reason = f"{type(error).__name__}: {text}".splitlines()[0]
+    failure = _failure(StudyError("E_INTERNAL", reason, "Please report this with deepgmm.log"))
+    return failure | {"traceback": "".join(traceback.format_exception(error))}
+
+
 def _skip(out: Path, studies: Sequence[Study], config: Config) -> None:
     for study in studies:
         with outputs.lock(out, study.patient):
@@ -226,17 +244,35 @@ def _skip(out: Path, studies: Sequence[Study], config: Config) -> None:
                 _fail(out, study, _row(study, config) | skipped)
 
 
-def _tables(out: Path) -> None:
+def _tables(out: Path) -> str | None:
+    """Writes the tables; the code of what prevented it."""
     try:
         outputs.rebuild_tables(out)
     except StudyError as error:
         logger.error("the tables could not be written: %s", error)
+        return error.code
+    return None
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk silences: the patients' own failures say what happened."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's own name)
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
 def _log_file(out: Path) -> Iterator[None]:
     """Everything said goes to ``deepgmm.log`` too."""
-    handler = logging.FileHandler(out / "deepgmm.log", encoding="utf-8", errors="backslashreplace")
+    path = out / "deepgmm.log"
+    try:
+        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise files.unwritten(path, error) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package = logging.getLogger("monai_deepgmm")
     if package.level == logging.NOTSET:  # a program that set the level itself knows why
@@ -272,31 +308,31 @@ def _work(studies: Sequence[Study], out: Path, config: Config, plan: Plan) -> Ro
 
 
 def _in_processes(studies: Sequence[Study], out: Path, config: Config, plan: Plan) -> Rows:
-    """In a pool of processes. If one dies, whoever has not finished is tried once more, each in a pool of its own."""
+    """In processes. If one dies, whoever has no row yet is tried again together, and at last each alone."""
     left = {study.patient: study for study in studies}
-    pool = _pool(min(plan.jobs, max(len(studies), 1)))
-    try:
-        futures = {pool.submit(process, s, out, config, plan.overwrite): s for s in studies}
-        for future in as_completed(futures):
-            row = _result(future)
-            if row is not None:
-                del left[futures[future].patient]
+    for _ in range(2):
+        with closing(_pooled(list(left.values()), out, config, plan)) as rows:
+            for row in rows:
+                del left[row["patient"]]
                 yield row
-    finally:
-        _stop(pool)
     for study in left.values():
-        alone = _pool(1)
-        try:
-            row = _result(alone.submit(process, study, out, config, plan.overwrite))
-        finally:
-            _stop(alone)
-        yield row if row is not None else _crashed(out, study, config)
+        yield from list(_pooled([study], out, config, plan)) or [_crashed(out, study, config)]
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+def _pooled(studies: Sequence[Study], out: Path, config: Config, plan: Plan) -> Rows:
+    """Rows as they come, until all are there or a process has died."""
+    if not studies:
+        return
     # Forking a process that runs torch's threads can hang; a fresh interpreter cannot.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker)
+    pool = ProcessPoolExecutor(min(plan.jobs, len(studies)), mp_context=context, initializer=_quiet_worker)
+    try:
+        for future in as_completed([pool.submit(process, s, out, config, plan.overwrite) for s in studies]):
+            yield future.result()
+    except BrokenProcessPool:
+        logger.warning("a worker process died (out of memory, or killed); patients without a result are tried again")
+    finally:
+        _stop(pool)
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
@@ -312,26 +348,19 @@ def _stop(pool: ProcessPoolExecutor) -> None:
 def _quiet_worker() -> None:
     """Ctrl-C is the parent's business, and a worker whose parent was killed ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _result(future: Future[Row]) -> Row | None:
-    """The row; None where the process that should have made it died."""
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        return None
+def _end_with_parent() -> None:
+    # Asking for the parent's id here would be too late: it may have been killed while this interpreter started.
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _crashed(out: Path, study: Study, config: Config) -> Row:
     remedy = "Give the patient more memory (fewer --jobs), or leave it out with --patients"
-    error = StudyError("E_CRASH", "the process died twice while it handled this patient", remedy)
+    error = StudyError("E_CRASH", "the process died each time it handled this patient", remedy)
     return _fail(out, study, _row(study, config) | _failure(error))
 
 

@@ -65,11 +65,17 @@ def _read_only(folder: Path) -> bool:
 
 
 def prepare(out: Path, protocol: Protocol) -> None:
-    """Makes the folder, with the two files that make it a BIDS derivative."""
+    """Makes the folder, with the two files that make it a BIDS derivative.
+
+    Raises:
+        UsageError: it cannot be made.
+        StudyError: ``E_DISK``.
+    """
     try:
         (out / LOCKS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"OUT: {out} cannot be made ({error.strerror})") from error
+        refusal = files.unwritten(out, error)
+        raise refusal if refusal.code == "E_DISK" else UsageError(f"OUT: {refusal}") from error
     description = {
         "Name": f"{protocol.title}: tissue segmentation",
         "BIDSVersion": "1.10.0",
@@ -80,8 +86,13 @@ def prepare(out: Path, protocol: Protocol) -> None:
     files.write_whole(out / "dataset_description.json", _json(description))
     table = [{"index": t.index, "name": t.name, "color": t.color} for t in protocol.tissues]
     files.write_whole(out / "dseg.tsv", _tsv(table, ("index", "name", "color")))
-    for leftover in (out, *(p for p in out.iterdir() if p.is_dir())):
-        files.stale_temporaries(leftover)
+    sweep(out)
+
+
+def sweep(out: Path) -> None:
+    """Removes what killed writers left half written; files of writers that live stay."""
+    for place in (out, *(p for p in out.iterdir() if p.is_dir())):
+        files.stale_temporaries(place)
 
 
 # One patient -------------------------------------------------------------------------------------------------------
@@ -94,20 +105,28 @@ def folder(out: Path, study: Study) -> Path:
     return out / study.patient
 
 
-def fingerprint(study: Study, config: Config) -> str:
+def fingerprint(study: Study, config: Config, hashes: Mapping[str, str]) -> str:
     """What a patient's result depends on, in one hash: the input files' bytes, the mask's rule and the configuration.
 
-    Raises:
-        StudyError: a file cannot be read.
+    Args:
+        study: whose mask's rule counts.
+        config: what is or was asked for.
+        hashes: sequence (or "mask") → SHA-256 of its file.
     """
-    inputs = {sequence: files.sha256(path) for sequence, path in study.images.items()}
-    mask = {
-        "file": files.sha256(study.mask) if study.mask is not None else None,
-        "labels": list(study.mask_labels),
-        "rule": study.mask_rule,
-    }
-    content = {"inputs": inputs, "mask": mask, "configuration": config.as_json(), "versions": versions()}
+    mask = {"labels": list(study.mask_labels), "rule": study.mask_rule}
+    content = {"inputs": dict(hashes), "mask": mask, "configuration": config.as_json(), "versions": versions()}
     return _digest(json.dumps(content, sort_keys=True))
+
+
+def _hashes_now(study: Study) -> dict[str, str]:
+    """The input files' SHA-256 as they are on the disk at this moment."""
+    paths = {**study.images, **({"mask": study.mask} if study.mask is not None else {})}
+    return {name: files.sha256(path) for name, path in paths.items()}
+
+
+def _hashes_read(sidecar: Mapping[str, Any]) -> dict[str, str]:
+    """The input files' SHA-256 as they were when they were segmented: they may have been replaced since."""
+    return {name: facts["sha256"] for name, facts in sidecar["inputs"].items() if "sha256" in facts}
 
 
 def done(out: Path, study: Study, config: Config) -> Row | None:
@@ -116,12 +135,13 @@ def done(out: Path, study: Study, config: Config) -> Row | None:
     row = _read(place / f"{study.patient}_row.json") if not study.problems else None
     if not row or row.get("status") != "ok":
         return None
-    wanted = ["_dseg.nii.gz", "_dseg.json", "_report.html"] + ["_probseg.nii.gz"] * config.probabilities
+    wanted = ["_dseg.nii.gz", "_dseg.json", "_preview.png", "_report.html"]
+    wanted += ["_probseg.nii.gz"] * config.probabilities
     if not all((place / f"{study.patient}{suffix}").is_file() for suffix in wanted):
         return None
     sidecar = _read(place / f"{study.patient}_dseg.json")
     try:
-        same = sidecar is not None and sidecar.get("fingerprint") == fingerprint(study, config)
+        same = sidecar is not None and sidecar.get("fingerprint") == fingerprint(study, config, _hashes_now(study))
     except StudyError:
         return None
     return row if same else None
@@ -144,7 +164,7 @@ def write(out: Path, study: Study, segmentation: Segmentation, row: Row, config:
         maps = place / f"{name}_probseg.nii.gz"
         nifti.write_probabilities(maps, segmentation.probabilities, like=segmentation.reference)
     files.write_whole(place / f"{name}_preview.png", report.preview(segmentation))
-    sidecar = {**segmentation.sidecar, "fingerprint": fingerprint(study, config)}
+    sidecar = {**segmentation.sidecar, "fingerprint": fingerprint(study, config, _hashes_read(segmentation.sidecar))}
     files.write_whole(place / f"{name}_dseg.json", _json(sidecar))
     row = {
         **row,
@@ -160,7 +180,7 @@ def write(out: Path, study: Study, segmentation: Segmentation, row: Row, config:
 def write_failure(out: Path, study: Study, row: Row) -> None:
     """Writes a failed (or skipped) patient's row and page; no label file of it is left, not even an older one."""
     if _unusable(study):
-        (out / REFUSED).mkdir(exist_ok=True)
+        _made(out / REFUSED)
         files.write_whole(folder(out, study).with_suffix(".json"), _json(row))
         return
     place = _fresh(out, study)
@@ -177,12 +197,16 @@ def clear(out: Path, study: Study) -> None:
 
 
 def _fresh(out: Path, study: Study) -> Path:
-    place = folder(out, study)
+    place = _made(folder(out, study))
+    clear(out, study)
+    return place
+
+
+def _made(place: Path) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.unwritten(place, error) from error
-    clear(out, study)
     return place
 
 
@@ -192,11 +216,20 @@ def _unusable(study: Study) -> bool:
 
 @contextlib.contextmanager
 def lock(out: Path, what: str) -> Iterator[None]:
-    """Holds a lock of the output folder while one patient (or the tables) is worked on; runs wait for each other."""
+    """Holds a lock of the output folder while one patient (or the tables) is worked on; runs wait for each other.
+
+    Raises:
+        StudyError: ``E_DISK`` or ``E_WRITE``, the lock's file cannot be made.
+    """
     if fcntl is None:
         yield
         return
-    with (out / LOCKS / _digest(what)[:16]).open("w") as file:
+    path = _made(out / LOCKS) / _digest(what)[:16]
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise files.unwritten(path, error) from error
+    with file:
         with contextlib.suppress(OSError):  # a file system without locks: go on without
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -210,7 +243,7 @@ def rows(out: Path) -> list[Row]:
     found = [p / f"{p.name}_row.json" for p in out.iterdir() if p.is_dir() and not p.name.startswith(REFUSED)]
     found += (out / REFUSED).glob("*.json")
     read = [row for path in found if path.is_file() and (row := _read(path)) is not None]
-    return sorted(read, key=lambda row: os.fsencode(row["patient"]))
+    return sorted((row for row in read if isinstance(row.get("patient"), str)), key=lambda row: _bytes(row["patient"]))
 
 
 def rebuild_tables(out: Path) -> list[Row]:
@@ -254,4 +287,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(os.fsencode(text)).hexdigest()
+    return hashlib.sha256(_bytes(text)).hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
