@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import signal
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         sys.stderr.close()
         return OK
+    except OSError as error:  # a folder that cannot be made, listed or written
+        name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
+        print(f"deepgmm: {_shown(name)}: {error.strerror or error}", file=sys.stderr)
+        return DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -84,7 +89,7 @@ def segment(arguments: argparse.Namespace) -> int:
         return _exit_code(sum(row["status"] == "failed" for row in rows), len(rows))
     with _bar(len(batch.select(found, plan))) as bar:
         code = batch.run(found, arguments.out, config, plan, progress=lambda row: bar.update())
-    logger.warning("%s", _closing_line(arguments.out, code))
+    logger.log(logging.INFO if code == OK else logging.WARNING, "%s", _closing_line(arguments.out, code))
     return code
 
 
