@@ -1,0 +1,387 @@
+"""Every malformed input of the contract, end to end: the bad patient alone fails, with code, file and remedy."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import AFFINE, heart, save
+
+from monai_deepgmm.cli import main
+from monai_deepgmm.errors import CODES
+
+Files = dict[str, Path]
+Bend = Callable[[Files], object]
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory, make_patient) -> Path:
+    """A good patient and one that each test spoils; copied, because writing takes longer."""
+    folder = tmp_path_factory.mktemp("template") / "cohort"
+    make_patient(folder, "good", seed=1)
+    make_patient(folder, "bad", seed=2)
+    return folder
+
+
+@pytest.fixture
+def cohort(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "cohort"))
+
+
+def files_of(cohort: Path, patient: str = "bad") -> Files:
+    return {what: cohort / f"{patient}_{what}.nii.gz" for what in ("LGE", "T2", "C0", "gd")}
+
+
+def summary(out: Path) -> dict[str, dict[str, str]]:
+    text = (out / "summary.tsv").read_text(encoding="utf-8", errors="surrogateescape")
+    rows = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return {row["patient"]: row for row in rows}
+
+
+# How to spoil a file -----------------------------------------------------------------------------------------------
+
+
+def content(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes())
+
+
+def put(path: Path, unpacked: bytes) -> None:
+    path.write_bytes(gzip.compress(unpacked, 1))
+
+
+def fields(what: str, **values: object) -> Bend:
+    """Sets header fields by force."""
+
+    def bend(files: Files) -> None:
+        whole = bytearray(content(files[what]))
+        header = nib.Nifti1Header(bytes(whole[:348]), check=False)
+        for field, value in values.items():
+            header[field] = value
+        whole[:348] = header.binaryblock
+        put(files[what], bytes(whole))
+
+    return bend
+
+
+def voxels(what: str, change: Callable[[np.ndarray], np.ndarray]) -> Bend:
+    """Changes the array and writes it again."""
+    return lambda files: save(files[what], change(np.asanyarray(nib.load(files[what]).dataobj).astype(float)))
+
+
+def typed(dtype: object, *, endianness: str = "<") -> Bend:
+    def bend(files: Files) -> None:
+        data = np.asanyarray(nib.load(files["LGE"]).dataobj).astype(dtype)
+        header = nib.Nifti1Header(endianness=endianness)
+        header.set_data_dtype(data.dtype)
+        put(files["LGE"], nib.Nifti1Image(data, AFFINE, header).to_bytes())
+
+    return bend
+
+
+def all_files(bend_one: Callable[[str], Bend]) -> Bend:
+    return lambda files: [bend_one(what)(files) for what in files]
+
+
+def at(value: float, where: tuple[int, int, int]) -> Callable[[np.ndarray], np.ndarray]:
+    def change(data: np.ndarray) -> np.ndarray:
+        data[where] = value
+        return data
+
+    return change
+
+
+def flipped(files: Files) -> None:
+    damaged = bytearray(files["LGE"].read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    files["LGE"].write_bytes(damaged)
+
+
+def becomes(what: str, make: Callable[[Path], object]) -> Bend:
+    def bend(files: Files) -> None:
+        files[what].unlink()
+        make(files[what])
+
+    return bend
+
+
+def dicom_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "IM0001.dcm").write_bytes(bytes(128) + b"DICM")
+
+
+def frames(files: Files) -> None:
+    data = np.asanyarray(nib.load(files["LGE"]).dataobj)
+    save(files["LGE"], np.stack([data, data], axis=-1))
+
+
+def bomb(files: Files) -> None:
+    """A megabyte that unpacks to a gigabyte."""
+    files["LGE"].write_bytes(files["LGE"].read_bytes() + gzip.compress(bytes(1 << 26), 1) * 16)
+
+
+MIDDLE, CORNER = (24, 24, 0), (0, 0, 0)
+MOVED = AFFINE + np.array([[0, 0, 0, 5000], *[[0] * 4] * 3])
+#: what is wrong → how to do it, the code, and the file that the message has to name
+FAILS: dict[str, tuple[Bend, str, str]] = {
+    "truncated gz": (lambda f: f["LGE"].write_bytes(f["LGE"].read_bytes()[:-40]), "E_GZIP", "bad_LGE.nii.gz"),
+    "flipped bit": (flipped, "E_GZIP", "bad_LGE.nii.gz"),
+    "zero bytes": (lambda f: f["LGE"].write_bytes(b""), "E_EMPTY", "bad_LGE.nii.gz"),
+    "zero bytes of mask": (lambda f: f["gd"].write_bytes(b""), "E_EMPTY", "bad_gd.nii.gz"),
+    "plain named gz": (lambda f: f["LGE"].write_bytes(content(f["LGE"])), "E_GZIP", "bad_LGE.nii.gz"),
+    "gz named plain": (lambda f: f["LGE"].rename(f["LGE"].with_suffix("")), "E_GZIP", "bad_LGE.nii"),
+    "text": (lambda f: f["LGE"].write_text("1,2,3\n" * 99), "E_FORMAT", "bad_LGE.nii.gz"),
+    "html": (lambda f: f["LGE"].write_text("<!DOCTYPE html><p>404</p>"), "E_FORMAT", "bad_LGE.nii.gz"),
+    "nii beside nii.gz": (lambda f: f["LGE"].with_suffix("").write_bytes(content(f["LGE"])), "E_AMBIGUOUS", "LGE.nii"),
+    "cine": (frames, "E_DIM", "bad_LGE.nii.gz"),
+    "NaN inside": (voxels("LGE", at(math.nan, MIDDLE)), "E_NONFINITE", "LGE"),
+    "infinity inside": (voxels("T2", at(-math.inf, MIDDLE)), "E_NONFINITE", "T2"),
+    "zero variance": (voxels("LGE", np.ones_like), "E_CONSTANT", "LGE"),
+    "complex": (typed(np.complex64), "E_DTYPE", "bad_LGE.nii.gz"),
+    "rgb": (lambda f: save(f["LGE"], np.zeros((48, 48, 2), RGB)), "E_DTYPE", "bad_LGE.nii.gz"),
+    "infinite intercept": (fields("LGE", scl_slope=1, scl_inter=math.inf), "E_SCALE", "bad_LGE.nii.gz"),
+    "NaN affine": (fields("LGE", srow_x=[math.nan, 0, 0, 0]), "E_AFFINE", "bad_LGE.nii.gz"),
+    "singular affine": (fields("LGE", srow_z=[0, 0, 0, 5]), "E_AFFINE", "bad_LGE.nii.gz"),
+    "terabytes": (fields("LGE", dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), "E_SIZE", "bad_LGE.nii.gz"),
+    "bomb": (bomb, "E_SIZE", "bad_LGE.nii.gz"),
+    "dim[0] = 0": (fields("LGE", dim=[0, 48, 48, 2, 1, 1, 1, 1]), "E_HEADER", "bad_LGE.nii.gz"),
+    "negative dim": (fields("LGE", dim=[3, 48, -48, 2, 1, 1, 1, 1]), "E_HEADER", "bad_LGE.nii.gz"),
+    "bad magic": (fields("LGE", magic=b"abc"), "E_FORMAT", "bad_LGE.nii.gz"),
+    "bad data type": (fields("LGE", datatype=77), "E_HEADER", "bad_LGE.nii.gz"),
+    "mask empty": (voxels("gd", np.zeros_like), "E_MASK_EMPTY", "bad_gd.nii.gz"),
+    "mask fractional": (voxels("gd", lambda d: d * 0.4999), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
+    "mask infinite": (voxels("gd", at(math.inf, CORNER)), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
+    "mask NaN": (voxels("gd", at(math.nan, CORNER)), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
+    "mask small": (voxels("gd", lambda d: at(500, MIDDLE)(np.zeros_like(d))), "E_MASK_SMALL", "bad_gd.nii.gz"),
+    "mask elsewhere": (lambda f: save(f["gd"], heart(), MOVED), "E_GRID", "bad_gd.nii.gz"),
+    "sequence elsewhere": (
+        lambda f: save(f["T2"], np.asanyarray(nib.load(f["T2"]).dataobj), MOVED),
+        "E_GRID",
+        "bad_T2.nii.gz",
+    ),
+    "identical": (lambda f: f["T2"].write_bytes(f["LGE"].read_bytes()), "E_IDENTICAL", "bad_T2.nii.gz"),
+    "two files": (lambda f: shutil.copy(f["LGE"], f["LGE"].with_name("bad_DE.nii.gz")), "E_AMBIGUOUS", "bad_DE.nii.gz"),
+    "no mask": (lambda f: f["gd"].unlink(), "E_MASK_NONE", ""),
+    "folder": (becomes("LGE", Path.mkdir), "E_FILE", "bad_LGE.nii.gz"),
+    "dicom series": (becomes("LGE", dicom_folder), "E_DICOM", "bad_LGE.nii.gz"),
+    "dicom file": (lambda f: f["LGE"].write_bytes(bytes(128) + b"DICM" + bytes(99)), "E_DICOM", "bad_LGE.nii.gz"),
+    "dangling link": (becomes("LGE", lambda p: p.symlink_to("gone.nii.gz")), "E_FILE", "bad_LGE.nii.gz"),
+    "looping link": (becomes("LGE", lambda p: p.symlink_to(p.name)), "E_FILE", "bad_LGE.nii.gz"),
+    "pipe": (becomes("LGE", os.mkfifo), "E_FILE", "bad_LGE.nii.gz"),
+}
+
+
+@pytest.mark.parametrize("case", FAILS)
+def test_that_patient_alone_fails(cohort, tmp_path, case):
+    bend, code, name = FAILS[case]
+    bend(files_of(cohort))
+    out = tmp_path / "out"
+    assert main(["segment", str(cohort), str(out)]) == 1
+    rows = summary(out)
+    assert rows["good"]["status"] == "ok"
+    assert (out / "good" / "good_dseg.nii.gz").is_file()
+    bad = rows["bad"]
+    assert (bad["status"], bad["code"]) == ("failed", code)
+    assert code in CODES
+    assert name in bad["message"]
+    row = json.loads((out / "bad" / "bad_row.json").read_text())
+    assert row["remedy"]
+    assert row["remedy"].rstrip(".") in bad["message"]
+    assert ("dcm2niix" in row["remedy"]) >= (code == "E_DICOM")
+    assert not list((out / "bad").glob("*.nii*"))
+    assert not (out / "bad" / "bad_dseg.json").exists()
+    everything = "".join(p.read_text() for p in (out / "bad").iterdir()) + (out / "summary.tsv").read_text()
+    assert str(tmp_path) not in everything
+
+
+def test_a_dry_run_finds_the_same_and_writes_nothing(cohort, tmp_path, capsys):
+    FAILS["NaN inside"][0](files_of(cohort))
+    assert main(["segment", str(cohort), str(tmp_path / "out"), "--dry-run"]) == 1
+    printed = capsys.readouterr().out
+    assert "bad\tfailed\tE_NONFINITE" in printed
+    assert "good\tready" in printed
+    assert not (tmp_path / "out").exists()
+
+
+# Accepted, warned, worked -------------------------------------------------------------------------------------------
+
+
+def oblique_shear(files: Files) -> None:
+    sheared = AFFINE.copy()
+    sheared[0, 1] = 0.3
+    for path in files.values():
+        image = nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj), None)
+        image.set_sform(sheared, 2)
+        nib.save(image, path)
+
+
+def scaled_to(unit: int, factor: float) -> Bend:
+    """Files whose lengths are in metres or micron."""
+
+    def one(what: str) -> Bend:
+        rows = {f"srow_{axis}": AFFINE[i] * factor for i, axis in enumerate("xyz")}
+        return fields(what, xyzt_units=unit, qform_code=0, **rows)
+
+    return all_files(one)
+
+
+def swapped(files: Files) -> None:
+    other = files["LGE"].with_name("other")
+    files["T2"].rename(other)
+    files["C0"].rename(files["T2"])
+    other.rename(files["C0"])
+
+
+#: what is odd → how to do it, and the warning's code ("" for none)
+WORKS: dict[str, tuple[Bend, str]] = {
+    "NaN outside": (voxels("LGE", at(math.nan, CORNER)), "W_NONFINITE"),
+    "infinity outside": (voxels("C0", at(math.inf, CORNER)), "W_NONFINITE"),
+    "int64": (typed(np.int64), ""),
+    "float64": (typed(np.float64), ""),
+    "big-endian": (typed(">i2", endianness=">"), ""),
+    "slope 0 with an intercept": (fields("LGE", scl_slope=0, scl_inter=9), "W_SCALE"),
+    "metres": (scaled_to(1, 1e-3), "W_UNITS"),
+    "micron": (scaled_to(3, 1e3), "W_UNITS"),
+    "zero pixdim": (fields("LGE", qform_code=0, pixdim=[1, 0, 1.5, 8, 1, 1, 1, 1]), "W_PIXDIM"),
+    "negative pixdim": (fields("LGE", pixdim=[1, -1.5, 1.5, 8, 1, 1, 1, 1]), "W_PIXDIM"),
+    "shear": (oblique_shear, "W_SHEAR"),
+    "qform differs": (fields("LGE", qform_code=1, qoffset_x=3), "W_QFORM"),
+    "both codes 0": (all_files(lambda what: fields(what, qform_code=0, sform_code=0)), "W_NOFORM"),
+    "swapped": (swapped, "W_SWAPPED"),
+    "T2 missing": (lambda f: f["T2"].unlink(), "W_MISSING"),
+    "T2 on another grid": (
+        lambda f: save(
+            f["T2"], np.asanyarray(nib.load(f["T2"]).dataobj), AFFINE + np.outer([1, 0, 0, 0], [0, 0, 0, 1])
+        ),
+        "W_RESAMPLED",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WORKS)
+def test_what_is_odd_is_segmented_and_recorded(cohort, tmp_path, case):
+    bend, code = WORKS[case]
+    bend(files_of(cohort))
+    out = tmp_path / "out"
+    assert main(["segment", str(cohort), str(out)]) == 0
+    row = summary(out)["bad"]
+    found = {warning.split(":")[0] for warning in row["warnings"].split(" | ") if warning}
+    assert (row["status"], found) == ("ok", {code} - {""})
+    sidecar = json.loads((out / "bad" / "bad_dseg.json").read_text())
+    assert " | ".join(sidecar["warnings"]) == row["warnings"]
+    labels = nib.load(out / "bad" / "bad_dseg.nii.gz")
+    assert labels.shape == (48, 48, 2)
+    assert set(np.unique(labels.dataobj)) <= {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("case", ["int64", "float64", "big-endian"])
+def test_the_type_on_disk_changes_no_label(cohort, tmp_path, case):
+    plain = Path(shutil.copytree(cohort, tmp_path / "plain"))
+    WORKS[case][0](files_of(cohort))
+    for name, folder in (("a", plain), ("b", cohort)):
+        assert main(["segment", str(folder), str(tmp_path / name)]) == 0
+    a, b = (nib.load(tmp_path / name / "bad" / "bad_dseg.nii.gz") for name in "ab")
+    np.testing.assert_array_equal(a.dataobj, b.dataobj)
+
+
+@pytest.mark.parametrize(("unit", "factor"), [(1, 1e-3), (3, 1e3)])
+def test_metres_and_micron_are_measured_in_ml(cohort, tmp_path, unit, factor):
+    scaled_to(unit, factor)(files_of(cohort))
+    assert main(["segment", str(cohort), str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "measurements.tsv").open() as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["patient"] == "bad"]
+    total = sum(float(row["volume_ml"]) for row in rows)
+    assert total == pytest.approx(np.count_nonzero(heart()) * 1.5 * 1.5 * 8 / 1000, rel=1e-4)
+
+
+def test_a_trailing_axis_of_size_1_is_restored(cohort, tmp_path):
+    for path in files_of(cohort).values():
+        save(path, np.asanyarray(nib.load(path).dataobj)[..., None])
+    assert main(["segment", str(cohort), str(tmp_path / "out")]) == 0
+    assert nib.load(tmp_path / "out" / "bad" / "bad_dseg.nii.gz").shape == (48, 48, 2, 1)
+
+
+def test_one_slice_is_enough(tmp_path, make_patient):
+    make_patient(tmp_path / "cohort", "one", shape=(48, 48, 1))
+    assert main(["segment", str(tmp_path / "cohort"), str(tmp_path / "out")]) == 0
+    labels = nib.load(tmp_path / "out" / "one" / "one_dseg.nii.gz")
+    assert labels.shape == (48, 48, 1)
+    assert labels.header.get_zooms() == pytest.approx((1.5, 1.5, 8))
+
+
+def test_a_frame_of_a_cine_is_chosen_on_demand(cohort, tmp_path):
+    for what in ("LGE", "gd"):
+        path = files_of(cohort)[what]
+        data = np.asanyarray(nib.load(path).dataobj)
+        save(path, np.stack([np.zeros_like(data), data], axis=-1))
+    assert main(["segment", str(cohort), str(tmp_path / "out"), "--frame", "1"]) == 0
+    assert nib.load(tmp_path / "out" / "bad" / "bad_dseg.nii.gz").shape == (48, 48, 2)
+    assert main(["segment", str(cohort), str(tmp_path / "out"), "--frame", "2"]) == 1
+    assert summary(tmp_path / "out")["bad"]["code"] == "E_DIM"
+
+
+def test_max_voxels_is_checked_before_reading(cohort, tmp_path):
+    args = ["segment", str(cohort), str(tmp_path / "out"), "--max-voxels"]
+    assert main([*args, str(48 * 48 * 2 - 1)]) == 3
+    assert {row["code"] for row in summary(tmp_path / "out").values()} == {"E_SIZE"}
+    assert main([*args, str(48 * 48 * 2)]) == 0
+
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+
+def one_folder(cohort: Path, patient: str, make_patient) -> None:
+    """The patient in a folder of its own, in the layout that takes any name."""
+    made = make_patient(cohort.parent / "made", "p")
+    (cohort / patient).mkdir(parents=True)
+    for what, name in (("LGE", "LGE"), ("T2", "T2"), ("C0", "cine"), ("gd", "mask")):
+        shutil.copy(made[what], cohort / patient / f"{name}.nii.gz")
+
+
+@pytest.mark.parametrize(
+    "patient",
+    ["<script>alert(1)<", "two words", "Müller-日本", "-rf", "dot.", " lead", "a%2Fb", "x" * 200, "p\udcff"],
+    ids=ascii,
+)
+def test_hostile_names_work_and_are_kept_byte_for_byte(tmp_path, make_patient, patient):
+    try:
+        one_folder(tmp_path / "in", patient, make_patient)
+    except OSError:
+        pytest.skip("this file system takes only text")
+    out = tmp_path / "out"
+    assert main(["segment", str(tmp_path / "in"), str(out), "--mask-labels", "200", "500", "1220", "2221"]) == 0
+    assert (out / patient / f"{patient}_dseg.nii.gz").is_file()
+    assert summary(out)[patient]["status"] == "ok"
+    for page in (out / "index.html", out / patient / f"{patient}_report.html"):
+        assert "<script>alert" not in page.read_text(encoding="utf-8")
+    assert main(["segment", str(tmp_path / "in"), str(out), "--mask-labels", "200", "500", "1220", "2221"]) == 0
+    assert main(["report", str(out)]) == 0
+
+
+def test_ids_of_a_manifest_that_cannot_be_folders_fail_alone(cohort, tmp_path):
+    bad = {
+        "../x": "E_ID", "a/b": "E_ID", "/abs": "E_ID", "a..b": "E_ID", ".locks": "E_ID", "index.html": "E_ID",
+        "y" * 201: "E_NAME", "Case": "E_DUPLICATE", "case": "E_DUPLICATE", "twice": "E_DUPLICATE",
+    }  # fmt: skip
+    line = "cohort/good_LGE.nii.gz,cohort/good_T2.nii.gz,cohort/good_gd.nii.gz\n"
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("patient,LGE,T2,mask\n" + "".join(f"{p},{line}" for p in ("fine", *bad, "twice")))
+    out = tmp_path / "deep" / "out"
+    assert main(["segment", str(cohort), str(out), "--manifest", str(manifest)]) == 1
+    rows = summary(out)
+    assert {p: row["code"] for p, row in rows.items()} == {"fine": "", **bad}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cohort", "deep", "m.csv"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"fine", "Case", "case", "twice", ".locks", ".refused"}
+    before = (out / "summary.tsv").read_bytes()
+    assert main(["report", str(out)]) == 0
+    assert (out / "summary.tsv").read_bytes() == before
