@@ -150,7 +150,7 @@ def done(out: Path, study: Study, config: Config) -> Row | None:
 def write(out: Path, study: Study, segmentation: Segmentation, row: Row, config: Config) -> Row:
     """Writes one patient's files: label map, probabilities, sidecar, picture, row, page.
 
-    The old sidecar goes first and the new row comes last, so that a run killed in between is seen to be unfinished.
+    The old row goes first and the new one comes last, so that a run killed in between is seen to be unfinished.
 
     Returns:
         The row, with measurements.
@@ -189,9 +189,9 @@ def write_failure(out: Path, study: Study, row: Row) -> None:
 
 
 def clear(out: Path, study: Study) -> None:
-    """Removes a patient's files, sidecar first: without it, none of the others counts."""
+    """Removes a patient's files, row first: without it, none of the others counts."""
     place = folder(out, study)
-    for suffix in ("_dseg.json", "_row.json", "_dseg.nii.gz", "_probseg.nii.gz", "_preview.png", "_report.html"):
+    for suffix in ("_row.json", "_dseg.json", "_dseg.nii.gz", "_probseg.nii.gz", "_preview.png", "_report.html"):
         with contextlib.suppress(OSError):
             (place / f"{study.patient}{suffix}").unlink()
 
