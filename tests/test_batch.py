@@ -1,0 +1,358 @@
+"""Killed, interrupted, doubled, divided, crashed or out of disk: a run ends as if nothing had been."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from monai_deepgmm import batch, cli, cohort, config, files, outputs, protocol, segment
+from monai_deepgmm.cli import main
+
+PATIENTS = [f"pat{number}" for number in range(1, 8)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, make_patient) -> Path:
+    """Seven patients of whom one fails."""
+    folder = tmp_path_factory.mktemp("source") / "cohort"
+    for number, patient in enumerate(PATIENTS):
+        made = make_patient(folder, patient, seed=number)
+    made["gd"].unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What one undisturbed run leaves."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    assert main(arguments(source, out)) == 1
+    return left(out)
+
+
+def arguments(source: Path, out: Path, *more: object) -> list[str]:
+    return ["segment", str(source), str(out), "--probabilities", *map(str, more)]
+
+
+def left(out: Path) -> dict[str, object]:
+    """Every file under OUT and what it holds, but for seconds, times of day and the locks."""
+    found: dict[str, object] = {}
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        name = str(path.relative_to(out))
+        if name.startswith(outputs.LOCKS) or name == "deepgmm.log":
+            continue
+        content: object = path.read_bytes()
+        if name.endswith("_row.json"):
+            content = {**json.loads(path.read_text()), "seconds": 0}
+        elif name == "summary.tsv":
+            rows = [line.split("\t") for line in path.read_text().splitlines()]
+            content = [row[:4] + row[5:] for row in rows]
+        elif name.endswith(".html"):
+            content = "seconds vary"
+        found[name] = content
+    return found
+
+
+def row(out: Path, patient: str) -> dict[str, object]:
+    return json.loads((out / patient / f"{patient}_row.json").read_text())
+
+
+# Killed --------------------------------------------------------------------------------------------------------------
+
+
+def in_a_process(argv: list[str]) -> multiprocessing.Process:
+    """The command in a process that can be killed, started from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["monai_deepgmm.cli", "monai_deepgmm.batch"])
+    process = context.Process(target=_exit_with, args=(argv,))
+    process.start()
+    return process
+
+
+def _exit_with(argv: list[str]) -> None:
+    sys.exit(main(argv))
+
+
+def wait_for(path: Path, process: multiprocessing.Process | subprocess.Popen[bytes]) -> None:
+    """Until a file is there, or its writer has ended."""
+    ended = process.poll if isinstance(process, subprocess.Popen) else lambda: process.exitcode
+    for _ in range(60_000):
+        if path.exists() or ended() is not None:
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"{path.name} never came")
+
+
+KILLED_AFTER = [
+    "dataset_description.json",
+    ".locks",
+    "pat1",
+    "pat1/pat1_dseg.nii.gz",
+    "pat2/pat2_probseg.nii.gz",
+    "pat3/pat3_preview.png",
+    "pat4/pat4_dseg.json",
+    "pat5/pat5_row.json",
+    "pat6/pat6_report.html",
+    "pat7/pat7_row.json",
+    "summary.tsv",
+]
+
+
+def test_killed_again_and_again_it_ends_as_if_it_had_never_stopped(source, expected, tmp_path):
+    out = tmp_path / "out"
+    killed = 0
+    for name in KILLED_AFTER:
+        process = in_a_process(arguments(source, out))
+        wait_for(out / name, process)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed >= len(KILLED_AFTER) // 2
+    assert main(arguments(source, out)) == 1
+    assert left(out) == expected
+    assert not list(out.rglob("*.part"))
+
+
+def test_every_file_that_exists_is_whole_at_any_moment(source, tmp_path):
+    rng, out = np.random.default_rng(0), tmp_path / "out"
+    for moment in rng.uniform(0, 0.5, 8):
+        process = in_a_process(arguments(source, out, "--overwrite"))
+        wait_for(out / "pat1" / "pat1_dseg.nii.gz", process)
+        time.sleep(moment)
+        process.kill()
+        process.join()
+        for path in out.rglob("*.nii.gz"):
+            assert nib.load(path).get_fdata().shape[:3] == (48, 48, 2)
+        for path in out.rglob("*.json"):
+            assert json.loads(path.read_text())
+        for path in out.glob("pat*/*_row.json"):
+            if json.loads(path.read_text())["status"] == "ok":
+                assert (path.parent / f"{path.parent.name}_dseg.json").is_file()
+
+
+def test_interrupted_it_says_so_and_can_go_on(source, expected, tmp_path):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        out = tmp_path / number.name
+        process = in_a_process(arguments(source, out))
+        wait_for(out / "pat2" / "pat2_row.json", process)
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode == cli.INTERRUPTED
+        assert not list(out.rglob("*.part"))
+        assert b"pat1\tok" in (out / "summary.tsv").read_bytes()
+        assert b"pat7" not in (out / "summary.tsv").read_bytes()
+        assert main(arguments(source, out)) == 1
+        assert left(out) == expected
+
+
+def children(pid: int) -> list[int]:
+    text = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    return [int(line.split()[0]) for line in text.splitlines() if int(line.split()[1]) == pid]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; one that ended and that nobody has asked about yet does not."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="ps lists the processes")
+@pytest.mark.parametrize("early", [True, False], ids=["while the workers start", "while they work"])
+def test_no_worker_outlives_a_run_that_was_killed(source, expected, tmp_path, early):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "monai_deepgmm", *arguments(source, out, "--jobs", 2)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        if early:
+            while len(children(process.pid)) < 2 and process.poll() is None:
+                time.sleep(0.02)
+        else:
+            wait_for(out / "pat3" / "pat3_row.json", process)
+        workers = children(process.pid)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert len(workers) >= 2
+    for _ in range(600):
+        if not any(map(alive, workers)):
+            break
+        time.sleep(0.1)
+    assert [pid for pid in workers if alive(pid)] == []
+    assert main(arguments(source, out)) == 1
+    assert left(out) == expected
+
+
+# Several at once -----------------------------------------------------------------------------------------------------
+
+
+def test_several_jobs_give_the_same_bytes_as_one(source, expected, tmp_path):
+    assert main(arguments(source, tmp_path / "out", "--jobs", 3)) == 1
+    assert left(tmp_path / "out") == expected
+
+
+def test_two_runs_on_one_folder_end_as_one(source, expected, tmp_path):
+    out = tmp_path / "out"
+    processes = [in_a_process(arguments(source, out)) for _ in range(3)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [1, 1, 1]
+    assert left(out) == expected
+
+
+def test_parts_are_together_the_whole(source, expected, tmp_path):
+    codes = [main(arguments(source, tmp_path / "out", "--part", f"{i}/3")) for i in (3, 1, 2)]
+    assert sorted(codes) == [0, 0, 1]
+    assert left(tmp_path / "out") == expected
+
+
+def plan_of(source: Path, **options: object) -> tuple[cohort.Cohort, config.Config, batch.Plan]:
+    return cohort.find(source, protocol.load("infarct")), config.build(probabilities=True), batch.Plan(**options)
+
+
+def test_a_worker_that_dies_takes_nobody_with_it(source, expected, tmp_path):
+    out, killed = tmp_path / "out", []
+
+    def kill_one(row: outputs.Row) -> None:
+        if not killed:
+            workers = multiprocessing.active_children()
+            killed.append(workers[0].pid)
+            workers[0].kill()
+
+    found, what, plan = plan_of(source, jobs=2)
+    assert batch.run(found, out, what, plan, progress=kill_one) == 1
+    assert len(killed) == 1
+    assert left(out) == expected
+
+
+class Deadly:
+    """Ends whichever worker is sent it, as running out of memory would."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return os._exit, (9,)
+
+
+@pytest.mark.slow
+def test_a_patient_who_kills_every_worker_fails_alone(source, tmp_path):
+    found, what, plan = plan_of(source, jobs=2)
+    good, bad = found.studies[:2]
+    studies = (dataclasses.replace(bad, images={**bad.images, "LGE": Deadly()}), good)
+    out = tmp_path / "out"
+    assert batch.run(dataclasses.replace(found, studies=studies), out, what, plan) == 1
+    assert {p: row(out, p)["code"] for p in (good.patient, bad.patient)} == {good.patient: "", bad.patient: "E_CRASH"}
+    assert f"{bad.patient}\tfailed\tE_CRASH\t" in (out / "summary.tsv").read_text()
+
+
+# Failing fast, surprises, a full disk --------------------------------------------------------------------------------
+
+
+def test_failing_fast_leaves_out_the_rest_but_nobody_who_is_done(source, tmp_path):
+    broken = Path(shutil.copytree(source, tmp_path / "in"))
+    (broken / "pat3_LGE.nii.gz").write_bytes(b"")
+    out = tmp_path / "out"
+    assert main(arguments(broken, out, "--patients", "pat5")) == 0
+    before = (out / "pat5" / "pat5_row.json").stat().st_mtime_ns
+    assert main(arguments(broken, out, "--fail-fast")) == 1
+    status = {p: row(out, p)["status"] for p in PATIENTS}
+    left_out = dict.fromkeys(("pat4", "pat6", "pat7"), "skipped")
+    assert status == {"pat1": "ok", "pat2": "ok", "pat3": "failed", **left_out, "pat5": "ok"}
+    assert (out / "pat5" / "pat5_row.json").stat().st_mtime_ns == before
+    assert "--fail-fast" in row(out, "pat4")["message"]
+    summary = (out / "summary.tsv").read_text().splitlines()
+    assert [line.split("\t")[1] for line in summary[1:]] == [status[p] for p in PATIENTS]
+    assert main(arguments(broken, out)) == 1
+    assert {p: row(out, p)["status"] for p in PATIENTS if p not in ("pat3", "pat7")} == dict.fromkeys(
+        ("pat1", "pat2", "pat4", "pat5", "pat6", "pat7"), "ok"
+    )
+
+
+def test_a_surprise_is_one_patients_failure_without_a_path(source, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", segment.segment
+
+    def surprise(study, what):
+        if study.patient == "pat2":
+            raise ZeroDivisionError(f"odd thing in '{source}/pat2_LGE.nii.gz' and {source}/x")
+        return real(study, what)
+
+    monkeypatch.setattr(batch, "segment", surprise)
+    assert main(arguments(source, out)) == 1
+    failed = row(out, "pat2")
+    assert failed["code"] == "E_INTERNAL"
+    assert failed["message"] == "ZeroDivisionError: odd thing in 'pat2_LGE.nii.gz' and x"
+    assert "traceback" not in failed
+    assert "Traceback" in (out / "deepgmm.log").read_text()
+    assert row(out, "pat3")["status"] == "ok"
+
+
+def full_when(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """From the moment that this file is to be written, the disk is full."""
+    real, full = files._write_beside, []
+
+    def write(path: Path, data: bytes) -> None:
+        full.extend([True] if path.name == name else [])
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(path, data)
+
+    monkeypatch.setattr(files, "_write_beside", write)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dataset_description.json",
+        "pat2_dseg.nii.gz",
+        "pat2_row.json",
+        "pat2_report.html",
+        "summary.tsv",
+        "index.html",
+    ],
+)
+def test_a_full_disk_stops_the_run_cleanly_and_it_can_go_on(source, expected, tmp_path, monkeypatch, name):
+    out = tmp_path / "out"
+    full_when(monkeypatch, name)
+    assert main(arguments(source, out)) == cli.DISK_FULL
+    monkeypatch.undo()
+    assert not list(out.rglob("*.part"))
+    assert not (out / name).exists()
+    if name.startswith("pat2"):
+        assert sorted(p.name for p in out.glob("pat*")) == ["pat1", "pat2"]
+        assert not [p.name for p in (out / "pat2").iterdir() if p.name != "pat2_row.json"]
+    assert main(arguments(source, out)) == 1
+    assert left(out) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(source, expected, small_disk, capfd):
+    out = small_disk / "out"
+    assert main(arguments(source, out)) == cli.DISK_FULL
+    told = capfd.readouterr().err
+    assert "E_DISK" in told
+    assert "Traceback" not in told
+    assert not list(out.rglob("*.part"))
+    for path in out.rglob("*.nii.gz"):
+        assert nib.load(path).get_fdata().shape[:3] == (48, 48, 2)
+    subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
+    assert main(arguments(source, out)) == 1
+    assert left(out) == expected
