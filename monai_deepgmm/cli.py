@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -47,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return OK
     except OSError as error:  # a folder that cannot be made, listed or written
-        name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
-        print(f"deepgmm: {_shown(name)}: {error.strerror or error}", file=sys.stderr)
+        where = f"{_shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes | Path) else ""
+        print(f"deepgmm: {where}{error.strerror or error}; check the path and its permissions", file=sys.stderr)
         return DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE
 
 
