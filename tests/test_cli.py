@@ -1,0 +1,265 @@
+"""The commands as people type them: what they print, what they return, and what they refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from monai_deepgmm import cli, errors
+from monai_deepgmm.cli import main
+
+
+def run(*arguments: object) -> int:
+    return main([*map(str, arguments)])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that cannot start says on its one line."""
+    try:
+        code = run(*arguments)
+    except SystemExit as stopped:  # argparse's own
+        code = stopped.code
+    assert code == cli.USAGE
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory, make_patient) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "cohort"
+    for number in (1, 2):
+        make_patient(folder, f"pat{number}", seed=number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("results") / "out"
+    assert run("segment", cohort, out) == 0
+    return out
+
+
+# As a command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_works_outside_a_checkout(cohort, tmp_path):
+    command = shutil.which("deepgmm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert command is not None
+    typed = [command, "segment", os.path.relpath(cohort, tmp_path), "out", "--patients", "pat1"]
+    done = subprocess.run(typed, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert "pat1: ok" in done.stderr
+    assert (tmp_path / "out" / "pat1" / "pat1_dseg.nii.gz").is_file()
+
+
+def test_python_m_is_the_command(tmp_path):
+    module = [sys.executable, "-m", "monai_deepgmm"]
+    done = subprocess.run([*module, "scan", "absent"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "deepgmm: there is no folder absent\n"
+
+
+@pytest.mark.parametrize("command", ["scan", "segment", "means", "evaluate", "report", "phantom", "demo"])
+def test_every_option_has_a_line_of_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(command, "--help")
+    assert stopped.value.code == 0
+    assert "show this help" in capsys.readouterr().out
+    (commands,) = (a for a in cli.parser()._actions if hasattr(a, "choices") and a.choices)
+    assert all(action.help for action in commands.choices[command]._actions)
+
+
+# Exit codes ---------------------------------------------------------------------------------------------------------
+
+
+def test_exit_codes_tell_none_some_and_all_apart(cohort, tmp_path):
+    folder = Path(shutil.copytree(cohort, tmp_path / "cohort"))
+    assert run("segment", folder, tmp_path / "out") == cli.OK
+    (folder / "pat1_LGE.nii.gz").write_bytes(b"")
+    assert run("segment", folder, tmp_path / "out") == cli.SOME_FAILED
+    (folder / "pat2_gd.nii.gz").unlink()
+    assert run("segment", folder, tmp_path / "out") == cli.ALL_FAILED
+    assert run("segment", folder, tmp_path / "out", "--dry-run") == cli.ALL_FAILED
+    assert run("scan", folder) == cli.SOME_FAILED
+
+
+REFUSED = {
+    "no such folder": (["{tmp}/gone", "{tmp}/out"], "there is no folder gone"),
+    "a file": (["{in}/pat1_LGE.nii.gz", "{tmp}/out"], "is a file"),
+    "nobody": (["{tmp}/empty", "{tmp}/out"], "no patient found"),
+    "unknown patient": (["{in}", "{tmp}/out", "--patients", "pat7"], "near: pat"),
+    "protocol": (["{in}", "{tmp}/out", "--protocol", "liver"], "brain, infarct"),
+    "layout": (["{in}", "{tmp}/out", "--layout", "dicomdir"], "bids, nnunet"),
+    "layout and manifest": (["{in}", "{tmp}/out", "--layout", "myops", "--manifest", "x.csv"], "give one of them"),
+    "manifest": (["{in}", "{tmp}/out", "--manifest", "{tmp}/gone.csv"], "gone.csv"),
+    "method": (["{in}", "{tmp}/out", "--method", "magic"], "gmm"),
+    "device": (["{in}", "{tmp}/out", "--device", "warp"], "--device warp"),
+    "setting": (["{in}", "{tmp}/out", "--set", "tolerance=1"], "tol, max_iter"),
+    "setting without =": (["{in}", "{tmp}/out", "--set", "tol"], "key=value"),
+    "value": (["{in}", "{tmp}/out", "--set", "covariance=round"], "diag, full, tied, spherical"),
+    "number": (["{in}", "{tmp}/out", "--set", "max_iter=0"], "at least 1"),
+    "not a number": (["{in}", "{tmp}/out", "--set", "tol=nan"], "tol"),
+    "not YAML": (["{in}", "{tmp}/out", "--set", "tol=[1"], "tol"),
+    "start": (["{in}", "{tmp}/out", "--set", "start=guess"], "signature, kmeans"),
+    "seed": (["{in}", "{tmp}/out", "--seed", "99999999999999999999"], "--seed"),
+    "means": (["{in}", "{tmp}/out", "--means", "{tmp}/gone.json"], "gone.json"),
+    "part 0": (["{in}", "{tmp}/out", "--part", "0/3"], "I/N"),
+    "part 4": (["{in}", "{tmp}/out", "--part", "4/3"], "I/N"),
+    "jobs": (["{in}", "{tmp}/out", "--jobs", "0"], "at least 1"),
+    "max voxels": (["{in}", "{tmp}/out", "--max-voxels", "many"], "at least 1"),
+    "option": (["{in}", "{tmp}/out", "--fast"], "--fast"),
+    "no OUT": (["{in}"], "OUT"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_start_touches_nothing_and_names_the_choices(cohort, tmp_path, capsys, case):
+    arguments, words = REFUSED[case]
+    (tmp_path / "empty").mkdir()
+    filled = [a.replace("{in}", str(cohort)).replace("{tmp}", str(tmp_path)) for a in arguments]
+    assert words in refused(capsys, "segment", *filled)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("distributed") is not None, reason="Dask is installed")
+def test_dask_says_how_to_install_it(cohort, tmp_path, capsys):
+    said = refused(capsys, "segment", cohort, tmp_path / "out", "--dask", "tcp://localhost:1")
+    assert "pip install 'monai-deepgmm[dask]'" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["report"], ["evaluate", "{in}"], ["demo"], ["phantom"]])
+def test_a_file_where_a_folder_is_expected_is_one_line(cohort, tmp_path, capsys, command):
+    (tmp_path / "file").write_text("mine")
+    name, *more = command
+    said = refused(capsys, name, tmp_path / "file", *(a.replace("{in}", str(cohort)) for a in more))
+    assert "file" in said
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# Commands -----------------------------------------------------------------------------------------------------------
+
+
+def test_scan_shows_files_mask_and_layout(cohort, capsys):
+    assert run("scan", cohort) == 0
+    shown = capsys.readouterr().out
+    assert "pat1_LGE.nii.gz" in shown
+    assert "pat1_gd.nii.gz (500 200 1220 2221)" in shown
+    assert "layout myops: 2 patients, 0 with problems" in shown
+    assert run("scan", cohort, "--json", "--patients", "pat2") == 0
+    (patient,) = json.loads(capsys.readouterr().out)["patients"]
+    assert patient["patient"] == "pat2"
+    assert Path(patient["images"]["bSSFP"]) == cohort / "pat2_C0.nii.gz"
+    assert patient["problems"] == []
+
+
+def test_a_dry_run_tells_what_is_done_and_writes_nothing(cohort, results, tmp_path, capsys):
+    assert run("segment", cohort, tmp_path / "out", "--dry-run") == 0
+    assert capsys.readouterr().out == "pat1\tready\t\npat2\tready\t\n"
+    assert not (tmp_path / "out").exists()
+    before = {p: p.stat().st_mtime_ns for p in results.rglob("*")}
+    assert run("segment", cohort, results, "--dry-run", "--patients", "pat1") == 0
+    assert capsys.readouterr().out == "pat1\tdone\t\n"
+    assert {p: p.stat().st_mtime_ns for p in results.rglob("*")} == before
+
+
+def test_means_of_labelled_patients_start_a_segmentation(cohort, tmp_path, capsys):
+    file, out = tmp_path / "means.json", tmp_path / "out"
+    assert run("means", cohort, "-o", file) == 0
+    means = json.loads(file.read_text())
+    assert list(means) == ["protocol", "normalisation", "means", "n_slices"]
+    assert (means["protocol"], means["normalisation"], means["n_slices"]) == ("infarct", "zscore-slice-crop-120mm", 4)
+    assert list(means["means"]) == ["blood", "myocardium", "edema", "scar"]
+    assert {tuple(row) for row in means["means"].values()} == {("LGE", "T2", "bSSFP")}
+    assert means["means"]["scar"]["LGE"] > means["means"]["blood"]["LGE"] > means["means"]["myocardium"]["LGE"]
+    assert "from 4 images of 2 patients" in capsys.readouterr().out
+    assert run("segment", cohort, out, "--means", file) == 0
+    sidecar = json.loads((out / "pat1" / "pat1_dseg.json").read_text())
+    assert sidecar["configuration"]["means"]["means"] == means["means"]
+    for key, other in (("normalisation", "zscore-volume-mask"), ("protocol", "brain")):
+        file.write_text(json.dumps({**means, key: other}))
+        assert other in refused(capsys, "segment", cohort, tmp_path / "other", "--means", file)
+    file.write_text("[]")
+    assert "deepgmm means" in refused(capsys, "segment", cohort, tmp_path / "other", "--means", file)
+    assert not (tmp_path / "other").exists()
+
+
+def test_means_that_lack_a_patients_sequence_fail_that_patient(cohort, tmp_path):
+    file = tmp_path / "means.json"
+    assert run("means", cohort, "-o", file) == 0
+    means = json.loads(file.read_text())
+    for row in means["means"].values():
+        del row["T2"]
+    file.write_text(json.dumps(means))
+    folder = Path(shutil.copytree(cohort, tmp_path / "cohort"))
+    (folder / "pat2_T2.nii.gz").unlink()
+    assert run("segment", folder, tmp_path / "out", "--means", file) == 1
+    assert json.loads((tmp_path / "out" / "pat1" / "pat1_row.json").read_text())["code"] == "E_MEANS"
+
+
+def test_a_run_is_evaluated(cohort, results, capsys):
+    assert run("evaluate", results, cohort) == 0
+    assert "mean" in capsys.readouterr().out
+    evaluation = json.loads((results / "evaluation.json").read_text())
+    assert set(evaluation["dice"]) >= {"blood", "myocardium", "edema", "scar", "mean"}
+    assert evaluation["dice"]["scar"]["n"] == 4
+    assert evaluation["dice"]["scar"]["mean"] > 0.99
+    assert evaluation["slices"] == "all"
+    assert (results / "evaluation.tsv").is_file()
+
+
+def test_the_report_is_the_same_each_time_and_needs_no_hidden_folder(cohort, results, tmp_path):
+    out = Path(shutil.copytree(results, tmp_path / "copy", ignore=shutil.ignore_patterns(".*")))
+    for page in out.rglob("*.html"):
+        page.unlink()
+    contents = []
+    for _ in range(2):
+        assert run("report", out) == 0
+        pages = (*out.rglob("*.html"), *out.glob("*.tsv"))
+        contents.append({str(p.relative_to(out)): p.read_bytes() for p in pages})
+    assert contents[0] == contents[1]
+    assert {"index.html", "pat1/pat1_report.html", "pat2/pat2_report.html"} < set(contents[0])
+    assert contents[0]["pat1/pat1_report.html"] == (results / "pat1" / "pat1_report.html").read_bytes()
+
+
+def test_phantoms_are_the_same_for_the_same_seed(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert run("phantom", tmp_path / name, "-n", 1, "--seed", seed) == 0
+    a, b, c = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.nii.gz")} for n in "abc")
+    assert len(a) == 4
+    assert a == b
+    assert a != c
+
+
+def test_the_demo_ends_with_a_report(tmp_path, capsys):
+    assert run("demo", tmp_path, "-n", 2, "--jobs", 1) == 0
+    shown = capsys.readouterr().out
+    assert "$ deepgmm segment" in shown
+    assert "index.html" in shown
+    results = tmp_path / "results"
+    for name in ("summary.tsv", "measurements.tsv", "evaluation.json", "index.html"):
+        assert (results / name).is_file()
+    assert (results / "summary.tsv").read_text().count("\tok\t") == 2
+
+
+def test_nothing_is_printed_when_asked_for_silence(cohort, tmp_path, capsys):
+    assert run("segment", cohort, tmp_path / "out", "-q") == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert (tmp_path / "out" / "deepgmm.log").read_text().count(": ok (") == 2
+
+
+def test_an_error_of_a_command_has_its_code(tmp_path, cohort, capsys):
+    assert run("means", cohort, "-o", tmp_path / "gone" / "means.json") == cli.SOME_FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("deepgmm: E_WRITE: means.json")
+    assert said.split(":")[1].strip() in errors.CODES
