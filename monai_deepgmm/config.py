@@ -25,6 +25,9 @@ DEFAULT_METHOD: Method = "svgmm"
 STARTS = ("signature", "kmeans")
 #: The shape of Σ where none is asked for. The paper's is diag; for the SVGMM one shared matrix is clearly better.
 DEFAULT_COVARIANCE: Mapping[Method, Covariance] = {"gmm": "diag", "svgmm": "tied"}
+#: The tolerance where none is asked for. A whole volume has hundreds of times the voxels of a slice, and an SVGMM on
+#: it creeps on for minutes over gains that change next to no label.
+DEFAULT_TOL: Mapping[str, float] = {"slice": 1e-6, "volume": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Solver:
         covariance: diag, full, tied or spherical; None: the method's own (``DEFAULT_COVARIANCE``).
         start: signature (the protocol's map of where each tissue is expected) or kmeans. Known means come first.
         restarts: how many k-means++ starts are tried; the one with the lowest NLL is kept.
-        tol: a fit has converged when its NLL per voxel gains less than this in one iteration.
+        tol: a fit has converged when its NLL per voxel gains less than this in one iteration;
+            None: the unit's own (``DEFAULT_TOL``).
         max_iter: iterations at most.
         floor: the variance floor, as a fraction of a sequence's variance inside the mask.
     """
@@ -43,7 +47,7 @@ class Solver:
     covariance: Covariance | None = None
     start: str = "signature"
     restarts: int = 1
-    tol: float = 1e-6
+    tol: float | None = None
     max_iter: int = 3000
     floor: float = VARIANCE_FLOOR
 
@@ -57,6 +61,8 @@ class Solver:
         _choice("start", self.start, STARTS)
         for name, kind, low in (("restarts", int, 1), ("tol", float, 0), ("max_iter", int, 1), ("floor", float, 0)):
             value = getattr(self, name)
+            if name == "tol" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value < math.inf:
                 raise UsageError(f"{name}: got {value!r}, expected a number of at least {low}")
 
@@ -119,6 +125,11 @@ class Config:
         """The shape of Σ: as asked for, or the method's own."""
         return self.solver.covariance or DEFAULT_COVARIANCE[self.method]
 
+    @property
+    def tol(self) -> float:
+        """The tolerance: as asked for, or the unit's own."""
+        return DEFAULT_TOL[self.protocol.unit] if self.solver.tol is None else self.solver.tol
+
     def as_json(self) -> dict[str, Any]:
         """For the sidecar: whatever can change a label. The device and ``--probabilities`` cannot."""
         protocol = json.dumps(dataclasses.asdict(self.protocol), sort_keys=True, default=list)
@@ -127,7 +138,7 @@ class Config:
             "protocol_sha256": hashlib.sha256(protocol.encode()).hexdigest(),
             "normalisation": self.protocol.normalisation,
             "method": self.method,
-            "solver": {**dataclasses.asdict(self.solver), "covariance": self.covariance},
+            "solver": {**dataclasses.asdict(self.solver), "covariance": self.covariance, "tol": self.tol},
             "means": None if self.means is None else dataclasses.asdict(self.means),
             "seed": self.seed,
             "frame": self.frame,

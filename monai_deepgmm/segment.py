@@ -138,7 +138,7 @@ def solve(image: Tensor, mask: Tensor, expected: Tensor, config: Config) -> Fit:
         start,
         spatial=config.method == "svgmm",
         covariance=config.covariance,
-        tol=settings.tol,
+        tol=config.tol,
         max_iter=settings.max_iter,
         floor=settings.floor,
     )
