@@ -70,6 +70,12 @@ def make_patient() -> MakePatient:
 
 
 @pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without the mosaic, which takes most of a tiny patient's time."""
+    monkeypatch.setattr("monai_deepgmm.report.preview", lambda segmentation: b"no picture")
+
+
+@pytest.fixture
 def cohort_dir(tmp_path: Path, make_patient: MakePatient) -> Path:
     """Three patients of this test's own: pat1, pat2, pat3."""
     for number in (1, 2, 3):

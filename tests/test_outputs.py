@@ -180,6 +180,7 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("case", GEOMETRIES)
 def test_the_label_map_lies_where_its_source_does(tmp_path, make_patient, case):
     affine, sform, qform = GEOMETRIES[case]
@@ -263,6 +264,7 @@ def test_bids_derivatives_are_the_one_place_inside_that_is_allowed(tmp_path, mak
 # What is done is left alone -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_a_second_run_leaves_every_file_untouched(cohort_dir, tmp_path):
     out = tmp_path / "out"
     assert segment(cohort_dir, out) == 0
@@ -316,6 +318,7 @@ ALL = {
 }
 
 
+@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("case", ONE)
 def test_a_patient_whose_files_changed_is_done_again(cohort_dir, tmp_path, case):
     out = tmp_path / "out"
@@ -329,6 +332,7 @@ def test_a_patient_whose_files_changed_is_done_again(cohort_dir, tmp_path, case)
     assert all(again[name] > first[name] for name in first if name.startswith("pat2/"))
 
 
+@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("case", ALL)
 def test_another_configuration_is_done_again(cohort_dir, tmp_path, case):
     out = tmp_path / "out"
@@ -359,6 +363,7 @@ def test_an_input_replaced_while_it_was_segmented_is_done_again(cohort_dir, tmp_
     assert facts["sha256"] == hashlib.sha256((cohort_dir / "pat2_T2.nii.gz").read_bytes()).hexdigest()
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_a_failure_leaves_no_older_labels_and_a_repaired_patient_is_ok(cohort_dir, tmp_path):
     out, path = tmp_path / "out", cohort_dir / "pat2_LGE.nii.gz"
     assert segment(cohort_dir, out, "--probabilities") == 0
@@ -374,6 +379,7 @@ def test_a_failure_leaves_no_older_labels_and_a_repaired_patient_is_ok(cohort_di
     assert {r["status"] for r in table(out / "summary.tsv")} == {"ok"}
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_a_file_that_is_no_row_hides_nobody(cohort_dir, tmp_path):
     out = tmp_path / "out"
     assert segment(cohort_dir, out) == 0
