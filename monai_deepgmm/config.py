@@ -14,17 +14,23 @@ from typing import Any, Literal, get_args
 import yaml
 
 from monai_deepgmm import protocol as protocols
+from monai_deepgmm import spec
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.mixture import COVARIANCES, VARIANCE_FLOOR, Covariance
 from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.spec import Reference
 
-Method = Literal["gmm", "svgmm"]
+Method = Literal["gmm", "svgmm", "deepg", "deepsvg", "network"]
 METHODS: tuple[Method, ...] = get_args(Method)
 DEFAULT_METHOD: Method = "svgmm"
 STARTS = ("signature", "kmeans")
 #: The shape of Σ where none is asked for. The paper's is diag; for the SVGMM one shared matrix is clearly better.
-DEFAULT_COVARIANCE: Mapping[Method, Covariance] = {"gmm": "diag", "svgmm": "tied"}
+DEFAULT_COVARIANCE: Mapping[Method, Covariance] = {"gmm": "diag", "svgmm": "tied", "deepg": "tied", "deepsvg": "tied"}
+#: The methods that fit a network to the image itself.
+DEEP: tuple[Method, ...] = ("deepg", "deepsvg")
+#: Their tolerance (S §4.1) where none is asked for: NLL per voxel that a gradient step gains.
+DEEP_TOL = 1e-3
 #: The tolerance where none is asked for. A whole volume has hundreds of times the voxels of a slice, and an SVGMM on
 #: it creeps on for minutes over gains that change next to no label.
 DEFAULT_TOL: Mapping[str, float] = {"slice": 1e-6, "volume": 1e-4}
@@ -42,6 +48,12 @@ class Solver:
             None: the unit's own (``DEFAULT_TOL``).
         max_iter: iterations at most.
         floor: the variance floor, as a fraction of a sequence's variance inside the mask.
+        start_steps: deepg, deepsvg: gradient steps that bring the network to the start.
+        start_weight: deepg, deepsvg: how much of the cross-entropy to the start is kept after them.
+        steps: deepg, deepsvg: gradient steps on the NLL, at most.
+        lr: deepg, deepsvg: the learning rate.
+        together: deepg, deepsvg: one network for all images of a patient instead of one for each.
+        mean_weight: deepg, deepsvg with known means: λ of the regulariser ‖μ − μ_data‖².
     """
 
     covariance: Covariance | None = None
@@ -50,6 +62,12 @@ class Solver:
     tol: float | None = None
     max_iter: int = 3000
     floor: float = VARIANCE_FLOOR
+    start_steps: int = 20
+    start_weight: float = 0.3
+    steps: int = 30
+    lr: float = 1e-3
+    together: bool = False
+    mean_weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuses what makes no sense.
@@ -59,12 +77,12 @@ class Solver:
         """
         _choice("covariance", self.covariance, (None, *COVARIANCES))
         _choice("start", self.start, STARTS)
-        for name, kind, low in (("restarts", int, 1), ("tol", float, 0), ("max_iter", int, 1), ("floor", float, 0)):
-            value = getattr(self, name)
-            if name == "tol" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value < math.inf:
-                raise UsageError(f"{name}: got {value!r}, expected a number of at least {low}")
+        check_numbers(
+            self,
+            {"restarts": (int, 1), "max_iter": (int, 1), "start_steps": (int, 0), "steps": (int, 1)}
+            | dict.fromkeys(("tol", "floor", "lr", "start_weight", "mean_weight"), (float, 0)),
+        )
+        _choice("together", self.together, (True, False))
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,8 @@ class Config:
         method: which solver.
         means: μ_data, or None.
         solver: how it fits.
+        network: deepg, deepsvg: the definition that ``networks.build`` takes; None: the paper's U-Net.
+        model: network: the trained one.
         seed: of every random draw; each patient starts from it anew.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: larger images are refused.
@@ -104,6 +124,8 @@ class Config:
     method: Method = DEFAULT_METHOD
     means: Means | None = None
     solver: Solver = field(default_factory=Solver)
+    network: Mapping[str, Any] | None = None
+    model: Reference | None = None
     seed: int = 0
     frame: int | None = None
     max_voxels: int = DEFAULT_MAX_VOXELS
@@ -111,24 +133,34 @@ class Config:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Refuses an unknown method and a seed that torch cannot take.
+        """Refuses an unknown method, options that it does not use, and a seed that torch cannot take.
 
         Raises:
-            UsageError: the method is not one of ``METHODS``, or the seed does not fit into 63 bits.
+            UsageError: the method is not one of ``METHODS``, a model is missing or not asked for, the same for a
+                network's definition, or the seed does not fit into 63 bits.
         """
         _choice("method", self.method, METHODS)
+        if (self.method == "network") != (self.model is not None):
+            hint = "name one with --model MODEL_DIR" if self.model is None else "use --method network with it"
+            raise UsageError(f"--method {self.method} and a trained model go together: {hint}")
+        if self.network is not None and self.method not in DEEP:
+            raise UsageError(f"--network: --method {self.method} fits no network; use {' or '.join(DEEP)}")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
 
     @property
     def covariance(self) -> Covariance:
         """The shape of Σ: as asked for, or the method's own."""
+        if self.model is not None:
+            return self.model.spec.covariance
         return self.solver.covariance or DEFAULT_COVARIANCE[self.method]
 
     @property
     def tol(self) -> float:
-        """The tolerance: as asked for, or the unit's own."""
-        return DEFAULT_TOL[self.protocol.unit] if self.solver.tol is None else self.solver.tol
+        """The tolerance: as asked for, or the method's and unit's own."""
+        if self.solver.tol is not None:
+            return self.solver.tol
+        return DEEP_TOL if self.method in DEEP else DEFAULT_TOL[self.protocol.unit]
 
     def as_json(self) -> dict[str, Any]:
         """For the sidecar: whatever can change a label. The device and ``--probabilities`` cannot."""
@@ -139,6 +171,10 @@ class Config:
             "normalisation": self.protocol.normalisation,
             "method": self.method,
             "solver": {**dataclasses.asdict(self.solver), "covariance": self.covariance, "tol": self.tol},
+            "network": None if self.network is None else dict(self.network),
+            "model": None
+            if self.model is None
+            else {**dataclasses.asdict(self.model.spec), "sha256": self.model.sha256},
             "means": None if self.means is None else dataclasses.asdict(self.means),
             "seed": self.seed,
             "frame": self.frame,
@@ -150,6 +186,8 @@ def build(
     protocol: str | Path = "infarct",
     method: str | None = None,
     means: str | Path | None = None,
+    network: str | Mapping[str, Any] | None = None,
+    model: str | Path | None = None,
     settings: Sequence[str] | Mapping[str, Any] = (),
     seed: int = 0,
     frame: int | None = None,
@@ -163,6 +201,8 @@ def build(
         protocol: a name or a YAML file.
         method: one of ``METHODS``; None: the default.
         means: a file written by ``deepgmm means``.
+        network: for deepg and deepsvg: what ``network_definition`` takes.
+        model: for network: a folder written by ``deepgmm train``; it makes that method the default.
         settings: ``key=value`` strings, or a mapping, for the fields of ``Solver``.
         seed: of every random draw.
         frame: which frame of a 4-D file.
@@ -178,9 +218,11 @@ def build(
     _choice("method", method, (None, *METHODS))
     return Config(
         protocol=found,
-        method=method or DEFAULT_METHOD,  # type: ignore[arg-type]  # checked above
+        method=method or (DEFAULT_METHOD if model is None else "network"),  # type: ignore[arg-type]  # checked above
         means=None if means is None else read_means(Path(means), found),
         solver=solver(settings),
+        network=network_definition(network),
+        model=None if model is None else spec.read(Path(model), found),
         seed=seed,
         frame=frame,
         max_voxels=max_voxels,
@@ -195,15 +237,66 @@ def solver(settings: Sequence[str] | Mapping[str, Any]) -> Solver:
     Raises:
         UsageError: a string without ``=``, a key that is no field of ``Solver``, or a value it cannot have.
     """
+    return Solver(**chosen(settings, [f.name for f in dataclasses.fields(Solver)]))
+
+
+def chosen(settings: Sequence[str] | Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """``--set``: values by name, from ``key=value`` strings or a mapping.
+
+    Raises:
+        UsageError: a string without ``=``, or a key that is not known.
+    """
     if not isinstance(settings, Mapping):
         pairs = [setting.partition("=") for setting in settings]
         if broken := [key for key, equals, _ in pairs if not equals]:
             raise UsageError(f"--set {broken[0]}: expected key=value")
         settings = {key.strip(): _value(value) for key, _, value in pairs}
-    known = [f.name for f in dataclasses.fields(Solver)]
     if unknown := [key for key in settings if key not in known]:
         raise UsageError(f"--set {unknown[0]}: no such setting; choose from {', '.join(known)}")
-    return Solver(**settings)
+    return dict(settings)
+
+
+def network_definition(given: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A network as ``networks.build`` takes it.
+
+    Args:
+        given: a name, a class's dotted name, a mapping with ``_target_`` (also as text), or a JSON or YAML file of one.
+
+    Raises:
+        UsageError: the file cannot be read, or what it holds is no such mapping.
+    """
+    if given is None or isinstance(given, Mapping):
+        return given
+    text, name = given, given.strip()
+    if name.endswith((".json", ".yaml", ".yml")):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--network {name}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    elif not name.startswith("{"):
+        return {"_target_": name}
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--network: not YAML or JSON ({error})") from error
+    if not (isinstance(found, dict) and isinstance(found.get("_target_"), str)):
+        raise UsageError(f"--network: expected a mapping with _target_, got {str(found)[:80]}")
+    return found
+
+
+def check_numbers(settings: object, limits: Mapping[str, tuple[type, float]]) -> None:
+    """Refuses settings that are no finite numbers of their kind, or below their limit; None stands for a default.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    for name, (kind, low) in limits.items():
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value < math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise UsageError(f"{name}: got {value!r}, expected {what} of at least {low}")
 
 
 def read_means(path: Path, protocol: Protocol) -> Means:

@@ -252,7 +252,7 @@ def _loop(image: Tensor, mask: Tensor, start: Tensor, options: _Options) -> Fit:
     converged = torch.zeros(batch, dtype=torch.bool, device=image.device)
     for _ in range(options.max_iter):
         updated = maximise(active, resp[active])
-        lost = _collapsed(resp[active], mask[active]) & (reseeded[active] < MAX_RESEEDS)[:, None]
+        lost = collapsed(resp[active], mask[active]) & (reseeded[active] < MAX_RESEEDS)[:, None]
         moved = lost.any(1)
         if moved.any():
             updated = reseed(image[active], mask[active], updated, evidence[active], lost)
@@ -268,10 +268,10 @@ def _loop(image: Tensor, mask: Tensor, start: Tensor, options: _Options) -> Fit:
         active = active[~converged[active]]
         if len(active) == 0:
             break
-    return Fit(resp, mixture, last, torch.stack(trace), iterations, converged, reseeded, _collapsed(resp, mask))
+    return Fit(resp, mixture, last, torch.stack(trace), iterations, converged, reseeded, collapsed(resp, mask))
 
 
-def _collapsed(resp: Tensor, mask: Tensor) -> Tensor:
+def collapsed(resp: Tensor, mask: Tensor) -> Tensor:
     """Which components explain (nearly) no voxel ``(B, K)``; in a tiny image, none is called so for its size."""
     limit = torch.minimum(torch.full_like(mask.sum(-1), MIN_VOXELS), mask.sum(-1) / (4 * resp.shape[1]))
     return resp.sum(-1) < limit

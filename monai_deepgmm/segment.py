@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -9,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from monai_deepgmm import em, tissues, transforms
-from monai_deepgmm.config import Config
+from monai_deepgmm.config import DEEP, Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.mixture import Mixture, e_step
 from monai_deepgmm.nifti import Volume
 from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.scan import MIN_VOXELS_PER_TISSUE, Scan
+from monai_deepgmm.spec import CONTEXT
 from monai_deepgmm.study import Study
 from monai_deepgmm.tissues import Naming
 from monai_deepgmm.transforms import Units
@@ -59,12 +61,13 @@ class Segmentation:
     warnings: tuple[str, ...]
 
 
-def segment(study: Study, config: Config) -> Segmentation:
+def segment(study: Study, config: Config, *, network: nn.Module | None = None) -> Segmentation:
     """Segments one patient.
 
     Args:
         study: the files.
         config: what to do with them.
+        network: for the method network: its weights, already loaded; None: those in the model's folder.
 
     Raises:
         StudyError: the patient cannot be segmented; the code says why.
@@ -75,19 +78,34 @@ def segment(study: Study, config: Config) -> Segmentation:
         data = step(data)
     patient: Scan = data["scan"]
     units: Units = data["units"]
-    visible = config.protocol.visible(patient.sequences)
-    image, mask = units.image.to(config.device), units.mask.to(config.device)
-    expected = expected_map(image, mask, units, patient.sequences, visible, config)
-    large = _large(units, visible, config.protocol)
-    fit = solve(image[large], mask[large], expected[large], config)
-    naming = tissues.name(fit.resp, expected[large])
+    sequences = _sequences(patient, config)
+    visible = config.protocol.visible(sequences)
+    channels = [patient.sequences.index(s) for s in sequences]
+    image, mask = units.image[:, channels].to(config.device), units.mask.to(config.device)
+    means = known_means(config, visible, sequences)
+    if means is None:
+        expected = tissues.signature_map(image, mask, visible, sequences, units.spacing_mm)
+    else:
+        expected = em.means_start(image, mask, means)
+    # A network needs no voxels of its own to learn from; a fit does.
+    large = _large(units, visible, config.protocol) if config.model is None else torch.arange(len(image))
+    fit = solve(
+        image[large],
+        mask[large],
+        expected[large],
+        config,
+        spacing_mm=units.spacing_mm,
+        means=means,
+        network=network,
+    )
+    naming = tissues.name(fit.resp, expected[large], given=config.model is not None)
     fit = tissues.reorder(fit, naming.order)
     resp = _all_units(fit, image, mask, large)
     probabilities = units.restore(resp.cpu())
     labels = _labels(probabilities, patient.mask, visible)
     warnings = (
         *patient.warnings,
-        *_about_sequences(config.protocol, patient.sequences),
+        *_about_sequences(config.protocol, sequences),
         *_about_order(units, patient, visible),
         *_about_fit(fit, naming, units, large, visible),
     )
@@ -101,37 +119,79 @@ def segment(study: Study, config: Config) -> Segmentation:
         probabilities=probabilities,
         reference=patient.reference,
         slice_axis=units.slice_axis,
-        sidecar=_sidecar(patient, units, visible, fit, naming, large, config, warnings),
+        sidecar=_sidecar(patient, sequences, units, visible, fit, naming, large, config, warnings),
         warnings=warnings,
     )
 
 
-def expected_map(
-    image: Tensor, mask: Tensor, units: Units, sequences: tuple[str, ...], visible: tuple[Tissue, ...], config: Config
-) -> Tensor:
-    """Where each tissue is expected ``(B, T, *S)``: by μ_data where given, else by the protocol's signatures.
+def known_means(config: Config, visible: tuple[Tissue, ...], sequences: tuple[str, ...]) -> Tensor | None:
+    """μ_data ``(K, M)`` of these tissues in these sequences, or None where none was given.
 
     Raises:
-        StudyError: ``E_MEANS``, the means lack a tissue or sequence of this patient.
+        StudyError: ``E_MEANS``, the means lack a tissue or a sequence.
     """
     if config.means is None:
-        return tissues.signature_map(image, mask, visible, sequences, units.spacing_mm)
+        return None
     try:
-        means = [[config.means.means[t.name][s] for s in sequences] for t in visible]
+        return torch.tensor([[config.means.means[t.name][s] for s in sequences] for t in visible], dtype=torch.float64)
     except KeyError as error:
         message = f"the means have no value for {error}, which this patient's sequences show"
         raise StudyError("E_MEANS", message, "Compute the means from patients with these sequences") from error
-    return em.means_start(image, mask, torch.tensor(means))
 
 
-def solve(image: Tensor, mask: Tensor, expected: Tensor, config: Config) -> Fit:
-    """Fits the mixture of ``config.method`` to each image, from the start that ``config`` asks for."""
+def _sequences(patient: Scan, config: Config) -> tuple[str, ...]:
+    """The sequences that are looked at: all, or those that the trained network knows.
+
+    Raises:
+        StudyError: ``E_MODEL``, the network needs one that the patient lacks.
+    """
+    if config.model is None:
+        return patient.sequences
+    if absent := [s for s in config.model.spec.sequences if s not in patient.sequences]:
+        message = f"the network was trained with {', '.join(absent)}, which this patient lacks"
+        raise StudyError("E_MODEL", message, "Segment this patient with a method that needs no trained network")
+    return config.model.spec.sequences
+
+
+def solve(
+    image: Tensor,
+    mask: Tensor,
+    expected: Tensor,
+    config: Config,
+    *,
+    spacing_mm: tuple[float, ...],
+    means: Tensor | None = None,
+    network: nn.Module | None = None,
+) -> Fit:
+    """Fits the mixture of ``config.method`` to each image: by EM, by a network of its own, or by a trained one.
+
+    Args:
+        image: ``(B, M, *S)``.
+        mask: ``(B, 1, *S)``.
+        expected: where each tissue is expected ``(B, K, *S)``: the start.
+        config: the method and its settings.
+        spacing_mm: of the axes in ``*S``.
+        means: μ_data ``(K, M)``, from which the start was made.
+        network: the trained one, already loaded; None: the one in the model's folder.
+
+    Raises:
+        StudyError: ``E_MODEL``, the trained network cannot be loaded.
+    """
+    if config.model is not None:
+        from monai_deepgmm import model  # MONAI's networks take a second to import
+
+        loaded = model.load(config.model, config.device) if network is None else network
+        return model.fit(loaded, config.model.spec, image, mask, spacing_mm=spacing_mm)
     settings = config.solver
     start = expected
-    if settings.start == "kmeans" and config.means is None:
+    if settings.start == "kmeans" and means is None:
         generator = torch.Generator().manual_seed(config.seed)
-        draws = [em.kmeans_start(image, mask, expected.shape[1], generator=generator) for _ in range(settings.restarts)]
+        restarts = 1 if config.method in DEEP else settings.restarts
+        draws = [em.kmeans_start(image, mask, expected.shape[1], generator=generator) for _ in range(restarts)]
         start = torch.stack(draws)
+    if config.method in DEEP:
+        start = start[0] if start.ndim > expected.ndim else start
+        return _by_descent(image, mask, start, config, spacing_mm=spacing_mm, means=means)
     return em.fit(
         image,
         mask,
@@ -141,6 +201,48 @@ def solve(image: Tensor, mask: Tensor, expected: Tensor, config: Config) -> Fit:
         tol=config.tol,
         max_iter=settings.max_iter,
         floor=settings.floor,
+    )
+
+
+def _by_descent(
+    image: Tensor,
+    mask: Tensor,
+    start: Tensor,
+    config: Config,
+    *,
+    spacing_mm: tuple[float, ...],
+    means: Tensor | None,
+) -> Fit:
+    """deepG or deepSVG (S Alg. 3), with ‖μ − μ_data‖² where means are known (S §4.2)."""
+    from monai_deepgmm import deep, losses, networks
+
+    settings = config.solver
+    network = functools.partial(
+        networks.build,
+        config.network,
+        spatial_dims=image.ndim - 2,
+        in_channels=image.shape[1] + CONTEXT,
+        out_channels=start.shape[1],
+    )
+    return deep.fit(
+        image,
+        mask,
+        start,
+        tissues.relative_depth(mask, spacing_mm),
+        network=network,
+        seed=config.seed,
+        spatial=config.method == "deepsvg",
+        covariance=config.covariance,
+        terms=[] if means is None else [losses.Term(settings.mean_weight, losses.MeanPrior(means))],
+        together=settings.together,
+        floor=settings.floor,
+        descent=deep.Descent(
+            steps=settings.steps,
+            start_steps=settings.start_steps,
+            start_weight=settings.start_weight,
+            lr=settings.lr,
+            tol=config.tol,
+        ),
     )
 
 
@@ -226,6 +328,7 @@ def versions() -> dict[str, str]:
 
 def _sidecar(
     patient: Scan,
+    sequences: tuple[str, ...],
     units: Units,
     visible: tuple[Tissue, ...],
     fit: Fit,
@@ -243,7 +346,7 @@ def _sidecar(
         "GeneratedBy": "monai-deepgmm",
         "versions": versions(),
         "method": config.method,
-        "sequences": list(patient.sequences),
+        "sequences": list(sequences),
         "tissues": [{"name": t.name, "index": t.index, "color": t.color} for t in visible],
         "configuration": config.as_json(),
         "seed": config.seed,
@@ -278,7 +381,7 @@ def _sidecar(
             ]
         },
         "mixture": {
-            "units": [_parameters(fit, i, slices[i], names, patient.sequences) for i in range(len(large))],
+            "units": [_parameters(fit, i, slices[i], names, sequences) for i in range(len(large))],
             "covariance": config.covariance,
             "scale": config.protocol.normalisation,
         },
@@ -287,6 +390,8 @@ def _sidecar(
 
 
 def _naming_rule(config: Config) -> str:
+    if config.model is not None:
+        return "the trained network's outputs, in the order that its training gave them"
     source = "the given means" if config.means is not None else "the protocol's signatures and places"
     return f"components named together, by largest overlap with the map expected from {source}"
 

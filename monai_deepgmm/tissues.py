@@ -101,7 +101,7 @@ def _log_expected(z: Tensor, depth: Tensor, tissue: Tissue, sequences: tuple[str
     return -cost / 2
 
 
-def name(resp: Tensor, expected: Tensor) -> Naming:
+def name(resp: Tensor, expected: Tensor, *, given: bool = False) -> Naming:
     """Names components by their overlap with the maps of where tissues are expected.
 
     The assignment maximises the sum over tissues of the soft Dice ``2 Σ w q / (Σ w + Σ q)``.
@@ -109,23 +109,25 @@ def name(resp: Tensor, expected: Tensor) -> Naming:
     Args:
         resp: responsibilities w ``(B, K, *S)``, 0 outside the mask.
         expected: the signature map q ``(B, T, *S)``, T = K.
+        given: the components are in the order of the tissues already, as a trained network's are; only how certain
+            that order is and how well it agrees is computed.
     """
     w, q = resp.flatten(2), expected.flatten(2)
     shared = w @ q.mT  # (B, K, T)
     dice = 2 * shared / (w.sum(-1)[:, :, None] + q.sum(-1)[:, None]).clamp_min(1e-9)
-    order, certainty = zip(*(_assign(table) for table in dice.cpu().numpy()), strict=True)
+    order, certainty = zip(*(_assign(table, given=given) for table in dice.cpu().numpy()), strict=True)
     chosen = torch.tensor(np.stack(order), device=resp.device)
     agreement = shared / w.sum(-1).clamp_min(1e-9)[:, :, None]
     picked = agreement.take_along_dim(chosen[:, None], 1).squeeze(1)
     return Naming(chosen, torch.tensor(certainty), picked)
 
 
-def _assign(dice: np.ndarray) -> tuple[np.ndarray, float]:
-    """The best component of each tissue, from a (K, T) table, and the probability of that assignment.
+def _assign(dice: np.ndarray, *, given: bool) -> tuple[np.ndarray, float]:
+    """The best (or the given) component of each tissue, from a (K, T) table, and that assignment's probability.
 
     The rivals are the best assignments in which one of the tissues gets another component.
     """
-    components, tissues = linear_sum_assignment(dice, maximize=True)
+    components, tissues = [np.arange(len(dice))] * 2 if given else linear_sum_assignment(dice, maximize=True)
     order = components[np.argsort(tissues)]
     best = dice[components, tissues].mean()
     odds = 1.0

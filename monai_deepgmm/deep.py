@@ -1,0 +1,219 @@
+"""deepG and deepSVG on one image: a network fitted to it takes the place of the E-step (S §3, Alg. 3).
+
+The parts are those of EM: start, step, loop, result, and the result is the same ``Fit``. A start is responsibilities
+here too: the network is first taught to give them, so that its outputs begin in an order that means something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from monai_deepgmm.em import Fit, collapsed
+from monai_deepgmm.losses import MixtureNLL, Regulariser, Staged, Term
+from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, e_step, nll
+from monai_deepgmm.networks import logits
+
+#: Sides of an image are cut to multiples of this: a network with five levels halves them four times.
+MULTIPLE = 16
+#: Voxels of surroundings that the network sees on each side of the mask.
+MARGIN = 4
+#: Gradient steps that are done at least, however small the gain (as in the paper's experiments).
+MIN_STEPS = 10
+#: The power of the polynomial decay of the learning rate, (1 - t / T)^0.9.
+DECAY = 0.9
+
+
+class Descent(NamedTuple):
+    """How a network is fitted to an image.
+
+    Attributes:
+        steps: gradient steps on the NLL, at most.
+        start_steps: gradient steps on the cross-entropy to the start, before them.
+        start_weight: how much of that cross-entropy is kept during them, as a prior on Π.
+        lr: AdamW's learning rate; it decays polynomially to 0 over the steps.
+        weight_decay: AdamW's.
+        clip: the largest norm of a gradient.
+        tol: the fit has converged when a step gains less NLL per voxel.
+    """
+
+    steps: int = 30
+    start_steps: int = 20
+    start_weight: float = 0.0
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+    clip: float = 12.0
+    tol: float = 1e-3
+
+
+def fit(
+    image: Tensor,
+    mask: Tensor,
+    start: Tensor,
+    context: Tensor,
+    *,
+    network: Callable[[], nn.Module],
+    seed: int,
+    spatial: bool = True,
+    covariance: Covariance = "diag",
+    terms: Sequence[Term | tuple[float, Regulariser]] = (),
+    together: bool = False,
+    floor: float = VARIANCE_FLOOR,
+    descent: Descent | None = None,
+) -> Fit:
+    """Fits a network to each image, or one network to all of them, and gives what EM would give.
+
+    Args:
+        image: ``(B, M, *S)``.
+        mask: ``(B, 1, *S)``.
+        start: responsibilities ``(B, K, *S)``.
+        context: further channels that the network sees beside the image ``(B, C, *S)``, such as the depth below the
+            mask's border; C may be 0.
+        network: makes a new network from M + C channels to K logits.
+        seed: of the network's weights; every image begins with the same ones.
+        spatial: True for deepSVG (NLL_V), False for deepG (NLL).
+        covariance: the shape of Σ.
+        terms: regularisers λ r(Π, μ, Σ).
+        together: one network for all images, such as the slices of a patient, instead of one for each.
+        floor: the variance floor, as a fraction of a sequence's variance.
+        descent: the optimiser's settings; None: the defaults.
+
+    Returns:
+        The fit. An image fitted together with others shares their verdict of convergence.
+    """
+    # Images are z-scored, so a fraction of the variance is the variance itself.
+    loss = MixtureNLL(spatial=spatial, covariance=covariance, terms=terms, floor=floor).to(image.device)
+    groups = [slice(None)] if together else [slice(i, i + 1) for i in range(len(image))]
+    fits = [
+        _descend(image[g], mask[g], start[g], context[g], _fresh(network, seed), loss, descent or Descent())
+        for g in groups
+    ]
+    return fits[0] if len(fits) == 1 else _joined(fits)
+
+
+# Start -----------------------------------------------------------------------------------------------------------
+
+
+def _fresh(network: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A network with weights drawn from a seed, whatever state the global generator was in, and leaves it in."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return network()
+
+
+def crop(mask: Tensor) -> tuple[slice, ...]:
+    """The box around all masks ``(B, 1, *S)``, with a margin, its sides multiples of ``MULTIPLE``; may leave the image.
+
+    Returns:
+        A slice of each axis of ``*S``; its start may be negative and its stop beyond the end.
+    """
+    sides = []
+    for axis in range(mask.ndim - 2):
+        others = tuple(i for i in range(mask.ndim) if i != axis + 2)
+        inside = torch.nonzero(mask.sum(others)).flatten().tolist() or [0]
+        low, high = inside[0], inside[-1] + 1
+        side = -(-(high - low + 2 * MARGIN) // MULTIPLE) * MULTIPLE
+        first = (low + high - side) // 2
+        sides.append(slice(first, first + side))
+    return tuple(sides)
+
+
+def cut(values: Tensor, box: tuple[slice, ...]) -> Tensor:
+    """``(B, C, *S)`` cut to a box, 0 where the box leaves it; with ``paste`` there and back."""
+    pads = [
+        pad for side, n in zip(reversed(box), reversed(values.shape[2:]), strict=True) for pad in _beyond(side, int(n))
+    ]
+    return nn.functional.pad(values, pads)
+
+
+def paste(values: Tensor, box: tuple[slice, ...], shape: torch.Size) -> Tensor:
+    """The way back: ``(B, C, *box)`` into an image of the shape ``*S``, 0 outside the box."""
+    return cut(values, tuple(slice(-side.start, -side.start + n) for side, n in zip(box, shape, strict=True)))
+
+
+def _beyond(side: slice, length: int) -> tuple[int, int]:
+    """How far a slice reaches beyond an axis on both sides; negative where it stays within."""
+    return -side.start, side.stop - length
+
+
+# Step and loop ---------------------------------------------------------------------------------------------------
+
+
+def _descend(
+    image: Tensor,
+    mask: Tensor,
+    start: Tensor,
+    context: Tensor,
+    network: nn.Module,
+    loss: MixtureNLL,
+    descent: Descent,
+) -> Fit:
+    """One network, fitted to a batch of images at once."""
+    box, shape = crop(mask), image.shape[2:]
+    # In double precision a network gains nothing and takes twice as long.
+    small, inside, begin = (cut(t, box).float() for t in (image, mask, start))
+    seen = torch.cat([small, cut(context, box).float()], 1)
+    network = network.to(image.device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), descent.lr, weight_decay=descent.weight_decay)
+
+    def step(value: Tensor) -> float:
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), descent.clip)
+        optimizer.step()
+        return float(value.detach())
+
+    staged = Staged(loss, start_epochs=1, start_weight=descent.start_weight)
+    target = torch.cat([small, inside, begin], 1)
+    for _ in range(descent.start_steps):
+        step(staged(logits(network, seen), target))
+    staged.epoch = 2
+    decay = torch.optim.lr_scheduler.PolynomialLR(optimizer, descent.steps + 1, DECAY)
+    trace: list[float] = []
+    steps, converged = 0, False
+    while steps < descent.steps and not converged:
+        trace.append(step(staged(logits(network, seen), target)))
+        decay.step()
+        steps += 1
+        converged = steps > MIN_STEPS and trace[-2] - trace[-1] < descent.tol
+    with torch.no_grad():
+        weights = logits(network, seen).softmax(1)
+    return _result(image, mask, paste(weights, box, shape), loss, trace, converged)
+
+
+# Result ----------------------------------------------------------------------------------------------------------
+
+
+def _result(image: Tensor, mask: Tensor, output: Tensor, loss: MixtureNLL, trace: list[float], converged: bool) -> Fit:
+    """The mixture of the network's last output w, and the labelling rule of the model it belongs to."""
+    resp = output.to(image) * mask
+    mixture = loss.mixture(image, resp, mask)
+    final = nll(image, mask, mixture)
+    # The loss of every step, regularisers included, and at last the NLL alone, as the result has it.
+    history = torch.tensor(trace, dtype=image.dtype, device=image.device)[:, None].expand(-1, len(image))
+    flags = torch.full((len(image),), converged, device=image.device)
+    count = torch.full((len(image),), len(trace), device=image.device)
+    inside = mask.flatten(2)
+    return Fit(
+        resp=e_step(image, mask, mixture),
+        mixture=mixture,
+        nll=final,
+        trace=torch.cat([history, final[None]]),
+        iterations=count,
+        converged=flags,
+        reseeded=torch.zeros_like(count),
+        collapsed=collapsed(resp.flatten(2), inside),
+    )
+
+
+def _joined(fits: Sequence[Fit]) -> Fit:
+    """Fits of single images as one of a batch; shorter traces repeat their last value."""
+    longest = max(len(f.trace) for f in fits)
+    traces = [torch.cat([f.trace, f.trace[-1:].expand(longest - len(f.trace), -1)]) for f in fits]
+    mixture = type(fits[0].mixture)(*(torch.cat(p) for p in zip(*(f.mixture for f in fits), strict=True)))
+    rest = ("resp", "nll", "iterations", "converged", "reseeded", "collapsed")
+    joined = {name: torch.cat([getattr(f, name) for f in fits]) for name in rest}
+    return Fit(mixture=mixture, trace=torch.cat(traces, 1), **joined)

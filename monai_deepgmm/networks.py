@@ -1,0 +1,131 @@
+"""The networks that stand in for the E-step: the paper's U-Net, or any other that a configuration names.
+
+A network takes ``(B, C, *S)`` and gives logits ``(B, K, *S)``; the softmax over K belongs to whoever uses them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from monai.networks.blocks import Convolution
+from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
+from torch import Tensor, nn
+
+from monai_deepgmm.errors import UsageError
+
+#: Filters of the paper's U-Net from the finest level to the coarsest.
+FILTERS = (32, 64, 128, 256, 512)
+DEFAULT: Mapping[str, Any] = {"_target_": "monai_deepgmm.networks.UNet"}
+#: What the two networks of MONAI that users ask for most need besides channels; others are given in full.
+NAMED: Mapping[str, Mapping[str, Any]] = {
+    "unet": DEFAULT,
+    "basicunet": {"_target_": "monai.networks.nets.BasicUNet"},
+    "dynunet": {
+        "_target_": "monai.networks.nets.DynUNet",
+        "kernel_size": [3, 3, 3, 3, 3],
+        "strides": [1, 2, 2, 2, 2],
+        "upsample_kernel_size": [2, 2, 2, 2],
+    },
+    "segresnet": {"_target_": "monai.networks.nets.SegResNet", "init_filters": 32},
+}
+
+
+class UNet(nn.Module):
+    """The U-Net of S §4.3, of MONAI's blocks: two 3×3 convolutions a level, instance norm, leaky ReLU, nearest.
+
+    With the default filters in 2-D it has the paper's four down-samplings and 7.24 million parameters.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: C.
+        out_channels: K.
+        filters: of each level, from the finest to the coarsest; each twice the one before, as the decoder halves them.
+    """
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, out_channels: int, filters: tuple[int, ...] = FILTERS
+    ) -> None:
+        super().__init__()
+        act, norm = ("leakyrelu", {"inplace": True}), "instance"
+        self.stem = TwoConv(spatial_dims, in_channels, filters[0], act, norm, bias=True)
+        self.down = nn.ModuleList(
+            Down(spatial_dims, fine, coarse, act, norm, bias=True)
+            for fine, coarse in zip(filters, filters[1:], strict=False)
+        )
+        self.up = nn.ModuleList(
+            UpCat(
+                spatial_dims,
+                coarse,
+                fine,
+                fine,
+                act,
+                norm,
+                bias=True,
+                upsample="nontrainable",
+                interp_mode="nearest",
+                align_corners=None,
+            )
+            for fine, coarse in zip(filters[-2::-1], filters[:0:-1], strict=True)
+        )
+        self.head = Convolution(spatial_dims, filters[0], out_channels, kernel_size=1, conv_only=True)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``(B, C, *S)`` → logits ``(B, K, *S)``; each side of S at least 2 to the number of down-samplings."""
+        features = self.stem(image)
+        skips = [features]
+        for down in self.down:
+            features = down(features)
+            skips.append(features)
+        # TorchScript indexes no module list by a variable; it does unroll one in a loop.
+        level = len(skips) - 2
+        for up in self.up:
+            features = up(features, skips[level])
+            level -= 1
+        out: Tensor = self.head(features)
+        return out
+
+
+def build(
+    definition: str | Mapping[str, Any] | None, *, spatial_dims: int, in_channels: int, out_channels: int
+) -> nn.Module:
+    """A network from its name, its class's full name, or a mapping with ``_target_`` and its arguments.
+
+    The mapping's values are plain data: unlike in a bundle's JSON, nothing in it is evaluated, and its target must be
+    a class of networks. ``spatial_dims``, ``in_channels`` and ``out_channels`` are filled in where the class has them.
+
+    Args:
+        definition: one of ``NAMED``, a dotted name, or a mapping; None: the paper's U-Net.
+        spatial_dims: 2 or 3.
+        in_channels: C.
+        out_channels: K.
+
+    Raises:
+        UsageError: no such network, or arguments that it does not take.
+    """
+    given = dict({"_target_": definition} if isinstance(definition, str) else definition or DEFAULT)
+    if str(given.get("_target_")).lower() in NAMED:
+        given = {**NAMED[str(given["_target_"]).lower()], **{k: v for k, v in given.items() if k != "_target_"}}
+    target = given.pop("_target_", None)
+    found = pydoc.locate(target) if isinstance(target, str) else None
+    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
+        known = ", ".join(NAMED)
+        raise UsageError(f"--network: {target!r} is no network; name one of {known}, or a class such as monai.….UNet")
+    takes = inspect.signature(found).parameters
+    ours = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
+    arguments = {**given, **{name: value for name, value in ours.items() if name in takes}}
+    try:
+        return found(**arguments)
+    except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
+        raise UsageError(f"--network {target}: {error}") from error
+
+
+def logits(network: nn.Module, image: Tensor) -> Tensor:
+    """What the network says ``(B, K, *S)``; of a deeply supervised one, the finest."""
+    out = network(image)
+    while not isinstance(out, torch.Tensor):
+        out = out[0]
+    return out

@@ -1,0 +1,106 @@
+"""What a trained network expects and where it lies, without its weights: what a configuration holds of a model.
+
+A model's folder is a MONAI bundle; ``model.json`` says what the network was trained for, ``models/model.pt`` holds its
+weights and nothing else, so that it is read without running any code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from monai_deepgmm.errors import UsageError
+from monai_deepgmm.mixture import Covariance
+from monai_deepgmm.protocol import Protocol
+
+SPEC, WEIGHTS = "model.json", Path("models") / "model.pt"
+#: Channels of context that a network sees after the sequences: the relative depth inside the mask.
+CONTEXT = 1
+LabelRule = Literal["posterior", "network"]
+LABEL_RULES: tuple[LabelRule, ...] = get_args(LabelRule)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a network was trained for; everything besides its weights that decides a label.
+
+    Attributes:
+        protocol: the protocol's name.
+        normalisation: of the images that it saw.
+        sequences: its first channels, in this order; the context follows.
+        tissues: its outputs, in this order.
+        network: the definition that ``networks.build`` makes it from.
+        spatial_dims: 2 or 3.
+        grid_mm: the voxel size that it is used to.
+        spatial: True for deepSVG.
+        covariance: the shape of Σ.
+        labels: posterior: the label is the most probable component of Π·g; network: of Π alone.
+    """
+
+    protocol: str
+    normalisation: str
+    sequences: tuple[str, ...]
+    tissues: tuple[str, ...]
+    network: Mapping[str, Any]
+    spatial_dims: int
+    grid_mm: float
+    spatial: bool
+    covariance: Covariance
+    labels: LabelRule = "posterior"
+
+    @property
+    def channels(self) -> int:
+        """How many channels the network takes."""
+        return len(self.sequences) + CONTEXT
+
+    def as_json(self) -> bytes:
+        """What ``read`` reads."""
+        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model by its folder, without its weights: what a configuration holds and other processes are sent.
+
+    Attributes:
+        folder: absolute.
+        spec: what ``model.json`` says.
+        sha256: of ``model.json`` and the weights.
+    """
+
+    folder: Path
+    spec: Spec
+    sha256: str
+
+
+def read(folder: Path, protocol: Protocol) -> Reference:
+    """A model's specification, checked against the protocol.
+
+    Raises:
+        UsageError: there is no model, it cannot be read, or it was trained for something else.
+    """
+    try:
+        text, weights = (folder / SPEC).read_bytes(), (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        hint = "give the folder that deepgmm train wrote to, once it has finished an epoch"
+        raise UsageError(f"--model {folder}: {Path(error.filename).name}: {error.strerror}; {hint}") from error
+    try:
+        raw = json.loads(text)
+        spec = Spec(**{**raw, "sequences": tuple(raw["sequences"]), "tissues": tuple(raw["tissues"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--model {folder}: {SPEC} was not written by this version ({error})") from error
+    if spec.labels not in LABEL_RULES:
+        raise UsageError(f"--model {folder}: labels: {spec.labels!r}; choose one of {', '.join(LABEL_RULES)}")
+    for what, theirs, ours in (
+        ("protocol", spec.protocol, protocol.name),
+        ("normalisation", spec.normalisation, protocol.normalisation),
+    ):
+        if theirs != ours:
+            raise UsageError(f"--model {folder}: trained with {what} {theirs}, but this run uses {ours}")
+    digest = hashlib.sha256(hashlib.sha256(text).digest() + hashlib.sha256(weights).digest()).hexdigest()
+    return Reference(folder.resolve(), spec, digest)
