@@ -234,16 +234,10 @@ def _add_segment(commands: Any) -> None:
     _add_cohort(made)
     made.add_argument("out", metavar="OUT", type=Path, help="the folder for the results")
     group = made.add_argument_group("what to do")
-    group.add_argument(
-        "--method", choices=METHODS, help=f"the solver; if absent {DEFAULT_METHOD}, or network with --model"
-    )
+    group.add_argument("--method", choices=METHODS, help=f"the solver; {DEFAULT_METHOD}, or with --model network")
     group.add_argument("--means", type=Path, metavar="FILE", help="known class means, from deepgmm means")
-    group.add_argument(
-        "--network", metavar="NETWORK", help="deepg, deepsvg: a name, a class, or a mapping (YAML, JSON)"
-    )
-    group.add_argument(
-        "--model", type=Path, metavar="MODEL_DIR", help="network: the folder that deepgmm train wrote to"
-    )
+    group.add_argument("--network", metavar="NETWORK", help="of deepg and deepsvg: a name, a class, or a file")
+    group.add_argument("--model", type=Path, metavar="MODEL_DIR", help="a network from deepgmm train")
     group.add_argument("--probabilities", action="store_true", help="also write one probability map per tissue")
     group = made.add_argument_group("how to work through the patients")
     group.add_argument("--jobs", type=_positive, default=1, metavar="N", help="patients at the same time")

@@ -172,9 +172,7 @@ class Config:
             "method": self.method,
             "solver": {**dataclasses.asdict(self.solver), "covariance": self.covariance, "tol": self.tol},
             "network": None if self.network is None else dict(self.network),
-            "model": None
-            if self.model is None
-            else {**dataclasses.asdict(self.model.spec), "sha256": self.model.sha256},
+            "model": None if self.model is None else self.model.as_json(),
             "means": None if self.means is None else dataclasses.asdict(self.means),
             "seed": self.seed,
             "frame": self.frame,
@@ -291,10 +289,11 @@ def check_numbers(settings: object, limits: Mapping[str, tuple[type, float]]) ->
         UsageError: naming the setting.
     """
     for name, (kind, low) in limits.items():
-        value = getattr(settings, name)
+        value: Any = getattr(settings, name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value < math.inf:
+        number = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
+        if not number or not low <= value < math.inf:
             what = "a whole number" if kind is int else "a number"
             raise UsageError(f"{name}: got {value!r}, expected {what} of at least {low}")
 

@@ -161,7 +161,7 @@ def _descend(
 
     def step(value: Tensor) -> float:
         optimizer.zero_grad()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), descent.clip)
         optimizer.step()
         return float(value.detach())

@@ -6,6 +6,7 @@ A network takes ``(B, C, *S)`` and gives logits ``(B, K, *S)``; the softmax over
 from __future__ import annotations
 
 import inspect
+import itertools
 import pydoc
 from collections.abc import Mapping
 from typing import Any
@@ -53,8 +54,7 @@ class UNet(nn.Module):
         act, norm = ("leakyrelu", {"inplace": True}), "instance"
         self.stem = TwoConv(spatial_dims, in_channels, filters[0], act, norm, bias=True)
         self.down = nn.ModuleList(
-            Down(spatial_dims, fine, coarse, act, norm, bias=True)
-            for fine, coarse in zip(filters, filters[1:], strict=False)
+            Down(spatial_dims, fine, coarse, act, norm, bias=True) for fine, coarse in itertools.pairwise(filters)
         )
         self.up = nn.ModuleList(
             UpCat(

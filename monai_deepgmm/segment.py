@@ -213,7 +213,7 @@ def _by_descent(
     spacing_mm: tuple[float, ...],
     means: Tensor | None,
 ) -> Fit:
-    """deepG or deepSVG (S Alg. 3), with ‖μ − μ_data‖² where means are known (S §4.2)."""
+    """One-image deepG or deepSVG (S Alg. 3), with ‖μ − μ_data‖² where means are known (S §4.2)."""
     from monai_deepgmm import deep, losses, networks
 
     settings = config.solver

@@ -77,6 +77,10 @@ class Reference:
     spec: Spec
     sha256: str
 
+    def as_json(self) -> dict[str, Any]:
+        """For the sidecar: all but the folder, which cannot change a label."""
+        return {**dataclasses.asdict(self.spec), "sha256": self.sha256}
+
 
 def read(folder: Path, protocol: Protocol) -> Reference:
     """A model's specification, checked against the protocol.
