@@ -24,6 +24,12 @@ from monai_deepgmm.study import Cohort, Study
 
 logger = logging.getLogger("monai_deepgmm")
 
+#: The options of ``deepgmm train`` that the bundle's ``train.json`` takes as they are.
+TRAIN_KEYS = (
+    *("protocol", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
+    *("seed", "device"),
+)
+
 OK, SOME_FAILED, USAGE, ALL_FAILED, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
@@ -92,6 +98,35 @@ def segment(arguments: argparse.Namespace) -> int:
         code = batch.run(found, arguments.out, config, plan, progress=lambda row: bar.update())
     logger.log(logging.INFO if code == OK else logging.WARNING, "%s", _closing_line(arguments.out, code))
     return code
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Trains a network on a cohort without labels."""
+    from monai_deepgmm import bundled
+
+    found = _find(arguments)  # before torch and MONAI are asked for anything: most mistakes are here
+    _refuse_inside(arguments.model_dir, arguments.directory)
+    prepared = bundled.train(
+        {
+            "dataset_dir": str(arguments.directory),
+            "model_dir": str(arguments.model_dir),
+            "manifest": None if arguments.manifest is None else str(arguments.manifest),
+            "means": None if arguments.means is None else str(arguments.means),
+            "mask_labels": list(arguments.mask_labels),
+            "patients": list(arguments.patients),
+            "set": arguments.set,
+            **{key: getattr(arguments, key) for key in TRAIN_KEYS},
+        }
+    )
+    for patient, error in prepared.failed.items():
+        logger.warning("%s was not used: %s: %s", _shown(patient), error.code, error)
+    logger.info("the network and its bundle are in %s", arguments.model_dir)
+    return _exit_code(len(prepared.failed), len(found.studies))
+
+
+def _refuse_inside(target: Path, source: Path) -> None:
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise UsageError(f"MODEL_DIR: {target} lies inside the input folder; name a folder outside it")
 
 
 def means(arguments: argparse.Namespace) -> int:
@@ -182,6 +217,7 @@ def parser() -> argparse.ArgumentParser:
     _add_scan(commands)
     _add_segment(commands)
     _add_means(commands)
+    _add_train(commands)
     _add_evaluate(commands)
     _add_report(commands)
     _add_phantom(commands)
@@ -252,6 +288,19 @@ def _add_means(commands: Any) -> None:
     made = _command(commands, means, "compute class means from labelled patients")
     _add_cohort(made)
     made.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the JSON file to write")
+
+
+def _add_train(commands: Any) -> None:
+    made = _command(commands, train, "train one network on a cohort without labels")
+    _add_cohort(made)
+    made.add_argument("model_dir", metavar="MODEL_DIR", type=Path, help="the folder for the network and its bundle")
+    group = made.add_argument_group("what to train")
+    group.add_argument("--method", choices=["deepg", "deepsvg"], help="the mixture; deepsvg, or what --loss says")
+    group.add_argument("--loss", choices=["nll", "nll_v"], help="the loss; that of the method")
+    group.add_argument("--network", metavar="NETWORK", help="a name, a class, or a file; the paper's U-Net")
+    group.add_argument("--means", metavar="FILE", help="known class means, or the word cohort to estimate them from it")
+    group.add_argument("--epochs", type=_positive, metavar="N", help="how many; by the cohort's size")
+    group.add_argument("--resume", action="store_true", help="go on with the training that MODEL_DIR holds")
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from monai_deepgmm.em import Fit, collapsed
 from monai_deepgmm.losses import MixtureNLL, Regulariser, Staged, Term
 from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, e_step, nll
-from monai_deepgmm.networks import logits
+from monai_deepgmm.networks import fresh, logits
 
 #: Sides of an image are cut to multiples of this: a network with five levels halves them four times.
 MULTIPLE = 16
@@ -88,20 +88,13 @@ def fit(
     loss = MixtureNLL(spatial=spatial, covariance=covariance, terms=terms, floor=floor).to(image.device)
     groups = [slice(None)] if together else [slice(i, i + 1) for i in range(len(image))]
     fits = [
-        _descend(image[g], mask[g], start[g], context[g], _fresh(network, seed), loss, descent or Descent())
+        _descend(image[g], mask[g], start[g], context[g], fresh(network, seed), loss, descent or Descent())
         for g in groups
     ]
     return fits[0] if len(fits) == 1 else _joined(fits)
 
 
 # Start -----------------------------------------------------------------------------------------------------------
-
-
-def _fresh(network: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network with weights drawn from a seed, whatever state the global generator was in, and leaves it in."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return network()
 
 
 def crop(mask: Tensor) -> tuple[slice, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, Mixture, m_step, masked_mean, nll
+from monai_deepgmm.networks import finest
 
 #: A regulariser r(Π, μ, Σ): ``(mixture, resp, image, mask)`` → a scalar.
 Regulariser = Callable[[Mixture, Tensor, Tensor, Tensor], Tensor]
@@ -131,8 +132,9 @@ class Staged(nn.Module):
         self.start_epochs, self.start_weight = start_epochs, start_weight
         self.epoch = 1
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """``(B, K, *S)`` and ``(B, M + 1 + K, *S)`` → a scalar."""
+    def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+        """``(B, K, *S)`` and ``(B, M + 1 + K, *S)`` → a scalar; of several outputs, the first is the finest."""
+        logits = finest(logits)
         scan, expected = target[:, : -logits.shape[1]], target[:, -logits.shape[1] :]
         place: Tensor | float = 0.0
         if self.epoch <= self.start_epochs or self.start_weight:

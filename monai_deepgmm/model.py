@@ -14,11 +14,16 @@ from monai_deepgmm.mixture import VARIANCE_FLOOR, e_step, m_step, nll
 from monai_deepgmm.spec import WEIGHTS, Reference, Spec
 
 
-def build(spec: Spec) -> nn.Module:
-    """The network that a specification describes, with weights as its class draws them."""
-    return networks.build(
-        spec.network, spatial_dims=spec.spatial_dims, in_channels=spec.channels, out_channels=len(spec.tissues)
+def build(spec: Spec, *, seed: int = 0) -> nn.Module:
+    """The network that a specification describes, its weights drawn from a seed."""
+    make = functools.partial(
+        networks.build,
+        spec.network,
+        spatial_dims=spec.spatial_dims,
+        in_channels=spec.channels,
+        out_channels=len(spec.tissues),
     )
+    return networks.fresh(make, seed)
 
 
 @functools.lru_cache(maxsize=2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import pydoc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,9 +123,20 @@ def build(
         raise UsageError(f"--network {target}: {error}") from error
 
 
+def fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A network whose weights are drawn from a seed; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
 def logits(network: nn.Module, image: Tensor) -> Tensor:
     """What the network says ``(B, K, *S)``; of a deeply supervised one, the finest."""
-    out = network(image)
-    while not isinstance(out, torch.Tensor):
-        out = out[0]
-    return out
+    return finest(network(image))
+
+
+def finest(output: Tensor | Sequence[Tensor]) -> Tensor:
+    """The first of what a deeply supervised network gives, and what any other gives itself."""
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output

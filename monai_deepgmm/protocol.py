@@ -5,6 +5,7 @@ A protocol is a YAML file. Two come with the package (``infarct`` and ``brain``)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -135,6 +136,23 @@ def load(name: str | Path) -> Protocol:
         return _parse(yaml.safe_load(text))
     except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UsageError(f"--protocol {name}: {error!s} is missing or wrong") from error
+
+
+def as_yaml(protocol: Protocol) -> str:
+    """A protocol as a file that ``load`` reads."""
+    tissues = [dataclasses.asdict(t) | {"seen_in": list(t.seen_in)} for t in protocol.tissues]
+    content = {
+        "name": protocol.name,
+        "title": protocol.title,
+        "unit": protocol.unit,
+        "mask": protocol.mask,
+        "sequences": list(protocol.sequences),
+        "required": list(protocol.required),
+        "normalisation": {"crop_mm": protocol.crop_mm},
+        "tissues": tissues,
+        "percent_of": {"name": protocol.percent_name, "tissues": list(protocol.percent_of)},
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _parse(raw: Mapping[str, Any]) -> Protocol:

@@ -1,0 +1,268 @@
+"""From a cohort to what a network is trained on: one example per image, on one grid and of one size.
+
+An example is ``{"image": (M + 1, *S), "mask": (1, *S), "expected": (K, *S)}``: the sequences and the relative depth,
+where the mask is, and where the protocol's signatures (or known means) expect each tissue. Nothing in it is a label.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from monai.transforms import (
+    Compose,
+    Rand2DElasticd,
+    Rand3DElasticd,
+    RandAffined,
+    RandAxisFlipd,
+    RandGaussianNoised,
+    Transform,
+)
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from monai_deepgmm import em, scan, tissues, transforms, view
+from monai_deepgmm.errors import StudyError
+from monai_deepgmm.mixture import m_step
+from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.scan import MIN_VOXELS_PER_TISSUE
+from monai_deepgmm.spec import CONTEXT
+from monai_deepgmm.study import Study
+from monai_deepgmm.transforms import Units
+
+Example = dict[str, Tensor]
+
+
+class Patient(NamedTuple):
+    """One patient as far as training needs it.
+
+    Attributes:
+        name: the id.
+        sequences: the names of the channels.
+        units: its images.
+        inputs: SHA-256 of each file, by what it holds.
+    """
+
+    name: str
+    sequences: tuple[str, ...]
+    units: Units
+    inputs: Mapping[str, str]
+
+
+def load(
+    studies: Sequence[Study], protocol: Protocol, *, frame: int | None, max_voxels: int
+) -> tuple[list[Patient], dict[str, StudyError]]:
+    """Loads every patient that can be used, and says of the others why not.
+
+    A network has one set of channels: that of the most patients (of equals, the larger). Who lacks one of these
+    sequences is left out.
+
+    Returns:
+        The patients, and patient → reason.
+    """
+    loaded: list[Patient] = []
+    failed: dict[str, StudyError] = {}
+    for study in studies:
+        try:
+            found = scan.load(study, protocol, frame=frame, max_voxels=max_voxels)
+        except StudyError as error:
+            failed[study.patient] = error
+            continue
+        hashes = {name: facts["sha256"] for name, facts in found.inputs.items() if "sha256" in facts}
+        loaded.append(Patient(study.patient, found.sequences, transforms.units(found, protocol), hashes))
+    counts = Counter(p.sequences for p in loaded)
+    common = max(counts, key=lambda s: (counts[s], len(s), s), default=())
+    kept = []
+    for patient in loaded:
+        if absent := [s for s in common if s not in patient.sequences]:
+            message = f"the network is trained with {', '.join(common)}; this patient lacks {', '.join(absent)}"
+            failed[patient.name] = StudyError("E_MODEL", message, "Train another network for such patients")
+            continue
+        channels = [patient.sequences.index(s) for s in common]
+        units = patient.units._replace(image=patient.units.image[:, channels])
+        kept.append(patient._replace(sequences=common, units=units))
+    return kept, failed
+
+
+def cohort_means(patients: Sequence[Patient], protocol: Protocol) -> Tensor:
+    """μ_data ``(K, M)`` estimated without labels: each tissue's mean where its signature expects it, over all images.
+
+    Args:
+        patients: at least one, all with the same sequences.
+        protocol: the tissues.
+    """
+    rows = []
+    for patient in patients:
+        expected = _expected(patient, protocol, None)
+        rows.append(m_step(patient.units.image, expected, patient.units.mask).means)
+    return torch.cat(rows).mean(0)
+
+
+def make(
+    patients: Sequence[Patient], protocol: Protocol, *, grid_mm: float, means: Tensor | None
+) -> dict[str, list[Example]]:
+    """The examples of each patient, all of one size; images too small for a mixture are left out.
+
+    Args:
+        patients: all with the same sequences.
+        protocol: the tissues.
+        grid_mm: the voxel size of the network's grid.
+        means: μ_data ``(K, M)`` that the expected map comes from; None: the protocol's signatures.
+    """
+    size = _size(patients, grid_mm)
+    needed = MIN_VOXELS_PER_TISSUE * len(protocol.visible(patients[0].sequences))
+    out: dict[str, list[Example]] = {}
+    for patient in patients:
+        units = patient.units
+        seen = view.around(units.mask, units.spacing_mm, grid_mm, size)
+        mask = view.look(units.mask.float(), seen, nearest=True)
+        image = view.inputs(view.look(units.image.float(), seen), mask, grid_mm)
+        expected = normalised(view.look(_expected(patient, protocol, means).float(), seen), mask)
+        large = mask.flatten(1).sum(1) >= needed
+        out[patient.name] = [
+            {"image": i, "mask": m, "expected": e}
+            for i, m, e, enough in zip(image, mask, expected, large, strict=True)
+            if enough
+        ]
+    return out
+
+
+def _expected(patient: Patient, protocol: Protocol, means: Tensor | None) -> Tensor:
+    units = patient.units
+    if means is not None:
+        return em.means_start(units.image, units.mask, means)
+    visible = protocol.visible(patient.sequences)
+    return tissues.signature_map(units.image, units.mask, visible, patient.sequences, units.spacing_mm)
+
+
+def _size(patients: Sequence[Patient], grid_mm: float) -> tuple[int, ...]:
+    """The largest view that any patient asks for."""
+    sizes = [view.around(p.units.mask, p.units.spacing_mm, grid_mm).size for p in patients]
+    return tuple(max(sides) for sides in zip(*sizes, strict=True))
+
+
+def normalised(expected: Tensor, mask: Tensor) -> Tensor:
+    """Maps that sum to 1 over K inside the mask again, and are 0 outside; where nothing is left, all are equal.
+
+    Args:
+        expected: ``(…, K, *S)``.
+        mask: ``(…, 1, *S)``, with as many axes.
+    """
+    axis = next(i for i, (a, b) in enumerate(zip(expected.shape, mask.shape, strict=True)) if a != b)
+    total = expected.sum(axis, keepdim=True)
+    equal = torch.full_like(expected, 1 / expected.shape[axis])
+    return torch.where(total > 1e-3, expected / total.clamp_min(1e-3), equal) * mask
+
+
+# Augmentation ----------------------------------------------------------------------------------------------------
+
+
+def augmentation(spatial_dims: int) -> Compose:
+    """The paper's augmentations, of MONAI's transforms: flips, rotation, scaling, elastic deformation, noise (S §4.2).
+
+    Args:
+        spatial_dims: 2 or 3; a volume is turned by less than a slice, which has no upright.
+    """
+    keys, modes = ("image", "mask", "expected"), ("bilinear", "nearest", "bilinear")
+    turn = torch.pi if spatial_dims == 2 else torch.pi / 12
+    elastic = (
+        Rand2DElasticd(keys, spacing=(24, 24), magnitude_range=(0.5, 1.5), prob=0.25, mode=modes, padding_mode="zeros")
+        if spatial_dims == 2
+        else Rand3DElasticd(
+            keys, sigma_range=(4, 6), magnitude_range=(20, 60), prob=0.25, mode=modes, padding_mode="zeros"
+        )
+    )
+    return Compose(
+        [
+            RandAxisFlipd(keys, prob=0.5),
+            RandAffined(
+                keys,
+                prob=0.8,
+                rotate_range=(turn,) if spatial_dims == 2 else (turn,) * 3,
+                scale_range=(0.15,) * spatial_dims,
+                mode=modes,
+                padding_mode="zeros",
+            ),
+            elastic,
+            Tidyd(),
+            RandGaussianNoised(("sequences",), prob=0.5, std=0.1),
+            Joind(),
+        ]
+    )
+
+
+class Tidyd(Transform):
+    """Repairs what interpolation did to an example, and splits its sequences from the depth, which bears no noise."""
+
+    def __call__(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``image``, ``mask``, ``expected`` → ``sequences``, ``depth``, ``mask``, ``expected``."""
+        image, mask, expected = (
+            torch.as_tensor(data[key]).as_subclass(Tensor) for key in ("image", "mask", "expected")
+        )
+        return {
+            "sequences": image[:-CONTEXT],
+            "depth": image[-CONTEXT:] * mask,
+            "mask": mask,
+            "expected": normalised(expected, mask),
+        }
+
+
+class Joind(Transform):
+    """The reverse: ``sequences``, ``depth`` → ``image``."""
+
+    def __call__(self, data: Mapping[str, Tensor]) -> Example:
+        """One dictionary in, one out."""
+        image = torch.cat([torch.as_tensor(data["sequences"]).as_subclass(Tensor), data["depth"]])
+        return {"image": image, "mask": data["mask"], "expected": data["expected"]}
+
+
+class Examples(Dataset[Example]):
+    """Examples whose augmentation depends on the seed, the epoch and the example alone.
+
+    So a training that was interrupted goes on as if it had not been, and workers and ranks draw the same.
+
+    Args:
+        data: the examples.
+        transform: random, with MONAI's ``set_random_state``; None: no augmentation.
+        seed: of the draws.
+    """
+
+    def __init__(self, data: Sequence[Example], transform: Compose | None = None, *, seed: int = 0) -> None:
+        self.data, self.transform, self.seed = data, transform, seed
+        self.epoch = 1
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Example:
+        """One example, augmented."""
+        if self.transform is None:
+            return self.data[index]
+        self.transform.set_random_state(seed=_mixed(self.seed, self.epoch, index))
+        out: Example = self.transform(dict(self.data[index]))
+        return out
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed of 32 bits from several numbers."""
+    generator = torch.Generator()
+    state = 0
+    for number in numbers:
+        generator.manual_seed((state ^ number) % (1 << 63))
+        state = int(torch.randint(1 << 62, (), generator=generator))
+    return state % (1 << 32)
+
+
+def prepare_batch(
+    batch: Mapping[str, Tensor], device: torch.device | str, non_blocking: bool = False, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """What MONAI's trainers need of a batch: the network's input, and the target of ``losses.Staged``.
+
+    Returns:
+        ``(B, M + 1, *S)`` and ``cat([sequences, mask, expected], 1)``.
+    """
+    image, mask, expected = (batch[k].to(device, non_blocking=non_blocking) for k in ("image", "mask", "expected"))
+    return image, torch.cat([image[:, :-CONTEXT], mask, expected], 1)

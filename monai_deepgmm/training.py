@@ -1,0 +1,333 @@
+"""A cohort → what a network is trained on, and how (S Alg. 4): the settings, the plan, the prepared cohort.
+
+The engine, the optimiser and the loaders are MONAI's and torch's, and stand in ``train.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from monai_deepgmm import examples
+from monai_deepgmm import protocol as protocols
+from monai_deepgmm.config import DEFAULT_COVARIANCE, Means, check_numbers, chosen, network_definition, read_means
+from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.examples import Example
+from monai_deepgmm.mixture import COVARIANCES, Covariance
+from monai_deepgmm.networks import DEFAULT, finest
+from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
+from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.spec import LABEL_RULES, LabelRule, Spec
+from monai_deepgmm.study import Cohort
+from monai_deepgmm.tissues import name
+
+METHODS: Mapping[str, str] = {"deepg": "nll", "deepsvg": "nll_v"}
+#: Epochs where none are asked for: as many as give this number of gradient steps, but within these bounds.
+STEPS, EPOCHS = 320, (10, 100)
+#: Settings that change no weight, so that a training may go on with others.
+INDIFFERENT = ("workers", "tensorboard", "mlflow", "labels")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a network is trained; every field can be reached by ``--set field=value``.
+
+    Attributes:
+        covariance: of the mixture: diag, full, tied or spherical; None: the method's own.
+        batch_size: images in a gradient step, on each rank.
+        lr: AdamW's learning rate; it decays polynomially (power 0.9) to 0.
+        weight_decay: AdamW's.
+        clip: the largest norm of a gradient.
+        start_epochs: epochs of the cross-entropy to the expected map alone.
+        start_weight: how much of that cross-entropy is kept afterwards, as a prior on Π.
+        mean_weight: λ of ‖μ − μ_data‖², where μ_data is known.
+        mean_over: image, or batch (as the paper's code has it).
+        validation: the share of patients that is not trained on; 0: the loss on all of them is watched instead.
+        tol: the training stops when the validation loss has gained less than this in ``patience`` epochs.
+        patience: see ``tol``.
+        grid_mm: the voxel size that images are brought to.
+        labels: posterior or network; see ``spec.Spec``.
+        augment: whether examples are turned, bent and noised.
+        workers: processes that make examples.
+        amp: whether the network runs in mixed precision on a GPU; the NLL never does.
+        tensorboard: whether to write events for TensorBoard.
+        mlflow: an MLflow tracking URI; None: none.
+    """
+
+    covariance: Covariance | None = None
+    batch_size: int = 4
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+    clip: float = 12.0
+    start_epochs: int = 0
+    start_weight: float = 0.3
+    mean_weight: float = 1.0
+    mean_over: Literal["image", "batch"] = "image"
+    validation: float = 0.1
+    tol: float = 0.005
+    patience: int = 10
+    grid_mm: float = 1.0
+    labels: LabelRule = "posterior"
+    augment: bool = True
+    workers: int = 0
+    amp: bool = True
+    tensorboard: bool = False
+    mlflow: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what makes no sense.
+
+        Raises:
+            UsageError: a field holds a value that it cannot have.
+        """
+        floats = ("lr", "weight_decay", "clip", "start_weight", "mean_weight", "validation", "tol", "grid_mm")
+        whole = {"batch_size": (int, 1), "start_epochs": (int, 0), "patience": (int, 1), "workers": (int, 0)}
+        check_numbers(self, whole | dict.fromkeys(floats, (float, 0)))
+        if not self.validation < 1 or not self.grid_mm > 0:
+            raise UsageError("validation must be below 1, and grid_mm above 0")
+        for field, choices in (
+            ("covariance", (None, *COVARIANCES)),
+            ("mean_over", ("image", "batch")),
+            ("labels", LABEL_RULES),
+            ("augment", (True, False)),
+            ("amp", (True, False)),
+            ("tensorboard", (True, False)),
+        ):
+            if getattr(self, field) not in choices:
+                listed = ", ".join(map(str, choices))
+                raise UsageError(f"{field}: {getattr(self, field)!r} is unknown; choose one of {listed}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training was asked to do.
+
+    Attributes:
+        protocol: what to look for.
+        method: deepg or deepsvg.
+        network: the definition that ``networks.build`` takes.
+        means: a file's μ_data; "cohort": estimated from the unlabelled cohort; None: none.
+        epochs: how many; None: enough.
+        settings: the rest.
+        seed: of the weights, the order and the augmentation.
+        frame: which frame of a 4-D file.
+        max_voxels: larger images are refused.
+    """
+
+    protocol: Protocol
+    method: str
+    network: Mapping[str, Any]
+    means: Means | Literal["cohort"] | None
+    epochs: int | None
+    settings: Settings
+    seed: int
+    frame: int | None
+    max_voxels: int
+
+    @property
+    def spatial(self) -> bool:
+        """True for deepSVG."""
+        return METHODS[self.method] == "nll_v"
+
+    @property
+    def covariance(self) -> Covariance:
+        """The shape of Σ: as asked for, or the method's own."""
+        return self.settings.covariance or DEFAULT_COVARIANCE[self.method]  # type: ignore[index]
+
+    def as_json(self) -> dict[str, Any]:
+        """For the provenance."""
+        means = self.means if self.means is None or self.means == "cohort" else dataclasses.asdict(self.means)
+        return {
+            "protocol": self.protocol.name,
+            "normalisation": self.protocol.normalisation,
+            "method": self.method,
+            "network": dict(self.network),
+            "means": means,
+            "epochs": self.epochs,
+            "settings": {**dataclasses.asdict(self.settings), "covariance": self.covariance},
+            "seed": self.seed,
+            "frame": self.frame,
+        }
+
+
+def plan(
+    *,
+    protocol: str | Path = "infarct",
+    method: str | None = None,
+    loss: str | None = None,
+    network: str | Mapping[str, Any] | None = None,
+    means: str | Path | None = None,
+    epochs: int | None = None,
+    settings: Sequence[str] | Mapping[str, Any] = (),
+    seed: int = 0,
+    frame: int | None = None,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+) -> Plan:
+    """A plan from what a user typed, on the command line or in the bundle's JSON.
+
+    Args:
+        protocol: a name or a YAML file.
+        method: deepg or deepsvg; None: what the loss says, or else deepsvg.
+        loss: nll (deepg) or nll_v (deepsvg); None: the method's own.
+        network: what ``config.network_definition`` takes; None: the paper's U-Net.
+        means: a file written by ``deepgmm means``, or "cohort".
+        epochs: how many.
+        settings: ``key=value`` strings, or a mapping, for the fields of ``Settings``.
+        seed: of every random draw.
+        frame: which frame of a 4-D file.
+        max_voxels: larger images are refused.
+
+    Raises:
+        UsageError: any of it is unknown or does not fit together.
+    """
+    found = protocols.load(protocol)
+    by_loss = {own: name for name, own in METHODS.items()}
+    if loss is not None and loss not in by_loss:
+        raise UsageError(f"--loss: {loss!r} is unknown; choose one of {', '.join(by_loss)}")
+    method = method or (by_loss[loss] if loss else "deepsvg")
+    if method not in METHODS:
+        raise UsageError(f"--method: {method!r} trains no network; choose one of {', '.join(METHODS)}")
+    if loss not in (None, METHODS[method]):
+        raise UsageError(f"--loss {loss} is not the loss of --method {method}, which is {METHODS[method]}")
+    if epochs is not None and epochs < 1:
+        raise UsageError(f"--epochs: got {epochs}, expected at least 1")
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"--seed: got {seed}, expected a whole number from 0 to 2^63 - 1")
+    known = None if means is None else "cohort" if means == "cohort" else read_means(Path(means), found)
+    return Plan(
+        protocol=found,
+        method=method,
+        network=dict(network_definition(network) or DEFAULT),
+        means=known,  # type: ignore[arg-type]  # mypy widens the literal
+        epochs=epochs,
+        settings=Settings(**chosen(settings, [f.name for f in dataclasses.fields(Settings)])),
+        seed=seed,
+        frame=frame,
+        max_voxels=max_voxels,
+    )
+
+
+# The cohort ------------------------------------------------------------------------------------------------------
+
+
+class Prepared(NamedTuple):
+    """A cohort, ready to train on.
+
+    Attributes:
+        train: examples.
+        validation: examples that the validation loss is computed on.
+        spec: what the network will expect.
+        means: μ_data ``(K, M)``; NaN everywhere where there is none.
+        means_source: file, cohort or none.
+        epochs: how many.
+        patients: how many were trained on, and how many kept for validation.
+        failed: patient → why it was not used.
+        fingerprint: of the plan and of all that was read.
+    """
+
+    train: list[Example]
+    validation: list[Example]
+    spec: Spec
+    means: Tensor
+    means_source: str
+    epochs: int
+    patients: tuple[int, int]
+    failed: dict[str, StudyError]
+    fingerprint: str
+
+
+def prepare(cohort: Cohort, plan: Plan) -> Prepared:
+    """Loads a cohort and makes its examples.
+
+    Raises:
+        UsageError: no patient can be used, or the means lack a tissue or a sequence.
+    """
+    protocol, settings = plan.protocol, plan.settings
+    patients, failed = examples.load(cohort.studies, protocol, frame=plan.frame, max_voxels=plan.max_voxels)
+    if not patients:
+        reasons = "; ".join(f"{who}: {why}" for who, why in list(failed.items())[:3])
+        raise UsageError(f"no patient can be trained on ({reasons or 'none found'})")
+    sequences = patients[0].sequences
+    means, source = _means(plan, patients)
+    made = examples.make(patients, protocol, grid_mm=settings.grid_mm, means=means if source == "file" else None)
+    held = _held_out(list(made), settings.validation, plan.seed)
+    train = [e for who, own in made.items() if who not in held for e in own]
+    validation = [e for who, own in made.items() if who in held for e in own]
+    if not train:
+        raise UsageError("no image of the cohort has enough voxels inside the mask to be trained on")
+    spec = Spec(
+        protocol=protocol.name,
+        normalisation=protocol.normalisation,
+        sequences=sequences,
+        tissues=tuple(t.name for t in protocol.visible(sequences)),
+        network=plan.network,
+        spatial_dims=2 if protocol.unit == "slice" else 3,
+        grid_mm=settings.grid_mm,
+        spatial=plan.spatial,
+        covariance=plan.covariance,
+        labels=settings.labels,
+    )
+    read = json.dumps([_decisive(plan), [p.inputs for p in patients]], sort_keys=True)
+    steps = math.ceil(len(train) / settings.batch_size)
+    return Prepared(
+        train=train,
+        validation=validation or train,
+        spec=spec,
+        means=means,
+        means_source=source,
+        epochs=plan.epochs or min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1]),
+        patients=(len(patients) - len(held), len(held)),
+        failed=failed,
+        fingerprint=hashlib.sha256(read.encode()).hexdigest(),
+    )
+
+
+def _decisive(plan: Plan) -> dict[str, Any]:
+    """All of a plan that can change a weight."""
+    content = plan.as_json()
+    content["settings"] = {k: v for k, v in content["settings"].items() if k not in INDIFFERENT}
+    return content
+
+
+def _means(plan: Plan, patients: Sequence[examples.Patient]) -> tuple[Tensor, str]:
+    sequences = patients[0].sequences
+    visible = plan.protocol.visible(sequences)
+    if plan.means == "cohort":
+        return examples.cohort_means(patients, plan.protocol), "cohort"
+    if plan.means is None:
+        return torch.full((len(visible), len(sequences)), torch.nan, dtype=torch.float64), "none"
+    try:
+        rows = [[plan.means.means[t.name][s] for s in sequences] for t in visible]
+    except KeyError as error:
+        raise UsageError(f"--means: no value for {error}, which these patients show; compute them anew") from error
+    return torch.tensor(rows, dtype=torch.float64), "file"
+
+
+def _held_out(names: list[str], share: float, seed: int) -> set[str]:
+    """Patients for validation: a share of them, at least one if there are five or more."""
+    count = math.floor(len(names) * share) or (1 if share and len(names) >= 5 else 0)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {names[i] for i in order[:count]}
+
+
+def agreement(network: nn.Module, prepared: Prepared, *, device: torch.device | str) -> list[bool]:
+    """Whether each output of a trained network lies where its tissue is expected, over the whole training cohort."""
+    network.eval()
+    shared = []
+    with torch.no_grad():
+        for example in prepared.train:
+            image, mask = example["image"][None].to(device), example["mask"][None].to(device)
+            w = finest(network(image)).softmax(1) * mask
+            shared.append((w.flatten(2).cpu(), example["expected"][None].flatten(2)))
+    resp, expected = (torch.cat(parts, 2) for parts in zip(*shared, strict=True))
+    order = name(resp, expected).order[0].tolist()
+    return [component == tissue for tissue, component in enumerate(order)]
