@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from monai_deepgmm import files, means, training
+from monai_deepgmm import files, means, model, training
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.config import Means
 from monai_deepgmm.errors import UsageError
@@ -107,7 +107,7 @@ def begin(folder: str | Path, prepared: Prepared, plan: Plan, *, resume: bool, w
         files.write_whole(place / MEANS, means.as_json(plan.means))
     for name in CONFIGS:
         shutil.copyfile(configs() / name, place / "configs" / name)
-    _adapt(place / "configs" / "train.json", _training_keys(plan))
+    _adapt(place / "configs" / "train.json", _training_keys(prepared, plan))
     _adapt(place / "configs" / "inference.json", _inference_keys(prepared))
     _adapt(place / "configs" / "metadata.json", _metadata_keys(prepared))
 
@@ -168,20 +168,29 @@ def _adapt(path: Path, keys: Mapping[str, Any]) -> None:
     files.write_whole(path, _json(content))
 
 
-def _training_keys(plan: Plan) -> dict[str, Any]:
+def _training_keys(prepared: Prepared, plan: Plan) -> dict[str, Any]:
     """What was asked for; the folder of the patients is the user's own business, and is not written down."""
     known = "$@bundle_root + '/" + MEANS + "'" if isinstance(plan.means, Means) else plan.means
     settings = plan.as_json()["settings"]
+    network = model.complete(prepared.spec)
     return {
         "model_dir": "@bundle_root",
         "protocol": "$@bundle_root + '/" + PROTOCOL + "'",
         "method": plan.method,
-        "network": dict(plan.network),
+        # As text: the configuration's parser would make a network of the mapping.
+        "network": json.dumps(dict(plan.network)),
         "means": known,
         "epochs": plan.epochs,
         "set": settings,
         "seed": plan.seed,
         "frame": plan.frame,
+        # A network that can be made without the patients, for whoever loads the bundle.
+        "network_def": {
+            "_target_": "monai_deepgmm.networks.seeded",
+            "target": network.pop("_target_"),
+            "arguments": network,
+            "seed": "@seed",
+        },
     }
 
 
@@ -191,13 +200,7 @@ def _inference_keys(prepared: Prepared) -> dict[str, Any]:
         "protocol": "$@bundle_root + '/" + PROTOCOL + "'",
         "method": "network",
         "model": "@bundle_root",
-        "network_def": {
-            "_target_": "monai_deepgmm.networks.build",
-            "definition": dict(spec.network),
-            "spatial_dims": spec.spatial_dims,
-            "in_channels": spec.channels,
-            "out_channels": len(spec.tissues),
-        },
+        "network_def": model.complete(spec),
     }
 
 

@@ -37,7 +37,9 @@ class Epochs:
         seed: of what a network itself draws, such as dropout.
     """
 
-    def __init__(self, loss: Staged, dataset: Examples, sampler: DistributedSampler[Example] | None, *, seed: int) -> None:
+    def __init__(
+        self, loss: Staged, dataset: Examples, sampler: DistributedSampler[Example] | None, *, seed: int
+    ) -> None:
         self.loss, self.dataset, self.sampler, self.seed = loss, dataset, sampler, seed
 
     def attach(self, engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,16 @@ from monai_deepgmm.spec import WEIGHTS, Reference, Spec
 
 def build(spec: Spec, *, seed: int = 0) -> nn.Module:
     """The network that a specification describes, its weights drawn from a seed."""
-    make = functools.partial(
-        networks.build,
-        spec.network,
-        spatial_dims=spec.spatial_dims,
-        in_channels=spec.channels,
-        out_channels=len(spec.tissues),
-    )
-    return networks.fresh(make, seed)
+    return networks.fresh(functools.partial(networks.build, spec.network, **_shape(spec)), seed)
+
+
+def complete(spec: Spec) -> dict[str, Any]:
+    """The same network's class and arguments, as a bundle's JSON holds them."""
+    return networks.complete(spec.network, **_shape(spec))
+
+
+def _shape(spec: Spec) -> dict[str, int]:
+    return {"spatial_dims": spec.spatial_dims, "in_channels": spec.channels, "out_channels": len(spec.tissues)}
 
 
 @functools.lru_cache(maxsize=2)

@@ -89,10 +89,10 @@ class UNet(nn.Module):
         return out
 
 
-def build(
+def complete(
     definition: str | Mapping[str, Any] | None, *, spatial_dims: int, in_channels: int, out_channels: int
-) -> nn.Module:
-    """A network from its name, its class's full name, or a mapping with ``_target_`` and its arguments.
+) -> dict[str, Any]:
+    """A network's class and all its arguments, from its name, its class's full name, or a mapping with ``_target_``.
 
     The mapping's values are plain data: unlike in a bundle's JSON, nothing in it is evaluated, and its target must be
     a class of networks. ``spatial_dims``, ``in_channels`` and ``out_channels`` are filled in where the class has them.
@@ -103,24 +103,54 @@ def build(
         in_channels: C.
         out_channels: K.
 
+    Returns:
+        A mapping with ``_target_``, as a bundle's JSON holds it.
+
     Raises:
-        UsageError: no such network, or arguments that it does not take.
+        UsageError: no such network.
     """
     given = dict({"_target_": definition} if isinstance(definition, str) else definition or DEFAULT)
     if str(given.get("_target_")).lower() in NAMED:
-        given = {**NAMED[str(given["_target_"]).lower()], **{k: v for k, v in given.items() if k != "_target_"}}
-    target = given.pop("_target_", None)
+        given = {**given, **NAMED[str(given["_target_"]).lower()]}
+    takes = inspect.signature(_class(given.get("_target_"))).parameters
+    ours = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
+    return {**given, **{name: value for name, value in ours.items() if name in takes}}
+
+
+def _class(target: object) -> type[nn.Module]:
     found = pydoc.locate(target) if isinstance(target, str) else None
     if not (inspect.isclass(found) and issubclass(found, nn.Module)):
         known = ", ".join(NAMED)
         raise UsageError(f"--network: {target!r} is no network; name one of {known}, or a class such as monai.….UNet")
-    takes = inspect.signature(found).parameters
-    ours = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
-    arguments = {**given, **{name: value for name, value in ours.items() if name in takes}}
+    return found
+
+
+def build(
+    definition: str | Mapping[str, Any] | None, *, spatial_dims: int, in_channels: int, out_channels: int
+) -> nn.Module:
+    """A network as ``complete`` describes it, its weights drawn from the global generator.
+
+    Raises:
+        UsageError: no such network, or arguments that it does not take.
+    """
+    given = complete(definition, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels)
+    return _made(given.pop("_target_"), given)
+
+
+def _made(target: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
-        return found(**arguments)
+        return _class(target)(**arguments)
     except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
         raise UsageError(f"--network {target}: {error}") from error
+
+
+def seeded(target: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
+    """A network for a bundle's JSON: its class's full name, all its arguments, and the seed of its weights.
+
+    Raises:
+        UsageError: as ``build``.
+    """
+    return fresh(lambda: _made(target, arguments), seed)
 
 
 def fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -68,14 +68,14 @@ class Reference:
     """A model by its folder, without its weights: what a configuration holds and other processes are sent.
 
     Attributes:
+        sha256: of ``model.json`` and the weights; two models that share it are the same.
         folder: absolute.
         spec: what ``model.json`` says.
-        sha256: of ``model.json`` and the weights.
     """
 
-    folder: Path
-    spec: Spec
     sha256: str
+    folder: Path = field(hash=False)
+    spec: Spec = field(hash=False)
 
     def as_json(self) -> dict[str, Any]:
         """For the sidecar: all but the folder, which cannot change a label."""
@@ -107,4 +107,4 @@ def read(folder: Path, protocol: Protocol) -> Reference:
         if theirs != ours:
             raise UsageError(f"--model {folder}: trained with {what} {theirs}, but this run uses {ours}")
     digest = hashlib.sha256(hashlib.sha256(text).digest() + hashlib.sha256(weights).digest()).hexdigest()
-    return Reference(folder.resolve(), spec, digest)
+    return Reference(digest, folder.resolve(), spec)

@@ -162,7 +162,8 @@ class Ledger:
     Attributes:
         out: the folder.
         data: from ``digest``.
-        began: of this session, and how long the earlier ones worked.
+        began: when the time was last saved.
+        earlier: seconds of work up to then, all sessions together.
         worked: whether this session had anything to do.
     """
 
@@ -173,6 +174,7 @@ class Ledger:
     worked: bool = False
 
     def __post_init__(self) -> None:
+        """Reads how long earlier sessions worked."""
         (self.out / "stages").mkdir(parents=True, exist_ok=True)
         self.earlier = float(self._read("session").get("wall_seconds", 0.0))
 
@@ -202,7 +204,12 @@ class Ledger:
         }
         self.worked = True
         self._write(stage.name, content)
-        self._write("session", {"wall_seconds": round(self.elapsed, 1)})
+        self.save()
+
+    def save(self) -> None:
+        """Keeps the wall time for the next session; one that had nothing to do adds nothing."""
+        self.earlier, self.began = round(self.elapsed, 1), time.monotonic()
+        self._write("session", {"wall_seconds": self.earlier})
 
     def say(self, text: str) -> None:
         """One plain line with the time."""
@@ -225,7 +232,7 @@ class Ledger:
         files.write_whole(self.out / "stages" / f"{name}.json", as_json(content))
 
 
-def run(ledger: Ledger, stage: Stage) -> None:
+def run(ledger: Ledger, stage: Stage, jobs: int) -> None:
     """Runs a stage in this process; nothing if it is done.
 
     Raises:
@@ -237,7 +244,8 @@ def run(ledger: Ledger, stage: Stage) -> None:
     ledger.worked = True
     began, said = time.monotonic(), io.StringIO()
     with contextlib.redirect_stdout(said):
-        code = cli.main([*stage.command, "-q"])
+        # How many work at a time changes no figure, and is no part of the stage.
+        code = cli.main([*stage.command, *(["--jobs", str(jobs)] if stage.command[0] == "segment" else []), "-q"])
     wall = time.monotonic() - began
     ledger.note(stage, done=code in (cli.OK, cli.SOME_FAILED), wall_s=wall, cpu_s=0.0)
     if code == cli.INTERRUPTED:
@@ -369,7 +377,7 @@ def experiment(options: argparse.Namespace, who: Split) -> Experiment:
         settings = [h for h in how if "=" in h] + ([] if "--model" in how else [*quick])
         rest = [h for h in how if "=" not in h] + (["--set", *settings] if settings else [])
         folder = out / "runs" / name
-        command = ["segment", data, str(folder), *layout, *rest, "--jobs", str(options.jobs), "--patients", *patients]
+        command = ["segment", data, str(folder), *layout, *rest, "--patients", *patients]
         return Stage(f"segment_{name}", tuple(command), needs, folder / "summary.tsv")
 
     mu = out / "means.json"
@@ -502,7 +510,7 @@ def variant(run_folder: Path) -> str:
     """The shape of Σ in words; empty before the run."""
     folders = sorted(p.name for p in run_folder.iterdir()) if run_folder.is_dir() else []
     for _, sidecar in sidecars(run_folder, folders):
-        shape = sidecar["mixture"]["covariance"]
+        shape = str(sidecar["mixture"]["covariance"])
         return SHAPES.get(shape, shape)
     return ""
 
@@ -545,7 +553,7 @@ def results(options: argparse.Namespace, who: Split, plan: Experiment, ledger: L
             "jobs": options.jobs,
             "quick": options.quick,
         },
-        "wall_seconds": round(ledger.elapsed, 1),
+        "wall_seconds": ledger.earlier,
         "margin": MARGIN,
         **{t: [row(options.out, t, line, chosen[t], models) for line in lines] for t, lines in plan.tables.items()},
     }
@@ -634,13 +642,13 @@ class Plane(NamedTuple):
     """How one slice of one patient is cut out and shown."""
 
     view: mosaic.View
-    index: int
+    at: int
     box: tuple[slice, slice]
     size: tuple[int, int]
 
     def cut(self, volume: np.ndarray) -> np.ndarray:
         """(X, Y, Z) → (rows, columns) around the mask."""
-        turned: np.ndarray = self.view.upright(volume)[self.index][self.box]
+        turned: np.ndarray = self.view.upright(volume)[self.at][self.box]
         return turned
 
     def enlarged(self, plane: np.ndarray, *, smooth: bool) -> np.ndarray:
@@ -807,6 +815,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, metavar="N", help="of each training; deepgmm train's own if absent")
     parser.add_argument("--quick", action="store_true", help="few steps, to try the script; the figures mean nothing")
     options = parser.parse_args(argv)
+    options.data, options.out = options.data.resolve(), options.out.resolve()  # a stage is known by its command
     if options.jobs < 1 or len(set(options.seeds)) < len(options.seeds):
         parser.error("--jobs must be at least 1, and --seeds all different")
     return options
@@ -830,26 +839,27 @@ def reproduce(options: argparse.Namespace) -> None:
     plan = experiment(options, who)
     ledger.say(f"{len(who.everyone)} patients, test: {', '.join(who.test)}; {who.remark}")
     for stage in plan.alone:
-        run(ledger, stage)
-        run(ledger, evaluation(options, stage))
+        run(ledger, stage, options.jobs)
+        run(ledger, evaluation(options, stage), options.jobs)
     write(options, found, who, plan, ledger)
-    run(ledger, plan.means)
+    run(ledger, plan.means, options.jobs)
     for stage in plan.informed:
-        run(ledger, stage)
-        run(ledger, evaluation(options, stage))
+        run(ledger, stage, options.jobs)
+        run(ledger, evaluation(options, stage), options.jobs)
     write(options, found, who, plan, ledger)
     run_apart(ledger, plan.trained, options.jobs)
     for stage in plan.applied:
-        run(ledger, stage)
-        run(ledger, evaluation(options, stage))
+        run(ledger, stage, options.jobs)
+        run(ledger, evaluation(options, stage), options.jobs)
     write(options, found, who, plan, ledger)
     ledger.say(f"done: see {options.out / 'tables.md'}")
 
 
 def write(options: argparse.Namespace, found: Cohort, who: Split, plan: Experiment, ledger: Ledger) -> None:
     """Writes the two tables and the panels, as far as the runs have come."""
-    content = results(options, who, plan, ledger)
     drawn = panels(options.out, found, who, options)
+    ledger.save()
+    content = results(options, who, plan, ledger)
     files.write_whole(options.out / "tables.json", as_json({**content, "panels": [name for _, name in drawn]}))
     files.write_whole(options.out / "tables.md", markdown(content, drawn).encode())
 
