@@ -693,7 +693,7 @@ def panel(out: Path, found: Cohort, chosen: Score, runs: Sequence[tuple[str, str
         labels = plane.cut(nifti.read(path.with_suffix(".nii.gz"), dtype=np.float64).data.astype(np.int64))
         labels = reordered(labels, true, list(colors)) if reorder else labels
         dice = metrics.overlap(metrics.confusion(labels, true, list(colors))).dice
-        nll = next(u["nll"] for u in note["fit"]["units"] if u["slice"] == chosen.slice)
+        nll = next((u["nll"] for u in note["fit"]["units"] if u["slice"] == chosen.slice), np.nan)  # too small
         caption = f"{method}\nNLL {nll:.3f}   Dice {short(float(np.nanmean(dice)))}"
         bottom.append((caption, painted(plane, greys[0], labels, colors)))
     picture = page([top, bottom], {t.name: colors[t.index] for t in infarct.tissues})
@@ -777,27 +777,34 @@ def page(rows: Sequence[Sequence[tuple[str, np.ndarray]]], legend: Mapping[str, 
 def panels(out: Path, found: Cohort, who: Split, options: argparse.Namespace) -> list[tuple[str, str]]:
     """Draws what can be drawn by now: (caption, file name) of each."""
     seed = options.seeds[0]
-    first = (("GMM", "gmm_diag"), ("deepG", "deepg"), ("SVGMM", "svgmm_tied"), ("deepSVG", "deepsvg"))
+    # Pillow's own font has no μ.
+    first = (
+        ("GMM", "gmm_diag", True),
+        ("deepG", "deepg", True),
+        ("SVGMM", "svgmm_tied", True),
+        ("deepSVG", "deepsvg", True),
+    )
     second = (
-        ("SVGMM", "svgmm_tied"),
-        ("deepSVG", f"cohort_seed{seed}"),
-        ("SVGMM μ", "svgmm_mu_tied"),
-        ("deepSVG μ", f"cohort_mu_seed{seed}"),
+        ("SVGMM", "svgmm_tied", True),
+        ("deepSVG", f"cohort_seed{seed}", True),
+        ("SVGMM with known means", "svgmm_mu_tied", False),
+        ("deepSVG with known means", f"cohort_mu_seed{seed}", False),
     )
     drawn = []
     for name, about, runs, middle, patients, measure in (
         ("figure2.png", "like Figure 2", first, "deepsvg", who.everyone, "dice_matched"),
         ("figure3.png", f"like Figure 3, seed {seed}", second, f"cohort_mu_seed{seed}", who.test, "dice"),
     ):
-        found_scores = {folder: scores(out / "runs" / folder, patients) for _, folder in runs}
+        found_scores = {folder: scores(out / "runs" / folder, patients) for _, folder, _ in runs}
         common = set.intersection(*({(s.patient, s.slice) for s in v} for v in found_scores.values()))
         candidates = [s for s in found_scores[middle] if (s.patient, s.slice) in common]
         if not candidates:
             continue
         chosen = median_slice(candidates, measure)
-        panel(out, found, chosen, [(m, folder, not m.endswith("μ")) for m, folder in runs], name)
-        where = f"{chosen.patient}, slice {chosen.slice}, the median of {runs[-1][0]}"
-        drawn.append((f"{about}: {where}. Re-ordered with the truth but for μ; NLL per voxel, mean Dice.", name))
+        panel(out, found, chosen, runs, name)
+        where = f"{chosen.patient}, slice {chosen.slice}, the median by Dice of {runs[-1][0]}"
+        how = "GMM with diagonal Σ, all else with shared Σ; labels re-ordered with the truth unless means are known"
+        drawn.append((f"{about}: {where}. {how}. NLL per voxel, mean Dice.", name))
     return drawn
 
 
