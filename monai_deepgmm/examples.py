@@ -1,7 +1,7 @@
 """From a cohort to what a network is trained on: one example per image, on one grid and of one size.
 
 An example is ``{"image": (M + 1, *S), "mask": (1, *S), "expected": (K, *S)}``: the sequences and the relative depth,
-where the mask is, and where the protocol's signatures (or known means) expect each tissue. Nothing in it is a label.
+where the mask is, and where the protocol's signatures expect each tissue. Nothing in it is a label.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from monai.transforms import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from monai_deepgmm import em, scan, tissues, transforms, view
+from monai_deepgmm import scan, tissues, transforms, view
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.mixture import m_step
 from monai_deepgmm.protocol import Protocol
@@ -95,21 +95,18 @@ def cohort_means(patients: Sequence[Patient], protocol: Protocol) -> Tensor:
     """
     rows = []
     for patient in patients:
-        expected = _expected(patient, protocol, None)
+        expected = _expected(patient, protocol)
         rows.append(m_step(patient.units.image, expected, patient.units.mask).means)
     return torch.cat(rows).mean(0)
 
 
-def make(
-    patients: Sequence[Patient], protocol: Protocol, *, grid_mm: float, means: Tensor | None
-) -> dict[str, list[Example]]:
+def make(patients: Sequence[Patient], protocol: Protocol, *, grid_mm: float) -> dict[str, list[Example]]:
     """The examples of each patient, all of one size; images too small for a mixture are left out.
 
     Args:
         patients: all with the same sequences.
         protocol: the tissues.
         grid_mm: the voxel size of the network's grid.
-        means: μ_data ``(K, M)`` that the expected map comes from; None: the protocol's signatures.
     """
     size = _size(patients, grid_mm)
     needed = MIN_VOXELS_PER_TISSUE * len(protocol.visible(patients[0].sequences))
@@ -119,7 +116,7 @@ def make(
         seen = view.around(units.mask, units.spacing_mm, grid_mm, size)
         mask = view.look(units.mask.float(), seen, nearest=True)
         image = view.inputs(view.look(units.image.float(), seen), mask, grid_mm)
-        expected = normalised(view.look(_expected(patient, protocol, means).float(), seen), mask)
+        expected = normalised(view.look(_expected(patient, protocol).float(), seen), mask)
         large = mask.flatten(1).sum(1) >= needed
         out[patient.name] = [
             {"image": i, "mask": m, "expected": e}
@@ -129,10 +126,8 @@ def make(
     return out
 
 
-def _expected(patient: Patient, protocol: Protocol, means: Tensor | None) -> Tensor:
+def _expected(patient: Patient, protocol: Protocol) -> Tensor:
     units = patient.units
-    if means is not None:
-        return em.means_start(units.image, units.mask, means)
     visible = protocol.visible(patient.sequences)
     return tissues.signature_map(units.image, units.mask, visible, patient.sequences, units.spacing_mm)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as distributed
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
@@ -161,9 +162,10 @@ class Checkpoint:
 
     def _save(self, engine: Engine) -> None:
         watched = float(self.evaluator.state.metrics[self.metric])
+        loss, count = (float(distributed.all_reduce(n)) for n in (self._loss, float(self._count)))
         row = {
             "epoch": engine.state.epoch,
-            "loss": self._loss / max(self._count, 1),
+            "loss": loss / max(count, 1.0),
             "validation_loss": watched,
             "lr": self._lr,
         }

@@ -258,7 +258,7 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
         raise UsageError(f"no patient can be trained on ({reasons or 'none found'})")
     sequences = patients[0].sequences
     means, source = _means(plan, patients)
-    made = examples.make(patients, protocol, grid_mm=settings.grid_mm, means=means if source == "file" else None)
+    made = examples.make(patients, protocol, grid_mm=settings.grid_mm)
     held = _held_out(list(made), settings.validation, plan.seed)
     train = [e for who, own in made.items() if who not in held for e in own]
     validation = [e for who, own in made.items() if who in held for e in own]
