@@ -19,7 +19,7 @@ from monai_deepgmm.errors import UsageError
 from monai_deepgmm.mixture import COVARIANCES, VARIANCE_FLOOR, Covariance
 from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.spec import Reference
+from monai_deepgmm.spec import LABEL_RULES, LabelRule, Reference
 
 Method = Literal["gmm", "svgmm", "deepg", "deepsvg", "network"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -54,6 +54,8 @@ class Solver:
         lr: deepg, deepsvg: the learning rate.
         together: deepg, deepsvg: one network for all images of a patient instead of one for each.
         mean_weight: deepg, deepsvg with known means: λ of the regulariser ‖μ − μ_data‖².
+        labels: deepg, deepsvg, network: posterior (a voxel's label is the most probable component of Π·g) or network
+            (of Π alone); None: posterior, or what the trained network says.
     """
 
     covariance: Covariance | None = None
@@ -68,6 +70,7 @@ class Solver:
     lr: float = 1e-3
     together: bool = False
     mean_weight: float = 1.0
+    labels: LabelRule | None = None
 
     def __post_init__(self) -> None:
         """Refuses what makes no sense.
@@ -83,6 +86,7 @@ class Solver:
             | dict.fromkeys(("tol", "floor", "lr", "start_weight", "mean_weight"), (float, 0)),
         )
         _choice("together", self.together, (True, False))
+        _choice("labels", self.labels, (None, *LABEL_RULES))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from monai_deepgmm.em import Fit, collapsed
 from monai_deepgmm.losses import MixtureNLL, Regulariser, Staged, Term
 from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, e_step, nll
 from monai_deepgmm.networks import fresh, logits
+from monai_deepgmm.spec import LabelRule
 
 #: Sides of an image are cut to multiples of this: a network with five levels halves them four times.
 MULTIPLE = 16
@@ -23,8 +24,8 @@ MULTIPLE = 16
 MARGIN = 4
 #: Gradient steps that are done at least, however small the gain (as in the paper's experiments).
 MIN_STEPS = 10
-#: The power of the polynomial decay of the learning rate, (1 - t / T)^0.9.
-DECAY = 0.9
+#: The power of the polynomial decay of the learning rate, (1 - t / T)^2: the last steps settle.
+DECAY = 2.0
 
 
 class Descent(NamedTuple):
@@ -37,7 +38,7 @@ class Descent(NamedTuple):
         lr: AdamW's learning rate; it decays polynomially to 0 over the steps.
         weight_decay: AdamW's.
         clip: the largest norm of a gradient.
-        tol: the fit has converged when a step gains less NLL per voxel.
+        tol: the fit has converged when a step lowers the loss (NLL per voxel and regularisers) by less.
     """
 
     steps: int = 30
@@ -61,6 +62,7 @@ def fit(
     covariance: Covariance = "diag",
     terms: Sequence[Term | tuple[float, Regulariser]] = (),
     together: bool = False,
+    labels: LabelRule = "posterior",
     floor: float = VARIANCE_FLOOR,
     descent: Descent | None = None,
 ) -> Fit:
@@ -78,6 +80,7 @@ def fit(
         covariance: the shape of Σ.
         terms: regularisers λ r(Π, μ, Σ).
         together: one network for all images, such as the slices of a patient, instead of one for each.
+        labels: what ``resp`` holds: the posterior Π·g (for deepG π·g), or the network's own output.
         floor: the variance floor, as a fraction of a sequence's variance.
         descent: the optimiser's settings; None: the defaults.
 
@@ -88,7 +91,7 @@ def fit(
     loss = MixtureNLL(spatial=spatial, covariance=covariance, terms=terms, floor=floor).to(image.device)
     groups = [slice(None)] if together else [slice(i, i + 1) for i in range(len(image))]
     fits = [
-        _descend(image[g], mask[g], start[g], context[g], fresh(network, seed), loss, descent or Descent())
+        _descend(image[g], mask[g], start[g], context[g], fresh(network, seed), loss, labels, descent or Descent())
         for g in groups
     ]
     return fits[0] if len(fits) == 1 else _joined(fits)
@@ -142,6 +145,7 @@ def _descend(
     context: Tensor,
     network: nn.Module,
     loss: MixtureNLL,
+    labels: LabelRule,
     descent: Descent,
 ) -> Fit:
     """One network, fitted to a batch of images at once."""
@@ -152,49 +156,60 @@ def _descend(
     network = network.to(image.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), descent.lr, weight_decay=descent.weight_decay)
 
-    def step(value: Tensor) -> float:
-        optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(network.parameters(), descent.clip)
-        optimizer.step()
-        return float(value.detach())
-
     staged = Staged(loss, start_epochs=1, start_weight=descent.start_weight)
     target = torch.cat([small, inside, begin], 1)
+
+    def step() -> tuple[float, Tensor]:
+        output = logits(network, seen)
+        value = staged(output, target)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), descent.clip)
+        optimizer.step()
+        return float(value.detach()), output.detach()
+
     for _ in range(descent.start_steps):
-        step(staged(logits(network, seen), target))
+        step()
     staged.epoch = 2
     decay = torch.optim.lr_scheduler.PolynomialLR(optimizer, descent.steps + 1, DECAY)
-    trace: list[float] = []
-    steps, converged = 0, False
-    while steps < descent.steps and not converged:
-        trace.append(step(staged(logits(network, seen), target)))
+    values: list[float] = []
+    trace: list[Tensor] = []
+    converged = False
+    while len(values) < descent.steps and not converged:
+        value, output = step()
+        values.append(value)
+        trace.append(nll(small, inside, loss.mixture(small, output.softmax(1), inside)))
         decay.step()
-        steps += 1
-        converged = steps > MIN_STEPS and trace[-2] - trace[-1] < descent.tol
+        converged = len(values) > MIN_STEPS and values[-2] - values[-1] < descent.tol
     with torch.no_grad():
         weights = logits(network, seen).softmax(1)
-    return _result(image, mask, paste(weights, box, shape), loss, trace, converged)
+    return _result(image, mask, paste(weights, box, shape), loss, labels, trace, converged)
 
 
 # Result ----------------------------------------------------------------------------------------------------------
 
 
-def _result(image: Tensor, mask: Tensor, output: Tensor, loss: MixtureNLL, trace: list[float], converged: bool) -> Fit:
+def _result(
+    image: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    loss: MixtureNLL,
+    labels: LabelRule,
+    trace: list[Tensor],
+    converged: bool,
+) -> Fit:
     """The mixture of the network's last output w, and the labelling rule of the model it belongs to."""
     resp = output.to(image) * mask
     mixture = loss.mixture(image, resp, mask)
     final = nll(image, mask, mixture)
-    # The loss of every step, regularisers included, and at last the NLL alone, as the result has it.
-    history = torch.tensor(trace, dtype=image.dtype, device=image.device)[:, None].expand(-1, len(image))
     flags = torch.full((len(image),), converged, device=image.device)
     count = torch.full((len(image),), len(trace), device=image.device)
     inside = mask.flatten(2)
     return Fit(
-        resp=e_step(image, mask, mixture),
+        resp=resp if labels == "network" else e_step(image, mask, mixture),
         mixture=mixture,
         nll=final,
-        trace=torch.cat([history, final[None]]),
+        trace=torch.stack([*(t.to(final) for t in trace), final]),
         iterations=count,
         converged=flags,
         reseeded=torch.zeros_like(count),

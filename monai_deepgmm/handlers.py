@@ -172,8 +172,8 @@ class Checkpoint:
         best = watched < min((r["validation_loss"] for r in self.history), default=math.inf)
         self.history.append(row)
         self.stopped = self._flat()
-        logger.info("epoch %d: loss %.4f, validation %.4f", row["epoch"], row["loss"], watched)
         if self.writes:
+            logger.info("epoch %d: loss %.4f, validation %.4f", row["epoch"], row["loss"], watched)
             if best or not (self.folder / WEIGHTS).is_file():
                 files.write_whole(self.folder / WEIGHTS, _bytes(_on_cpu(self.network.state_dict())))
             files.write_whole(self.folder / CHECKPOINT, _bytes(self._state(engine)))

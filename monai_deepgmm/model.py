@@ -12,7 +12,7 @@ from monai_deepgmm import networks, view
 from monai_deepgmm.em import Fit, collapsed
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.mixture import VARIANCE_FLOOR, e_step, m_step, nll
-from monai_deepgmm.spec import WEIGHTS, Reference, Spec
+from monai_deepgmm.spec import WEIGHTS, LabelRule, Reference, Spec
 
 
 def build(spec: Spec, *, seed: int = 0) -> nn.Module:
@@ -53,6 +53,7 @@ def fit(
     mask: Tensor,
     *,
     spacing_mm: tuple[float, ...],
+    labels: LabelRule | None = None,
 ) -> Fit:
     """Segments images in one forward pass, and gives what EM would give.
 
@@ -62,16 +63,17 @@ def fit(
         image: ``(B, M, *S)``, its sequences in the order of ``spec``.
         mask: ``(B, 1, *S)``.
         spacing_mm: of the axes in ``*S``.
+        labels: what ``resp`` holds: the posterior Π·g, or the network's own output; None: as ``spec`` says.
 
     Returns:
-        The fit. Its ``resp`` is the posterior Π·g or the network's own output, as ``spec.labels`` says.
+        The fit.
     """
     output = weights(network, image, mask, spec.grid_mm, spacing_mm=spacing_mm) * mask
     mixture = m_step(image, output, mask, covariance=spec.covariance, spatial=spec.spatial, floor=VARIANCE_FLOOR)
     final = nll(image, mask, mixture)
     batch = torch.zeros(len(image), dtype=torch.long, device=image.device)
     return Fit(
-        resp=output if spec.labels == "network" else e_step(image, mask, mixture),
+        resp=output if (labels or spec.labels) == "network" else e_step(image, mask, mixture),
         mixture=mixture,
         nll=final,
         trace=final[None],

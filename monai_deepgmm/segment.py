@@ -181,7 +181,7 @@ def solve(
         from monai_deepgmm import model  # MONAI's networks take a second to import
 
         loaded = model.load(config.model, config.device) if network is None else network
-        return model.fit(loaded, config.model.spec, image, mask, spacing_mm=spacing_mm)
+        return model.fit(loaded, config.model.spec, image, mask, spacing_mm=spacing_mm, labels=config.solver.labels)
     settings = config.solver
     start = expected
     if settings.start == "kmeans" and means is None:
@@ -235,6 +235,7 @@ def _by_descent(
         covariance=config.covariance,
         terms=[] if means is None else [losses.Term(settings.mean_weight, losses.MeanPrior(means))],
         together=settings.together,
+        labels=settings.labels or "posterior",
         floor=settings.floor,
         descent=deep.Descent(
             steps=settings.steps,
