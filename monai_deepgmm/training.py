@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -105,6 +106,9 @@ class Settings:
             if getattr(self, field) not in choices:
                 listed = ", ".join(map(str, choices))
                 raise UsageError(f"{field}: {getattr(self, field)!r} is unknown; choose one of {listed}")
+        for field, package in (("tensorboard", "tensorboard"), ("mlflow", "mlflow")):
+            if getattr(self, field) and importlib.util.find_spec(package) is None:
+                raise UsageError(f"{field} needs {package}: pip install 'monai-deepgmm[tracking]'")
 
 
 @dataclass(frozen=True)
