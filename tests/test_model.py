@@ -1,0 +1,306 @@
+"""A trained network as a solver: what it is read from, what it refuses, and what it gives in place of EM."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_deepgmm import model, protocol, spec, view
+from monai_deepgmm.cli import main
+from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.mixture import e_step, m_step
+from monai_deepgmm.spec import SPEC, WEIGHTS, Spec
+
+INFARCT = protocol.load("infarct")
+TINY = {"_target_": "monai_deepgmm.networks.UNet", "filters": [4, 8]}
+SPECIFIED = Spec(
+    protocol="infarct",
+    normalisation=INFARCT.normalisation,
+    sequences=("LGE", "T2", "bSSFP"),
+    tissues=("blood", "myocardium", "edema", "scar"),
+    network=TINY,
+    spatial_dims=2,
+    grid_mm=1.0,
+    spatial=True,
+    covariance="diag",
+)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A model that never saw a patient."""
+    return write(tmp_path / "model")
+
+
+def write(folder: Path, of: Spec = SPECIFIED, *, seed: int = 0) -> Path:
+    (folder / WEIGHTS).parent.mkdir(parents=True)
+    (folder / SPEC).write_bytes(of.as_json())
+    torch.save(model.build(of, seed=seed).state_dict(), folder / WEIGHTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network():
+    return model.build(SPECIFIED, seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def scan():
+    """Two images (float64) with a disc for a mask."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn((2, 3, 40, 44), generator=generator, dtype=torch.float64)
+    x, y = torch.meshgrid(torch.arange(40), torch.arange(44), indexing="ij")
+    disc = ((x - 20) ** 2 + (y - 22) ** 2 < 12**2).double()
+    return image, disc.expand(2, 1, 40, 44).clone()
+
+
+# The network ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_drawn_from_the_seed_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = model.build(SPECIFIED, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, other = model.build(SPECIFIED, seed=3).state_dict(), model.build(SPECIFIED, seed=4).state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_the_network_is_described_in_full():
+    wanted = {**TINY, "spatial_dims": 2, "in_channels": 4, "out_channels": 4}
+    assert model.complete(SPECIFIED) == wanted
+    assert SPECIFIED.channels == 4
+
+
+def test_a_model_is_read_back_as_it_was_written(folder):
+    reference = spec.read(folder, INFARCT)
+    assert reference.spec == SPECIFIED
+    loaded = model.load(reference, "cpu")
+    assert not loaded.training
+    saved = torch.load(folder / WEIGHTS, weights_only=True)
+    assert all(torch.equal(v, saved[k]) for k, v in loaded.state_dict().items())
+
+
+def test_two_models_are_the_same_when_their_files_are(folder, tmp_path):
+    first = spec.read(folder, INFARCT)
+    assert spec.read(write(tmp_path / "copy"), INFARCT).sha256 == first.sha256
+    assert spec.read(write(tmp_path / "other", seed=1), INFARCT).sha256 != first.sha256
+    changed = dataclasses.replace(SPECIFIED, labels="network")
+    assert spec.read(write(tmp_path / "rule", changed), INFARCT).sha256 != first.sha256
+    assert "folder" not in first.as_json()
+    assert str(tmp_path) not in json.dumps(first.as_json(), default=list)
+
+
+# The fit -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0), (0.75, 0.75), (1.7, 1.3)])
+def test_weights_on_the_images_own_grid_sum_to_1(network, scan, spacing_mm):
+    image, mask = scan
+    w = model.weights(network, image, mask, 1.0, spacing_mm=spacing_mm)
+    assert w.shape == (2, 4, 40, 44)
+    assert w.dtype == image.dtype
+    assert w.min() >= 0
+    torch.testing.assert_close(w.sum(1), torch.ones(2, 40, 44, dtype=w.dtype))
+    assert not w.requires_grad
+
+
+def test_on_the_networks_own_grid_nothing_is_interpolated(network, scan):
+    image, mask = scan
+    w = model.weights(network, image, mask, 1.0, spacing_mm=(1.0, 1.0))
+    seen = view.around(mask, (1.0, 1.0), 1.0)
+    given = view.inputs(view.look(image.float(), seen), view.look(mask.float(), seen, nearest=True), 1.0)
+    with torch.no_grad():
+        direct = network(given).softmax(1)
+    first = (seen.centre - (torch.tensor(seen.size) - 1) / 2)[0].round().long().tolist()
+    rows, columns = (slice(max(f, 0), min(f + n, s)) for f, n, s in zip(first, seen.size, (40, 44), strict=True))
+    shifted = tuple(slice(s.start - f, s.stop - f) for s, f in zip((rows, columns), first, strict=True))
+    inside = mask[:, :, rows, columns]
+    torch.testing.assert_close(
+        w[:, :, rows, columns] * inside, direct[:, :, shifted[0], shifted[1]].double() * inside, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("spatial", [True, False])
+def test_the_fit_is_one_m_step_from_the_output(network, scan, spatial):
+    image, mask = scan
+    of = dataclasses.replace(SPECIFIED, spatial=spatial)
+    w = model.weights(network, image, mask, 1.0, spacing_mm=(1.0, 1.0)) * mask
+    expected = m_step(image, w, mask, covariance="diag", spatial=spatial)
+    fit = model.fit(network, of, image, mask, spacing_mm=(1.0, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(fit.mixture, expected, strict=True))
+    by_hand = (w[0, 2] * image[0, 1]).sum() / w[0, 2].sum()
+    torch.testing.assert_close(fit.mixture.means[0, 2, 1], by_hand)
+    assert fit.converged.all()
+    assert fit.iterations.tolist() == [0, 0]
+    assert torch.equal(fit.trace[0], fit.nll)
+
+
+def test_the_rule_says_whether_the_label_is_of_the_posterior_or_of_the_network(network, scan):
+    image, mask = scan
+
+    def resp(rule, **of):
+        chosen = dataclasses.replace(SPECIFIED, **of)
+        return model.fit(network, chosen, image, mask, spacing_mm=(1.0, 1.0), labels=rule).resp
+
+    w = model.weights(network, image, mask, 1.0, spacing_mm=(1.0, 1.0)) * mask
+    posterior = e_step(image, mask, m_step(image, w, mask, covariance="diag", spatial=True))
+    assert not torch.equal(w, posterior)
+    assert torch.equal(resp("network"), w)
+    assert torch.equal(resp("posterior"), posterior)
+    assert torch.equal(resp(None), posterior)
+    assert torch.equal(resp(None, labels="network"), w)
+    assert torch.equal(resp("posterior", labels="network"), posterior)
+    for found in (w, posterior):
+        torch.testing.assert_close(found.sum(1, keepdim=True), mask)
+
+
+def test_images_with_masks_of_one_size_do_not_depend_on_each_other(network, scan):
+    image, mask = scan
+    both = model.fit(network, SPECIFIED, image, mask, spacing_mm=(1.0, 1.0)).resp
+    alone = [
+        model.fit(network, SPECIFIED, i[None], m[None], spacing_mm=(1.0, 1.0)).resp
+        for i, m in zip(image, mask, strict=True)
+    ]
+    torch.testing.assert_close(both, torch.cat(alone))
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [SPEC, WEIGHTS])
+def test_a_model_without_one_of_its_files_is_refused(folder, part):
+    (folder / part).unlink()
+    with pytest.raises(UsageError, match=rf"{Path(part).name}.*deepgmm train"):
+        spec.read(folder, INFARCT)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "model.json was not written by this version"),
+        ("[]", "model.json was not written by this version"),
+        ("{}", "model.json was not written by this version"),
+        ('{"sequences": ["LGE"], "tissues": [], "new": 1}', "model.json was not written by this version"),
+    ],
+)
+def test_a_specification_that_cannot_be_read_is_refused(folder, text, said):
+    (folder / SPEC).write_text(text)
+    with pytest.raises(UsageError, match=said):
+        spec.read(folder, INFARCT)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"protocol": "brain"}, "trained with protocol brain, but this run uses infarct"),
+        ({"normalisation": "zscore-slice-mask"}, "trained with normalisation zscore-slice-mask"),
+        ({"labels": "guess"}, "choose one of posterior, network"),
+    ],
+)
+def test_a_model_for_something_else_is_refused(tmp_path, change, said):
+    folder = write(tmp_path / "model")
+    (folder / SPEC).write_bytes(dataclasses.replace(SPECIFIED, **change).as_json())
+    with pytest.raises(UsageError, match=said):
+        spec.read(folder, INFARCT)
+
+
+DAMAGE = {
+    "torn": lambda data: data[: len(data) // 2],
+    "scrambled": lambda data: data[:100] + data[:100:-1],
+    "text": lambda data: b"<html>404</html>",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_weights_fail_every_patient_with_a_code(tmp_path, make_patient, no_picture, kind):
+    folder = write(tmp_path / "model")
+    (folder / WEIGHTS).write_bytes(DAMAGE[kind]((folder / WEIGHTS).read_bytes()))
+    make_patient(tmp_path / "in", "pat")
+    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(folder)]) == 3
+    row = json.loads((tmp_path / "out" / "pat" / "pat_row.json").read_text())
+    assert row["code"] == "E_MODEL"
+    assert "model.pt" in row["message"]
+    assert str(tmp_path) not in row["message"]
+    assert not list((tmp_path / "out").rglob("*_dseg.nii.gz"))
+
+
+def test_weights_of_another_network_are_refused(folder):
+    torch.save(model.build(dataclasses.replace(SPECIFIED, tissues=("a", "b"))).state_dict(), folder / WEIGHTS)
+    with pytest.raises(StudyError, match=r"model\.pt cannot be used") as refused:
+        model.load(spec.read(folder, INFARCT), "cpu")
+    assert refused.value.code == "E_MODEL"
+
+
+class Bomb:
+    """An object whose unpickling runs a command."""
+
+    def __init__(self, fuse: Path) -> None:
+        self.fuse = fuse
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.fuse}'",)
+
+
+@pytest.mark.parametrize("form", ["torch", "legacy", "pickle"])
+def test_weights_that_hold_code_are_not_executed(folder, tmp_path, form):
+    fuse = tmp_path / "went off"
+    content = {**torch.load(folder / WEIGHTS, weights_only=True), "bomb": Bomb(fuse)}
+    if form == "pickle":
+        (folder / WEIGHTS).write_bytes(pickle.dumps({"bomb": Bomb(fuse)}, protocol=2))
+    else:
+        torch.save(content, folder / WEIGHTS, _use_new_zipfile_serialization=form == "torch")
+    with pytest.raises(StudyError) as refused:
+        model.load(spec.read(folder, INFARCT), "cpu")
+    assert refused.value.code == "E_MODEL"
+    assert not fuse.exists()
+    if form != "pickle":
+        torch.load(folder / WEIGHTS, weights_only=False)
+        assert fuse.exists()  # it was a bomb
+
+
+def test_a_patient_without_a_sequence_of_the_network_fails_alone(folder, tmp_path, make_patient, no_picture):
+    make_patient(tmp_path / "in", "part", sequences=("LGE", "C0"))
+    make_patient(tmp_path / "in", "whole")
+    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(folder)]) == 1
+    rows = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*/*_row.json")}
+    assert rows["part"]["code"] == "E_MODEL"
+    assert "T2" in rows["part"]["message"]
+    assert rows["whole"]["status"] == "ok"
+
+
+def test_a_network_looks_at_its_own_sequences_only(tmp_path, make_patient, no_picture):
+    of = dataclasses.replace(SPECIFIED, sequences=("LGE", "bSSFP"), tissues=("blood", "myocardium", "scar"))
+    folder = write(tmp_path / "model", of)
+    make_patient(tmp_path / "in", "whole")
+    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(folder)]) == 0
+    sidecar = json.loads((tmp_path / "out" / "whole" / "whole_dseg.json").read_text())
+    assert sidecar["method"] == "network"
+    assert sidecar["sequences"] == ["LGE", "bSSFP"]
+    assert [t["name"] for t in sidecar["tissues"]] == ["blood", "myocardium", "scar"]
+    labels = np.asarray(nib.load(tmp_path / "out" / "whole" / "whole_dseg.nii.gz").dataobj)
+    assert set(np.unique(labels)) <= {0, 1, 2, 4}
+
+
+def test_a_model_goes_with_the_method_network_and_no_other(folder, tmp_path, make_patient, capsys):
+    make_patient(tmp_path / "in", "pat")
+    for options, said in (
+        (["--method", "network"], "--model MODEL_DIR"),
+        (["--method", "gmm", "--model", str(folder)], "--method network"),
+        (["--model", str(tmp_path / "gone")], "model.json"),
+        (["--model", str(folder), "--protocol", "brain"], "trained with protocol infarct"),
+        (["--model", str(folder), "--network", "unet"], "--network"),
+    ):
+        assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), *options]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
