@@ -1,0 +1,475 @@
+"""deepG and deepSVG on one image: planted regions, seeds, the result's parts, boxes that leave the image."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from monai_deepgmm import deep, em
+from monai_deepgmm.losses import MeanPrior
+from monai_deepgmm.mixture import e_step, m_step, nll
+
+K, M = 3, 2
+CENTRES = torch.tensor([[-1.2, 0.0], [0.0, 1.3], [1.2, -0.6]], dtype=torch.float64)
+QUICK = deep.Descent(steps=25, start_steps=15, lr=0.03, tol=-torch.inf)
+
+each_model = pytest.mark.parametrize("spatial", [False, True], ids=["deepg", "deepsvg"])
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(dims: int = 2, channels: int = M) -> nn.Module:
+    """A network of two convolutions."""
+    conv = nn.Conv2d if dims == 2 else nn.Conv3d
+    return nn.Sequential(conv(channels, 12, 3, padding=1), nn.LeakyReLU(), conv(12, K, 1))
+
+
+def scene(shape=(40, 44), *, batch=1, seed=0, noise=0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Three bands of a disc: image, mask, labels, and a start of which three tenths are wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in shape), indexing="ij")
+    mask = (sum(line.square() for line in lines) < 11.5**2).double().expand(batch, 1, *shape).clone()
+    labels = (1 + (lines[0] > 4).long() - (lines[0] < -4).long()).expand(batch, 1, *shape)
+    random = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    image = CENTRES[labels[:, 0]].movedim(-1, 1) + noise * random(batch, M, *shape)
+    wrong = torch.rand(labels.shape, generator=generator) < 0.3
+    confused = torch.where(wrong, torch.randint(K, labels.shape, generator=generator), labels)
+    return image, mask, labels, em.labels_start(confused, mask, K)
+
+
+def nothing(image: Tensor) -> Tensor:
+    """No context."""
+    return image[:, :0]
+
+
+def descend(image: Tensor, mask: Tensor, start: Tensor, **options) -> em.Fit:
+    defaults = {"network": tiny, "seed": 0, "descent": QUICK}
+    return deep.fit(image, mask, start, options.pop("context", nothing(image)), **{**defaults, **options})
+
+
+def dice(fit: em.Fit, mask: Tensor, labels: Tensor) -> Tensor:
+    inside = mask[:, 0] > 0
+    found, truth = fit.resp.argmax(1)[inside], labels[:, 0][inside]
+    pairs = torch.stack([(found == k) & (truth == k) for k in range(K)]).sum(1)
+    return 2 * pairs / torch.stack([(found == k).sum() + (truth == k).sum() for k in range(K)])
+
+
+def assert_same(a: em.Fit, b: em.Fit, **tolerance) -> None:
+    for name in em.Fit._fields:
+        if name != "mixture":
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), **tolerance)
+    for one, other in zip(a.mixture, b.mixture, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+# What it finds ---------------------------------------------------------------------------------------------------
+
+
+@each_model
+@pytest.mark.parametrize("labels", ["posterior", "network"])
+def test_planted_regions_are_found_under_their_names(spatial, labels):
+    image, mask, truth, start = scene()
+    fit = descend(image, mask, start, spatial=spatial, labels=labels)
+    assert dice(fit._replace(resp=start), mask, truth).max() < 0.85
+    assert dice(fit, mask, truth).min() > 0.9
+    torch.testing.assert_close(fit.mixture.means[0], CENTRES, rtol=0, atol=0.2)
+    assert not fit.collapsed.any()
+
+
+@each_model
+def test_planted_regions_are_found_in_3d(spatial):
+    image, mask, truth, start = scene((26, 24, 7))
+    fit = descend(image, mask, start, spatial=spatial, network=functools.partial(tiny, 3))
+    assert fit.resp.shape == (1, K, 26, 24, 7)
+    assert dice(fit, mask, truth).min() > 0.9
+
+
+@each_model
+@pytest.mark.parametrize("covariance", ["diag", "tied", "full", "spherical"])
+def test_every_covariance_is_fitted(spatial, covariance):
+    image, mask, truth, start = scene()
+    fit = descend(image, mask, start, spatial=spatial, covariance=covariance)
+    assert dice(fit, mask, truth).min() > 0.9
+    peer = em.fit(image, mask, start, spatial=spatial, covariance=covariance)
+    assert fit.mixture.covariances.shape == peer.mixture.covariances.shape
+
+
+@each_model
+def test_the_likelihood_falls(spatial):
+    image, mask, _, start = scene()
+    fit = descend(image, mask, start, spatial=spatial)
+    assert fit.trace[-1, 0] < fit.trace[0, 0] - 0.05
+
+
+def test_the_network_starts_in_the_starts_order():
+    image, mask, truth, start = scene()
+    order = [2, 0, 1]
+    fit = descend(image, mask, start[:, order])
+    assert dice(fit, mask, truth).max() < 0.1
+    assert dice(fit._replace(resp=fit.resp[:, [1, 2, 0]]), mask, truth).min() > 0.9
+
+
+def test_context_is_something_the_network_sees():
+    """The image says nothing, the context everything; without it nothing can be learned."""
+    image, mask, truth, start = scene()
+    image = torch.zeros_like(image)
+    place = CENTRES[truth[:, 0]].movedim(-1, 1)[:, :1]
+    network = functools.partial(tiny, channels=M + 1)
+    taught = QUICK._replace(steps=0, start_steps=60)
+    told, untold = (
+        descend(image, mask, start, context=c, network=network, labels="network", descent=taught)
+        for c in (place, 0 * place)
+    )
+    assert dice(told, mask, truth).min() > 0.9
+    assert dice(untold, mask, truth).min() < 0.5
+
+
+# The same again --------------------------------------------------------------------------------------------------
+
+
+@each_model
+def test_the_same_seed_gives_the_same_fit_and_another_another(spatial):
+    image, mask, _, start = scene()
+    before = torch.get_rng_state()
+    first = descend(image, mask, start, spatial=spatial, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert_same(descend(image, mask, start, spatial=spatial, seed=3), first, rtol=0, atol=0)
+    assert not torch.equal(descend(image, mask, start, spatial=spatial, seed=4).resp, first.resp)
+
+
+@each_model
+@pytest.mark.parametrize("together", [False, True], ids=["each", "together"])
+def test_nothing_that_is_given_is_changed(spatial, together):
+    given = image, mask, _, start = scene(batch=2)
+    copies = [part.clone() for part in given]
+    descend(image, mask, start, spatial=spatial, together=together)
+    assert all(torch.equal(part, copy) for part, copy in zip(given, copies, strict=True))
+
+
+# The result ------------------------------------------------------------------------------------------------------
+
+
+@each_model
+@pytest.mark.parametrize("together", [False, True], ids=["each", "together"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_result_is_shaped_as_ems(spatial, together, dtype):
+    image, mask, _, start = (part.to(dtype) for part in scene(batch=2))
+    fit = descend(image, mask, start, spatial=spatial, together=together)
+    peer = em.fit(image, mask, start, spatial=spatial, max_iter=QUICK.steps, tol=-torch.inf)
+    assert type(fit) is type(peer)
+    for name in em.Fit._fields:
+        ours, theirs = getattr(fit, name), getattr(peer, name)
+        for one, other in zip(ours, theirs, strict=True) if name == "mixture" else [(ours, theirs)]:
+            assert one.shape == other.shape, name
+            assert one.dtype == other.dtype, name
+            assert not one.requires_grad, name
+    assert fit.iterations.tolist() == [QUICK.steps] * 2
+    assert fit.reseeded.tolist() == [0, 0]
+
+
+@each_model
+def test_labels_by_the_posterior_or_by_the_network(spatial):
+    image, mask, _, start = scene()
+    by_posterior = descend(image, mask, start, spatial=spatial)
+    by_network = descend(image, mask, start, spatial=spatial, labels="network")
+    for fit in (by_posterior, by_network):
+        torch.testing.assert_close(fit.resp.sum(1, keepdim=True), mask)
+    mixture = by_network.mixture
+    for one, other in zip(by_posterior.mixture, mixture, strict=True):
+        assert torch.equal(one, other)  # the mixture does not depend on what decides the label
+    expected = m_step(image, by_network.resp, mask, spatial=spatial)
+    for one, other in zip(mixture, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(by_posterior.resp, e_step(image, mask, mixture))
+    assert (by_posterior.resp - by_network.resp).abs().max() > 1e-3
+    torch.testing.assert_close(by_network.nll, nll(image, mask, mixture))
+
+
+class Heard(nn.Module):
+    """A network that writes down what it says."""
+
+    def __init__(self, said: list[Tensor]) -> None:
+        super().__init__()
+        self.network, self.said = tiny(), said
+
+    def forward(self, seen: Tensor) -> Tensor:
+        out = self.network(seen)
+        self.said.append(out.detach())
+        return out
+
+
+@each_model
+def test_the_trace_is_the_nll_of_what_the_network_said_at_each_step(spatial):
+    image, mask, _, start = scene()
+    said: list[Tensor] = []
+    fit = descend(
+        image, mask, start, spatial=spatial, network=lambda: Heard(said), terms=[(9.0, MeanPrior(0 * CENTRES))]
+    )
+    assert len(said) == QUICK.start_steps + QUICK.steps + 1
+    box = deep.crop(mask)
+    expected = []
+    for output in said[QUICK.start_steps :]:
+        resp = deep.paste(output.double().softmax(1), box, image.shape[2:]) * mask
+        expected.append(nll(image, mask, m_step(image, resp, mask, spatial=spatial)))
+    assert fit.trace.shape == (QUICK.steps + 1, 1)
+    torch.testing.assert_close(fit.trace, torch.stack(expected), rtol=0, atol=1e-4)
+    assert torch.equal(fit.trace[-1], fit.nll)
+
+
+def test_what_the_network_sees_is_the_image_around_the_mask():
+    image, mask, _, start = scene()
+    seen: list[Tensor] = []
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = tiny(channels=M + 1)
+
+        def forward(self, given: Tensor) -> Tensor:
+            seen.append(given)
+            return self.network(given)
+
+    context = torch.rand(image[:, :1].shape, generator=torch.Generator().manual_seed(1))
+    descend(image, mask, start, context=context, network=Watched, descent=QUICK._replace(steps=1))
+    # A disc 23 voxels wide with 4 on each side needs 31, so 32.
+    assert {tuple(given.shape) for given in seen} == {(1, M + 1, 32, 32)}
+    expected = deep.cut(torch.cat([image.float(), context], 1), deep.crop(mask))
+    assert all(torch.equal(given, expected) for given in seen)
+
+
+def test_of_a_deeply_supervised_network_the_finest_output_counts():
+    image, mask, _, start = scene()
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = tiny()
+
+        def forward(self, seen: Tensor) -> list[Tensor]:
+            out = self.network(seen)
+            return [out, out[..., ::2, ::2].flip(1)]
+
+    assert_same(descend(image, mask, start, network=Deep), descend(image, mask, start), rtol=0, atol=0)
+
+
+# Steps and convergence -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_so_many_steps_and_no_more(steps):
+    image, mask, _, start = scene()
+    fit = descend(image, mask, start, descent=QUICK._replace(steps=steps, tol=torch.inf))
+    assert fit.iterations.tolist() == [steps]
+    assert len(fit.trace) == steps + 1
+    assert fit.converged.tolist() == [False]
+
+
+def test_a_small_gain_is_convergence_but_not_before_a_few_steps():
+    image, mask, _, start = scene()
+    fit = descend(image, mask, start, descent=QUICK._replace(tol=torch.inf))
+    assert fit.converged.tolist() == [True]
+    assert fit.iterations.tolist() == [deep.MIN_STEPS + 1]
+    late = descend(image, mask, start, descent=QUICK._replace(steps=80, tol=1e-4))
+    assert late.converged.tolist() == [True]
+    assert deep.MIN_STEPS + 1 < late.iterations[0] < 80
+    gains = -late.trace[:-1].diff(dim=0)[deep.MIN_STEPS - 1 :, 0]
+    assert gains[-1] < 1e-4  # the last step was the first of so small a gain
+    assert (gains[:-1] >= 1e-4 - 1e-6).all()
+
+
+def test_the_start_comes_from_the_start_steps():
+    image, mask, truth, start = scene()
+    fit = descend(image, mask, start, labels="network", descent=QUICK._replace(steps=0, start_steps=40))
+    none = descend(image, mask, start, labels="network", descent=QUICK._replace(steps=0, start_steps=0))
+    # Taught on labels of which three tenths are wrong, it already knows better than they do.
+    assert dice(fit, mask, truth).min() > 0.85
+    assert dice(none, mask, truth).min() < 0.5
+
+
+# Together --------------------------------------------------------------------------------------------------------
+
+
+def counted(made: list[nn.Module]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        made.append(tiny())
+        return made[-1]
+
+    return make
+
+
+def test_one_by_one_an_image_does_not_depend_on_its_neighbours():
+    image, mask, _, start = scene(batch=3)
+    mask[1, ..., :20] = 0  # another box, and another number of steps
+    made: list[nn.Module] = []
+    descent = QUICK._replace(steps=60, tol=1e-4)
+    fit = descend(image, mask, start, network=counted(made), descent=descent)
+    assert len(made) == 3
+    alone = [descend(*(p[i : i + 1] for p in (image, mask, start)), descent=descent) for i in range(3)]
+    counts = [int(one.iterations) for one in alone]
+    assert len(set(counts)) > 1
+    assert fit.iterations.tolist() == counts
+    for i, one in enumerate(alone):
+        for name in ("resp", "nll", "converged", "collapsed"):
+            assert torch.equal(getattr(fit, name)[i], getattr(one, name)[0])
+        for joined, single in zip(fit.mixture, one.mixture, strict=True):
+            assert torch.equal(joined[i], single[0])
+        assert torch.equal(fit.trace[: counts[i] + 1, i], one.trace[:, 0])
+        assert (fit.trace[counts[i] :, i] == one.nll).all()
+
+
+@each_model
+def test_together_one_network_serves_every_image(spatial):
+    image, mask, truth, start = scene(batch=3)
+    made: list[nn.Module] = []
+    fit = descend(image, mask, start, spatial=spatial, network=counted(made), together=True)
+    assert len(made) == 1
+    assert dice(fit, mask, truth).min() > 0.9
+    assert fit.trace.shape == (QUICK.steps + 1, 3)
+    # Each image still has a mixture of its own.
+    assert (fit.mixture.means[0] - fit.mixture.means[1]).abs().max() > 1e-4
+    separate = descend(image, mask, start, spatial=spatial)
+    assert not torch.allclose(fit.resp, separate.resp, atol=1e-4)
+
+
+def test_together_the_verdict_of_convergence_is_shared():
+    image, mask, _, start = scene(batch=2)
+    fit = descend(image, mask, start, together=True, descent=QUICK._replace(steps=60, tol=1e-4))
+    assert fit.converged.tolist() == [True, True]
+    assert fit.iterations[0] == fit.iterations[1] == len(fit.trace) - 1
+
+
+def test_a_single_image_together_is_a_single_image():
+    image, mask, _, start = scene()
+    assert_same(descend(image, mask, start, together=True), descend(image, mask, start), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["each", "together"])
+def test_an_empty_mask_beside_others_stays_finite(together):
+    image, mask, truth, start = scene(batch=2)
+    mask[1], start[1] = 0, 0
+    fit = descend(image, mask, start, together=together)
+    assert all(part.isfinite().all() for part in (fit.resp, fit.nll, fit.trace, *fit.mixture))
+    assert (fit.resp[1] == 0).all()
+    assert dice(fit, mask, truth).min() > 0.9
+
+
+# Regularisers ----------------------------------------------------------------------------------------------------
+
+
+@each_model
+def test_known_means_attract_the_means(spatial):
+    image, mask, _, start = scene()
+    wanted = CENTRES + 0.4
+    free, held = (
+        descend(image, mask, start, spatial=spatial, terms=[(weight, MeanPrior(wanted))]) for weight in (0.0, 20.0)
+    )
+    assert_same(free, descend(image, mask, start, spatial=spatial), rtol=0, atol=1e-6)
+    distance = [(fit.mixture.means[0] - wanted).square().sum() for fit in (free, held)]
+    assert distance[1] < 0.8 * distance[0]
+    assert held.nll > free.nll  # at the likelihood's cost
+
+
+def test_a_kept_start_keeps_the_network_near_it():
+    image, mask, _, start = scene()
+
+    def surprise(weight: float) -> float:
+        fit = descend(image, mask, start, labels="network", descent=QUICK._replace(start_weight=weight))
+        return -float((start * fit.resp.clamp_min(1e-12).log()).sum() / mask.sum())
+
+    assert surprise(5.0) < surprise(0.0) - 0.05
+
+
+# Boxes -----------------------------------------------------------------------------------------------------------
+
+
+def ones(shape: tuple[int, ...], *sides: slice) -> Tensor:
+    mask = torch.zeros(1, 1, *shape)
+    mask[(0, 0, *sides)] = 1
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("inside", "box"),
+    [
+        ((10, 18), (6, 22)),  # 8 voxels and 4 on each side are 16
+        ((10, 19), (-2, 30)),  # 9 need 32: from (10 + 19 − 32) // 2
+        ((0, 8), (-4, 12)),
+        ((32, 40), (28, 44)),
+        ((0, 40), (-4, 44)),
+    ],
+)
+def test_boxes_by_hand(inside, box):
+    assert deep.crop(ones((5, 40), slice(2, 3), slice(*inside))) == (slice(-6, 10), slice(*box))
+
+
+def test_a_box_holds_every_mask_of_the_batch():
+    masks = torch.cat([ones((60, 60), slice(5, 9), slice(30, 31)), ones((60, 60), slice(20, 29), slice(33, 38))])
+    rows, columns = deep.crop(masks)
+    assert (rows.start, rows.stop) == (1, 33)  # rows 5 … 28 and 4 on each side
+    assert (columns.start, columns.stop) == (26, 42)
+
+
+def test_an_empty_mask_has_a_box_too():
+    sides = deep.crop(torch.zeros(1, 1, 20, 20, 20))
+    assert [side.stop - side.start for side in sides] == [16, 16, 16]
+
+
+def test_cut_by_hand():
+    image = torch.arange(12.0).reshape(1, 1, 3, 4)
+    found = deep.cut(image, (slice(-1, 2), slice(2, 5)))
+    assert found[0, 0].tolist() == [[0, 0, 0], [2, 3, 0], [6, 7, 0]]
+    assert deep.paste(found, (slice(-1, 2), slice(2, 5)), image.shape[2:])[0, 0].tolist() == [
+        [0, 0, 2, 3],
+        [0, 0, 6, 7],
+        [0, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        (slice(12, 20), slice(14, 22)),
+        (slice(0, 5), slice(25, 33)),
+        (slice(0, 30), slice(0, 33)),
+        (slice(29, 30), slice(0, 1)),
+        (slice(3, 9), slice(10, 20), slice(0, 2)),
+        (slice(0, 30), slice(4, 5), slice(5, 7)),
+    ],
+    ids=["within", "corner", "all", "one voxel", "3d", "3d all"],
+)
+def test_there_and_back_again_keeps_what_lies_in_the_box(sides):
+    shape = (30, 33, 7)[: len(sides)]
+    mask = ones(shape, *sides)
+    image = torch.randn(2, M, *shape, generator=torch.Generator().manual_seed(0))
+    box = deep.crop(mask)
+    small = deep.cut(image, box)
+    assert all(n % deep.MULTIPLE == 0 for n in small.shape[2:])
+    again = deep.paste(small, box, image.shape[2:])
+    assert again.shape == image.shape
+    assert torch.equal(again * mask, image * mask)
+    within = tuple(slice(max(side.start, 0), side.stop) for side in box)
+    kept = torch.zeros_like(image)
+    kept[(..., *within)] = image[(..., *within)]
+    assert torch.equal(again, kept)
+    assert torch.equal(deep.cut(again, box), small)
+
+
+@each_model
+def test_a_mask_at_the_images_border_is_fitted_alike(spatial):
+    """The image is cut so that the box leaves it; the network sees 0 there."""
+    image, mask, truth, start = scene((24, 24))
+    assert deep.crop(mask)[0].start < 0
+    fit = descend(image, mask, start, spatial=spatial)
+    assert fit.resp.shape == (1, K, 24, 24)
+    assert dice(fit, mask, truth).min() > 0.9
