@@ -1,0 +1,684 @@
+"""Training over a cohort: what is refused, what is held out, when it stops, and that stopping it changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from monai_deepgmm import cohort, examples, files, handlers, model, protocol, spec, training
+from monai_deepgmm.bundled import curves
+from monai_deepgmm.cli import main
+from monai_deepgmm.errors import UsageError
+from monai_deepgmm.examples import Examples
+from monai_deepgmm.handlers import CHECKPOINT, HISTORY, Checkpoint, Clip, Epochs, read_checkpoint, read_history
+from monai_deepgmm.losses import MeanPrior, MixtureNLL, Staged
+from monai_deepgmm.spec import WEIGHTS
+from monai_deepgmm.training import Settings, plan, prepare
+
+INFARCT = protocol.load("infarct")
+TINY = "{_target_: monai_deepgmm.networks.UNet, filters: [4, 8]}"
+#: Five patients with two slices each, one of them held out: four steps in each of three epochs.
+EPOCHS, STEPS = 3, 4
+OPTIONS = ["--network", TINY, "--epochs", str(EPOCHS), "--set", "batch_size=2", "-q"]
+
+
+def train(folder: Path, out: Path, *more: str) -> int:
+    return main(["train", str(folder), str(out), *OPTIONS, *more])
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory, make_patient) -> Path:
+    folder = tmp_path_factory.mktemp("training") / "patients"
+    for number in range(1, 6):
+        make_patient(folder, f"pat{number}", seed=number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(patients, tmp_path_factory) -> Path:
+    """A training that nothing interrupted."""
+    out = tmp_path_factory.mktemp("trained") / "model"
+    assert train(patients, out) == 0
+    return out
+
+
+@pytest.fixture
+def found(patients):
+    return cohort.find(patients, INFARCT)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two nested states hold the same, bit by bit."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def same_training(folder: Path, reference: Path) -> None:
+    ours, theirs = contents(folder), contents(reference)
+    name = str(CHECKPOINT)
+    assert equal(read_checkpoint(folder / CHECKPOINT), read_checkpoint(reference / CHECKPOINT))
+    assert set(ours) == set(theirs)
+    assert [k for k in ours if ours[k] != theirs[k] and k != name] == []
+
+
+# Plans --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_and_the_method_name_each_other():
+    assert plan().method == "deepsvg"
+    assert plan(loss="nll").method == "deepg"
+    assert plan(loss="nll_v").method == "deepsvg"
+    assert plan(method="deepg").spatial is False
+    assert plan(method="deepsvg", loss="nll_v").spatial is True
+    assert plan().covariance == "tied"
+    assert plan(settings={"covariance": "diag"}).covariance == "diag"
+    assert plan(settings=["lr=1e-4", "augment=false", "labels=network"]).settings == Settings(
+        lr=1e-4, augment=False, labels="network"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": "dice"}, "choose one of nll, nll_v"),
+        ({"method": "gmm"}, "trains no network; choose one of deepg, deepsvg"),
+        ({"method": "deepg", "loss": "nll_v"}, "is not the loss of --method deepg, which is nll"),
+        ({"epochs": 0}, "--epochs: got 0, expected at least 1"),
+        ({"seed": -1}, "--seed: got -1"),
+        ({"seed": 1 << 63}, "--seed"),
+        ({"protocol": "liver"}, "brain, infarct"),
+        ({"means": "gone.json"}, "gone.json"),
+        ({"network": "gone.json"}, "gone.json"),
+        ({"network": "{filters: [1]}"}, "_target_"),
+        ({"settings": ["lr"]}, "expected key=value"),
+        ({"settings": ["speed=3"]}, "no such setting; choose from covariance, batch_size, lr"),
+        ({"settings": {"batch_size": 0}}, "batch_size: got 0, expected a whole number of at least 1"),
+        ({"settings": {"batch_size": 1.5}}, "batch_size: got 1.5"),
+        ({"settings": {"workers": -1}}, "workers: got -1"),
+        ({"settings": {"patience": 0}}, "patience: got 0"),
+        ({"settings": {"lr": "fast"}}, "lr: got 'fast', expected a number of at least 0"),
+        ({"settings": {"lr": float("nan")}}, "lr: got nan"),
+        ({"settings": {"tol": float("inf")}}, "tol: got inf"),
+        ({"settings": {"clip": True}}, "clip: got True"),
+        ({"settings": {"validation": 1}}, "validation must be below 1"),
+        ({"settings": {"grid_mm": 0}}, "grid_mm above 0"),
+        ({"settings": {"covariance": "round"}}, "choose one of None, diag, full, tied, spherical"),
+        ({"settings": {"mean_over": "epoch"}}, "choose one of image, batch"),
+        ({"settings": {"labels": "guess"}}, "choose one of posterior, network"),
+        ({"settings": {"augment": "much"}}, "choose one of True, False"),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(options, said):
+    with pytest.raises(UsageError) as refused:
+        plan(**options)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "mlflow"])
+def test_tracking_says_what_to_install(monkeypatch, package):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=rf"{package}.*pip install 'monai-deepgmm\[tracking\]'"):
+        plan(settings={package: "sqlite:///x" if package == "mlflow" else True})
+
+
+# The prepared cohort ------------------------------------------------------------------------------------------------
+
+
+def owners(prepared, found) -> tuple[list[str], list[str]]:
+    """The patient that each example for training, and for validation, is of."""
+    loaded, _ = examples.load(found.studies, INFARCT, frame=None, max_voxels=1 << 28)
+    made = examples.make(loaded, INFARCT, grid_mm=1.0)
+
+    def owner(example) -> str:
+        return next(who for who, own in made.items() if any(equal(example, e) for e in own))
+
+    return [owner(e) for e in prepared.train], [owner(e) for e in prepared.validation]
+
+
+def test_validation_is_split_by_patients_with_the_seed(found):
+    held = set()
+    for seed in range(4):
+        asked = plan(settings={"validation": 0.4}, seed=seed)
+        prepared = prepare(found, asked)
+        ours, theirs = owners(prepared, found)
+        assert sorted(ours + theirs) == [f"pat{n}" for n in range(1, 6) for _ in range(2)]
+        assert not set(ours) & set(theirs)
+        assert prepared.patients == (3, 2)
+        again = prepare(found, asked)
+        assert equal(again.train, prepared.train)
+        assert equal(again.validation, prepared.validation)
+        held.add(frozenset(theirs))
+    assert len(held) > 1
+
+
+def test_one_of_five_patients_is_held_out_and_none_of_four(found):
+    assert prepare(found, plan()).patients == (4, 1)
+    for fewer, asked in ((found.studies[:4], plan()), (found.studies, plan(settings={"validation": 0}))):
+        prepared = prepare(dataclasses.replace(found, studies=fewer), asked)
+        assert prepared.patients == (len(fewer), 0)
+        assert prepared.validation is prepared.train
+
+
+def test_the_network_is_specified_by_the_cohort_and_the_plan(found):
+    prepared = prepare(found, plan(method="deepg", network=TINY, settings={"labels": "network", "grid_mm": 1.5}))
+    assert prepared.spec == spec.Spec(
+        protocol="infarct",
+        normalisation=INFARCT.normalisation,
+        sequences=("LGE", "T2", "bSSFP"),
+        tissues=("blood", "myocardium", "edema", "scar"),
+        network={"_target_": "monai_deepgmm.networks.UNet", "filters": [4, 8]},
+        spatial_dims=2,
+        grid_mm=1.5,
+        spatial=False,
+        covariance="tied",
+        labels="network",
+    )
+
+
+@pytest.mark.parametrize(("asked", "batch", "epochs"), [(None, 4, 100), (None, 1, 40), (7, 4, 7)])
+def test_epochs_are_those_of_320_steps_within_bounds(found, asked, batch, epochs):
+    assert prepare(found, plan(epochs=asked, settings={"batch_size": batch})).epochs == epochs
+
+
+def test_the_fingerprint_tells_what_can_change_a_weight(found, patients, tmp_path):
+    def fingerprint(cohort=found, **options):
+        return prepare(cohort, plan(**options)).fingerprint
+
+    base = fingerprint()
+    assert fingerprint() == base
+    assert fingerprint(settings={"workers": 3, "labels": "network"}) == base
+    moved = Path(shutil.copytree(patients, tmp_path / "moved"))
+    assert fingerprint(cohort.find(moved, INFARCT)) == base
+    changed = {"lr": 2e-3, "grid_mm": 1.2, "augment": False, "covariance": "diag", "tol": 0.1, "validation": 0.2}
+    others = [fingerprint(settings={k: v}) for k, v in changed.items()]
+    others += [fingerprint(**o) for o in ({"seed": 1}, {"epochs": 9}, {"method": "deepg"}, {"network": "basicunet"})]
+    others += [fingerprint(means="cohort"), fingerprint(dataclasses.replace(found, studies=found.studies[1:]))]
+    shutil.copy(moved / "pat1_T2.nii.gz", moved / "pat2_T2.nii.gz")
+    others.append(fingerprint(cohort.find(moved, INFARCT)))
+    assert len({base, *others}) == 1 + len(others)
+
+
+def test_means_come_from_a_file_from_the_cohort_or_from_nowhere(found, patients, tmp_path):
+    none = prepare(found, plan())
+    assert none.means_source == "none"
+    assert none.means.isnan().all()
+    loaded, _ = examples.load(found.studies, INFARCT, frame=None, max_voxels=1 << 28)
+    own = prepare(found, plan(means="cohort"))
+    assert own.means_source == "cohort"
+    assert torch.equal(own.means, examples.cohort_means(loaded, INFARCT))
+    file = tmp_path / "means.json"
+    assert main(["means", str(patients), "-o", str(file)]) == 0
+    known = prepare(found, plan(means=file))
+    assert known.means_source == "file"
+    raw = json.loads(file.read_text())
+    assert known.means[3, 1] == raw["means"]["scar"]["T2"]
+    del raw["means"]["scar"]["T2"]
+    file.write_text(json.dumps(raw))
+    with pytest.raises(UsageError, match="no value for 'T2'"):
+        prepare(found, plan(means=file))
+
+
+# Refusals and failures -----------------------------------------------------------------------------------------------
+
+
+def test_broken_patients_are_left_out_with_the_reason(patients, tmp_path, make_patient, capsys):
+    folder = Path(shutil.copytree(patients, tmp_path / "in"))
+    (folder / "pat1_LGE.nii.gz").write_bytes(b"")
+    (folder / "pat2_T2.nii.gz").unlink()
+    out = tmp_path / "model"
+    assert train(folder, out, "--epochs", "1") == 1
+    said = capsys.readouterr().err
+    assert "pat1 was not used: E_EMPTY" in said
+    assert "pat2 was not used: E_MODEL" in said
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert {who: why["code"] for who, why in provenance["not_used"].items()} == {"pat1": "E_EMPTY", "pat2": "E_MODEL"}
+    assert "T2" in provenance["not_used"]["pat2"]["message"]
+    assert provenance["patients"] == {"trained_on": 3, "validation": 0}
+    assert provenance["images"] == {"trained_on": 6, "validation": 0}
+
+
+def test_a_cohort_without_a_usable_patient_is_refused_and_nothing_touched(tmp_path, make_patient, capsys):
+    make_patient(tmp_path / "in", "pat")["gd"].unlink()
+    assert train(tmp_path / "in", tmp_path / "model") == 2
+    assert "no patient can be trained on (pat:" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["{tmp}/gone", "{tmp}/model"], "there is no folder gone"),
+        (["{tmp}/empty", "{tmp}/model"], "no patient found"),
+        (["{in}", "{in}"], "inside the input folder"),
+        (["{in}", "{in}/model"], "inside the input folder"),
+        (["{in}", "{tmp}/file"], "is a file"),
+        (["{in}", "{tmp}/full"], "is not empty"),
+        (["{in}", "{tmp}/model", "--patients", "pat9"], "pat9"),
+        (["{in}", "{tmp}/model", "--set", "speed=1"], "no such setting"),
+        (["{in}", "{tmp}/model", "--set", "validation=2"], "validation"),
+        (["{in}", "{tmp}/model", "--means", "{tmp}/gone.json"], "gone.json"),
+        (["{in}", "{tmp}/model", "--method", "deepg", "--loss", "nll_v"], "--loss nll_v"),
+        (["{in}", "{tmp}/model", "--method", "svgmm"], "deepg"),
+        (["{in}", "{tmp}/model", "--epochs", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_start_touches_nothing(patients, tmp_path, capsys, options, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path), contents(patients)
+    filled = [o.replace("{in}", str(patients)).replace("{tmp}", str(tmp_path)) for o in options]
+    try:
+        code = main(["train", *filled, "--network", TINY])
+    except SystemExit as stopped:  # argparse's own
+        code = stopped.code
+    assert code == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert "Traceback" not in printed
+    assert (contents(tmp_path), contents(patients)) == before
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ("nonsense", "is no network; name one of unet, basicunet, dynunet, segresnet"),
+        ("os.system", "is no network"),
+        ("{_target_: monai_deepgmm.networks.UNet, spam: 3}", "unexpected keyword argument 'spam'"),
+    ],
+)
+def test_networks_that_cannot_be_made_are_refused(patients, tmp_path, capsys, network, said):
+    assert main(["train", str(patients), str(tmp_path / "model"), "--network", network, "-q"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "model" / WEIGHTS).exists()
+
+
+def test_a_model_is_not_trained_over(patients, trained, capsys):
+    before = contents(trained)
+    assert train(patients, trained) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert contents(trained) == before
+
+
+@pytest.mark.parametrize(
+    "change", [["--seed", "1"], ["--epochs", "5"], ["--patients", "pat1", "pat2"], ["--means", "cohort"]]
+)
+def test_other_options_do_not_resume(patients, trained, tmp_path, capsys, change):
+    out = Path(shutil.copytree(trained, tmp_path / "model"))
+    assert train(patients, out, "--resume", *change) == 2
+    assert "began with other patients, files or options" in capsys.readouterr().err
+    for name in (WEIGHTS, CHECKPOINT, Path(HISTORY)):
+        assert (out / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_a_checkpoint_is_read_without_running_what_it_holds(patients, trained, tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch '{tmp_path / 'went off'}'",)
+
+    out = Path(shutil.copytree(trained, tmp_path / "model"))
+    torch.save({**read_checkpoint(trained / CHECKPOINT), "bomb": Bomb()}, out / CHECKPOINT)
+    assert train(patients, out, "--resume") == 2
+    assert "checkpoint.pt cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "went off").exists()
+    torch.load(out / CHECKPOINT, weights_only=False)
+    assert (tmp_path / "went off").exists()  # it was a bomb
+
+
+def test_a_torn_checkpoint_is_refused(patients, trained, tmp_path, capsys):
+    out = Path(shutil.copytree(trained, tmp_path / "model"))
+    (out / CHECKPOINT).write_bytes((trained / CHECKPOINT).read_bytes()[:999])
+    assert train(patients, out, "--resume") == 2
+    assert "checkpoint.pt cannot be read" in capsys.readouterr().err
+
+
+# Going on ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_makes_the_same_files(patients, trained, tmp_path):
+    assert train(patients, tmp_path / "model") == 0
+    same_training(tmp_path / "model", trained)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_interrupted_anywhere_and_resumed_is_never_interrupted(patients, trained, tmp_path, monkeypatch, seed):
+    step = random.Random(seed).randrange(EPOCHS * STEPS)
+    _interrupt_at(monkeypatch, step)
+    out = tmp_path / "model"
+    assert train(patients, out) == 130
+    monkeypatch.undo()
+    assert (out / CHECKPOINT).is_file() == (step >= STEPS)
+    if step >= STEPS:
+        assert read_checkpoint(out / CHECKPOINT)["epoch"] == step // STEPS
+        torch.load(out / WEIGHTS, weights_only=True)
+        assert len(read_history(out / HISTORY)) == step // STEPS
+    assert not (out / "provenance.json").exists()
+    assert train(patients, out, "--resume") == 0
+    same_training(out, trained)
+
+
+def _interrupt_at(monkeypatch, *steps: int) -> None:
+    """Ctrl-C in the middle of these gradient steps, counted over all trainings to come."""
+    count, clip = iter(range(1 << 30)), Clip.__call__
+
+    def call(self, engine):
+        if next(count) in steps:
+            raise KeyboardInterrupt
+        clip(self, engine)
+
+    monkeypatch.setattr(Clip, "__call__", call)
+
+
+def test_interrupted_again_and_again(patients, trained, tmp_path, monkeypatch):
+    draw = random.Random(9)
+    out, codes = tmp_path / "model", []
+    while len(codes) < 20 and codes[-1:] != [0]:
+        with monkeypatch.context() as patched:
+            _interrupt_at(patched, draw.randrange(STEPS, 2 * STEPS))  # at least one epoch is whole each time
+            codes.append(train(patients, out, "--resume"))
+    assert codes == [130, 130, 0]
+    same_training(out, trained)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_interrupted_while_a_model_or_checkpoint_is_written(patients, trained, tmp_path, monkeypatch, seed):
+    name, which = random.Random(seed).choice([(n, i) for n in ("model.pt", "checkpoint.pt") for i in range(EPOCHS)])
+    written, whole = [], files.write_whole
+
+    def write(path: Path, data: bytes) -> None:
+        if path.name == name:
+            written.append(path)
+            if len(written) == which + 1:
+                raise KeyboardInterrupt
+        whole(path, data)
+
+    monkeypatch.setattr(files, "write_whole", write)
+    out = tmp_path / "model"
+    assert train(patients, out) == 130
+    monkeypatch.undo()
+    assert train(patients, out, "--resume") == 0
+    same_training(out, trained)
+
+
+KILLED = """
+    import os, signal, sys
+    from monai_deepgmm import files, handlers
+    from monai_deepgmm.cli import main
+
+    what, number = sys.argv[1], int(sys.argv[2])
+    count = 0
+
+    def die_when(call, counts=lambda *given: True):
+        def dying(*given):
+            global count
+            count += counts(*given)
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*given)
+        return dying
+
+    if what == "step":
+        handlers.Clip.__call__ = die_when(handlers.Clip.__call__)
+    else:
+        os.replace = die_when(os.replace, lambda part, path: path.name == "checkpoint.pt")
+    main(sys.argv[3:])
+"""
+
+
+def test_killed_and_resumed_is_never_killed(patients, trained, tmp_path):
+    """SIGKILL in the middle of a step, and between a checkpoint's temporary file and its name."""
+    draw = random.Random(2)
+    points = [("step", draw.randrange(STEPS + 1, 3 * STEPS)), ("write", draw.randrange(2, EPOCHS + 1))]
+    running = []
+    for what, number in points:
+        arguments = ["train", str(patients), str(tmp_path / what), *OPTIONS]
+        script = [sys.executable, "-c", textwrap.dedent(KILLED), what, str(number), *arguments]
+        running.append(subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    assert [process.wait(timeout=300) for process in running] == [-signal.SIGKILL] * 2
+    left = list((tmp_path / "write" / "models").glob(".deepgmm-*"))
+    assert len(left) == 1
+    for (what, number), whole_epochs in zip(points, ((points[0][1] - 1) // STEPS, points[1][1] - 1), strict=True):
+        out = tmp_path / what
+        assert read_checkpoint(out / CHECKPOINT)["epoch"] == whole_epochs, number
+        torch.load(out / WEIGHTS, weights_only=True)
+        assert train(patients, out, "--resume") == 0
+        same_training(out, trained)
+
+
+def test_resuming_what_is_finished_changes_nothing(patients, trained, tmp_path):
+    out = Path(shutil.copytree(trained, tmp_path / "model"))
+    assert train(patients, out, "--resume") == 0
+    same_training(out, trained)
+
+
+def test_what_changes_no_weight_may_change(patients, trained, tmp_path):
+    out = Path(shutil.copytree(trained, tmp_path / "model"))
+    assert train(patients, out, "--resume", "--set", "labels=network") == 0
+    assert (out / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+    assert spec.read(out, INFARCT).spec.labels == "network"
+    assert spec.read(trained, INFARCT).spec.labels == "posterior"
+
+
+# What a training leaves ----------------------------------------------------------------------------------------------
+
+
+def test_the_curves_hold_a_row_for_every_epoch(trained):
+    head, *lines = (trained / HISTORY).read_text().splitlines()
+    assert head == "epoch\tloss\tvalidation_loss\tlr"
+    rows = read_history(trained / HISTORY)
+    assert len(lines) == len(rows) == EPOCHS
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    expected = [1e-3 * (1 - e / EPOCHS) ** 0.9 for e in range(EPOCHS)]
+    np.testing.assert_allclose([row["lr"] for row in rows], expected, rtol=1e-5)
+    assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]
+    provenance = json.loads((trained / "provenance.json").read_text())
+    best = min(rows, key=lambda row: row["validation_loss"])
+    assert (provenance["epochs"], provenance["best_epoch"]) == (EPOCHS, best["epoch"])
+    assert provenance["validation_loss"] == best["validation_loss"]
+    svg = (trained / "training.svg").read_text()
+    assert svg == curves(rows).decode()
+    assert svg.count("<polyline") == 2
+
+
+def test_the_validation_loss_is_that_of_the_held_out_patients(found, trained):
+    prepared = prepare(found, plan(network=TINY, epochs=EPOCHS, settings={"batch_size": 2}))
+    network = model.build(prepared.spec)
+    network.load_state_dict(read_checkpoint(trained / CHECKPOINT)["network"])
+    loss = Staged(MixtureNLL(spatial=True, covariance="tied"), start_weight=0.3)
+    network.eval()
+    with torch.no_grad():
+        values = []
+        for example in prepared.validation:
+            image, target = examples.prepare_batch({k: v[None] for k, v in example.items()}, "cpu")
+            values.append(float(loss(network(image), target)))
+    assert len(values) == 2
+    assert read_history(trained / HISTORY)[-1]["validation_loss"] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_a_training_stops_when_nothing_is_gained(patients, tmp_path):
+    out, stop = tmp_path / "model", ["--epochs", "6", "--set", "tol=1000", "patience=2"]
+    assert train(patients, out, *stop) == 0
+    assert len(read_history(out / HISTORY)) == 3  # one to compare with, and two in which next to nothing was gained
+    assert read_checkpoint(out / CHECKPOINT)["stopped"] is True
+    before = contents(out)
+    assert train(patients, out, *stop, "--resume") == 0
+    after = contents(out)
+    assert [k for k in before if after[k] != before[k]] == []
+
+
+def test_known_means_pull_the_mixtures_means(patients, tmp_path):
+    """The same three epochs with a heavy ‖μ − μ_data‖² end with a smaller one."""
+    found = cohort.find(patients, INFARCT)
+    distance = {}
+    for weight in (0, 100):
+        out = tmp_path / f"weight{weight}"
+        assert train(patients, out, "--means", "cohort", "--set", f"mean_weight={weight}", "lr=0.01") == 0
+        prepared = prepare(found, plan(network=TINY, means="cohort"))
+        network = model.load(spec.read(out, INFARCT), "cpu")
+        image, target = examples.prepare_batch(
+            {k: torch.stack([e[k] for e in prepared.train]) for k in prepared.train[0]}, "cpu"
+        )
+        with torch.no_grad():
+            resp = network(image).softmax(1)
+            mixture = MixtureNLL().mixture(target[:, :3], resp, target[:, 3:4])
+            distance[weight] = float(MeanPrior(prepared.means)(mixture, resp, target[:, :3], target[:, 3:4]))
+        provenance = json.loads((out / "provenance.json").read_text())
+        assert provenance["means"]["source"] == "cohort"
+        np.testing.assert_allclose(provenance["means"]["values"], prepared.means.numpy())
+    assert distance[100] < distance[0]
+
+
+class Pick(nn.Module):
+    """A network whose outputs are its first channels in another order."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, image):
+        return image[:, self.order]
+
+
+@pytest.mark.parametrize(("order", "wanted"), [([0, 1, 2], [True] * 3), ([0, 2, 1], [True, False, False])])
+def test_agreement_tells_the_outputs_that_lie_elsewhere(order, wanted):
+    generator = torch.Generator().manual_seed(0)
+    train = []
+    for _ in range(3):
+        logits = 3 * torch.randn((3, 16, 16), generator=generator)
+        mask = torch.ones(1, 16, 16)
+        mask[:, :4] = 0
+        train.append({"image": torch.cat([logits, mask]), "mask": mask, "expected": logits.softmax(0) * mask})
+    prepared = training.Prepared(train, train, None, torch.zeros(3, 1), "none", 1, (1, 0), {}, "")
+    assert training.agreement(Pick(order), prepared, device="cpu") == wanted
+
+
+# Handlers ------------------------------------------------------------------------------------------------------------
+
+
+class Toy:
+    """A training of one number, which each epoch raises by one, and whose validation losses are given."""
+
+    def __init__(self, folder: Path, watched: list[float], *, tol: float = 0.0, patience: int = 99, **options) -> None:
+        (folder / "models").mkdir(parents=True, exist_ok=True)
+        self.folder, self.network, self.watched = folder, nn.Linear(1, 1, bias=False), watched
+        nn.init.zeros_(self.network.weight)
+        optimizer = torch.optim.SGD(self.network.parameters(), lr=0.5)
+        self.evaluator = Engine(lambda engine, batch: None)
+        self.engine = Engine(self.step)
+        self.engine.add_event_handler(Events.EPOCH_COMPLETED, self.validate)
+        self.checkpoint = Checkpoint(
+            folder,
+            network=self.network,
+            optimizer=optimizer,
+            scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer),
+            evaluator=self.evaluator,
+            metric="loss",
+            fingerprint="toy",
+            tol=tol,
+            patience=patience,
+            **options,
+        )
+        self.checkpoint.attach(self.engine)
+
+    def step(self, engine, images: int):
+        with torch.no_grad():
+            self.network.weight += 0.5
+        return {"image": [None] * images, "loss": torch.tensor(float(images))}
+
+    def validate(self, engine) -> None:
+        self.evaluator.state.metrics = {"loss": self.watched[engine.state.epoch - 1]}
+
+    def run(self) -> Toy:
+        self.engine.run([1, 3], max_epochs=len(self.watched))
+        return self
+
+    def weight(self, name: Path) -> float:
+        state = torch.load(self.folder / name, weights_only=True)
+        return float(state.get("network", state)["weight"])
+
+
+def test_the_best_weights_and_the_last_state_are_kept(tmp_path):
+    toy = Toy(tmp_path, [3.0, 1.0, 2.0, 1.0]).run()
+    assert toy.weight(WEIGHTS) == 2
+    assert toy.weight(CHECKPOINT) == 4
+    rows = read_history(tmp_path / HISTORY)
+    assert [row["validation_loss"] for row in rows] == [3, 1, 2, 1]
+    assert {row["loss"] for row in rows} == {(1 * 1 + 3 * 3) / 4}  # the mean over images, not over batches
+    assert list(torch.load(tmp_path / WEIGHTS, weights_only=True)) == ["weight"]
+
+
+def test_tol_and_patience_by_hand(tmp_path):
+    losses = [1.0, 0.5, 0.45, 0.44, 0.1]
+    # After three epochs the last two gained 1 − 0.45; after four, 0.5 − 0.44.
+    assert len(Toy(tmp_path / "a", losses, tol=0.1, patience=2).run().checkpoint.history) == 4
+    assert len(Toy(tmp_path / "b", losses, tol=0.05, patience=2).run().checkpoint.history) == 5
+    assert len(Toy(tmp_path / "c", losses, tol=0.1, patience=1).run().checkpoint.history) == 3
+
+
+def test_only_one_rank_writes(tmp_path):
+    toy = Toy(tmp_path, [2.0, 1.0], writes=False).run()
+    assert len(toy.checkpoint.history) == 2
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_checkpoint_is_gone_on_from_only_when_asked(tmp_path):
+    Toy(tmp_path, [3.0, 2.0]).run()
+    toy = Toy(tmp_path, [3.0, 2.0, 1.0], resume=True).run()
+    assert toy.weight(CHECKPOINT) == 3
+    assert [row["epoch"] for row in toy.checkpoint.history] == [1, 2, 3]
+    assert len(Toy(tmp_path, [3.0]).run().checkpoint.history) == 1
+
+
+def test_gradients_are_clipped():
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    Clip(parameters, 10.0)(Engine(lambda engine, batch: None))
+    assert parameters[1].grad.item() == 4
+    Clip(parameters, 1.0)(Engine(lambda engine, batch: None))
+    torch.testing.assert_close(torch.cat([p.grad for p in parameters]), torch.tensor([0.6, 0.0, 0.8]))
+
+
+def test_the_epoch_is_told_to_all_that_draw():
+    class Sampler:
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    loss, dataset, sampler, drawn = Staged(nn.Identity()), Examples([]), Sampler(), []
+    engine = Engine(lambda engine, batch: drawn.append(float(torch.rand(()))))
+    Epochs(loss, dataset, sampler, seed=5).attach(engine)
+    engine.run([0], max_epochs=3)
+    assert loss.epoch == dataset.epoch == sampler.epoch == 3
+    wanted = []
+    for epoch in (1, 2, 3):
+        torch.manual_seed(5 + epoch)
+        wanted.append(float(torch.rand(())))
+    assert drawn == wanted
+
+
+def test_history_is_read_as_it_was_written(tmp_path):
+    rows = [{"epoch": 1, "loss": 0.5, "validation_loss": -2.25, "lr": 1e-3}]
+    files.write_whole(tmp_path / HISTORY, handlers._table(rows))
+    assert read_history(tmp_path / HISTORY) == rows
