@@ -34,6 +34,15 @@ SPECIFIED = Spec(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks as small as these are done before threads have met, and where tests run side by side those get stuck."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A model that never saw a patient."""

@@ -40,6 +40,15 @@ def train(folder: Path, out: Path, *more: str) -> int:
     return main(["train", str(folder), str(out), *OPTIONS, *more])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks as small as these are done before threads have met, and where tests run side by side those get stuck."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory, make_patient) -> Path:
     folder = tmp_path_factory.mktemp("training") / "patients"
@@ -456,7 +465,8 @@ def test_killed_and_resumed_is_never_killed(patients, trained, tmp_path):
     for what, number in points:
         arguments = ["train", str(patients), str(tmp_path / what), *OPTIONS]
         script = [sys.executable, "-c", textwrap.dedent(KILLED), what, str(number), *arguments]
-        running.append(subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        running.append(subprocess.Popen(script, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     assert [process.wait(timeout=300) for process in running] == [-signal.SIGKILL] * 2
     left = list((tmp_path / "write" / "models").glob(".deepgmm-*"))
     assert len(left) == 1
