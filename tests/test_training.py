@@ -545,7 +545,8 @@ def test_known_means_pull_the_mixtures_means(patients, tmp_path):
     distance = {}
     for weight in (0, 100):
         out = tmp_path / f"weight{weight}"
-        assert train(patients, out, "--means", "cohort", "--set", f"mean_weight={weight}", "lr=0.01") == 0
+        settings = [f"mean_weight={weight}", "lr=0.03", "augment=false", "start_weight=0"]
+        assert train(patients, out, "--means", "cohort", "--set", *settings) == 0
         prepared = prepare(found, plan(network=TINY, means="cohort"))
         network = model.load(spec.read(out, INFARCT), "cpu")
         image, target = examples.prepare_batch(
