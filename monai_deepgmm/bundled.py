@@ -17,7 +17,7 @@ from monai_deepgmm import protocol as protocols
 from monai_deepgmm.config import Means
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.handlers import CHECKPOINT, HISTORY, read_history
-from monai_deepgmm.segment import DISCLAIMER, versions
+from monai_deepgmm.provenance import DISCLAIMER, versions
 from monai_deepgmm.spec import SPEC, WEIGHTS
 from monai_deepgmm.training import Plan, Prepared
 

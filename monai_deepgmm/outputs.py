@@ -14,7 +14,8 @@ from monai_deepgmm import files, measure, nifti, report
 from monai_deepgmm.config import Config
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.segment import DISCLAIMER, Segmentation, versions
+from monai_deepgmm.provenance import DISCLAIMER, versions
+from monai_deepgmm.segment import Segmentation
 from monai_deepgmm.study import Cohort, Study
 
 try:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import platform
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import em, tissues, transforms
-from monai_deepgmm.config import DEEP, Config
+from monai_deepgmm import em, provenance, solvers, tissues, transforms
+from monai_deepgmm.config import Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.mixture import Mixture, e_step
 from monai_deepgmm.nifti import Volume
 from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.scan import MIN_VOXELS_PER_TISSUE, Scan
-from monai_deepgmm.spec import CONTEXT
 from monai_deepgmm.study import Study
 from monai_deepgmm.tissues import Naming
 from monai_deepgmm.transforms import Units
 
-DISCLAIMER = "Research use only. Not a medical device."
 #: Names given with less certainty than this are reported.
 CERTAIN = 0.5
 
@@ -89,7 +84,7 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
         expected = em.means_start(image, mask, means)
     # A network needs no voxels of its own to learn from; a fit does.
     large = _large(units, visible, config.protocol) if config.model is None else torch.arange(len(image))
-    fit = solve(
+    fit = solvers.solve(
         image[large],
         mask[large],
         expected[large],
@@ -119,7 +114,7 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
         probabilities=probabilities,
         reference=patient.reference,
         slice_axis=units.slice_axis,
-        sidecar=_sidecar(patient, sequences, units, visible, fit, naming, large, config, warnings),
+        sidecar=provenance.sidecar(patient, sequences, units, visible, fit, naming, large, config, warnings),
         warnings=warnings,
     )
 
@@ -151,100 +146,6 @@ def _sequences(patient: Scan, config: Config) -> tuple[str, ...]:
         message = f"the network was trained with {', '.join(absent)}, which this patient lacks"
         raise StudyError("E_MODEL", message, "Segment this patient with a method that needs no trained network")
     return config.model.spec.sequences
-
-
-def solve(
-    image: Tensor,
-    mask: Tensor,
-    expected: Tensor,
-    config: Config,
-    *,
-    spacing_mm: tuple[float, ...],
-    means: Tensor | None = None,
-    network: nn.Module | None = None,
-) -> Fit:
-    """Fits the mixture of ``config.method`` to each image: by EM, by a network of its own, or by a trained one.
-
-    Args:
-        image: ``(B, M, *S)``.
-        mask: ``(B, 1, *S)``.
-        expected: where each tissue is expected ``(B, K, *S)``: the start.
-        config: the method and its settings.
-        spacing_mm: of the axes in ``*S``.
-        means: μ_data ``(K, M)``, from which the start was made.
-        network: the trained one, already loaded; None: the one in the model's folder.
-
-    Raises:
-        StudyError: ``E_MODEL``, the trained network cannot be loaded.
-    """
-    if config.model is not None:
-        from monai_deepgmm import model  # MONAI's networks take a second to import
-
-        loaded = model.load(config.model, config.device) if network is None else network
-        return model.fit(loaded, config.model.spec, image, mask, spacing_mm=spacing_mm, labels=config.solver.labels)
-    settings = config.solver
-    start = expected
-    if settings.start == "kmeans" and means is None:
-        generator = torch.Generator().manual_seed(config.seed)
-        restarts = 1 if config.method in DEEP else settings.restarts
-        draws = [em.kmeans_start(image, mask, expected.shape[1], generator=generator) for _ in range(restarts)]
-        start = torch.stack(draws)
-    if config.method in DEEP:
-        start = start[0] if start.ndim > expected.ndim else start
-        return _by_descent(image, mask, start, config, spacing_mm=spacing_mm, means=means)
-    return em.fit(
-        image,
-        mask,
-        start,
-        spatial=config.method == "svgmm",
-        covariance=config.covariance,
-        tol=config.tol,
-        max_iter=settings.max_iter,
-        floor=settings.floor,
-    )
-
-
-def _by_descent(
-    image: Tensor,
-    mask: Tensor,
-    start: Tensor,
-    config: Config,
-    *,
-    spacing_mm: tuple[float, ...],
-    means: Tensor | None,
-) -> Fit:
-    """One-image deepG or deepSVG (S Alg. 3), with ‖μ − μ_data‖² where means are known (S §4.2)."""
-    from monai_deepgmm import deep, losses, networks
-
-    settings = config.solver
-    network = functools.partial(
-        networks.build,
-        config.network,
-        spatial_dims=image.ndim - 2,
-        in_channels=image.shape[1] + CONTEXT,
-        out_channels=start.shape[1],
-    )
-    return deep.fit(
-        image,
-        mask,
-        start,
-        tissues.relative_depth(mask, spacing_mm),
-        network=network,
-        seed=config.seed,
-        spatial=config.method == "deepsvg",
-        covariance=config.covariance,
-        terms=[] if means is None else [losses.Term(settings.mean_weight, losses.MeanPrior(means))],
-        together=settings.together,
-        labels=settings.labels or "posterior",
-        floor=settings.floor,
-        descent=deep.Descent(
-            steps=settings.steps,
-            start_steps=settings.start_steps,
-            start_weight=settings.start_weight,
-            lr=settings.lr,
-            tol=config.tol,
-        ),
-    )
 
 
 def _large(units: Units, visible: tuple[Tissue, ...], protocol: Protocol) -> Tensor:
@@ -316,117 +217,3 @@ def _about_fit(fit: Fit, naming: Naming, units: Units, large: Tensor, visible: t
     if unsure.any():
         notes.append(f"W_NAMES: the tissues' names are uncertain{where(unsure)}; check them on the page")
     return notes
-
-
-# Provenance ------------------------------------------------------------------------------------------------------
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that compute."""
-    packages = ("monai-deepgmm", "monai", "torch", "numpy", "scipy", "nibabel", "SimpleITK")
-    return {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}}
-
-
-def _sidecar(
-    patient: Scan,
-    sequences: tuple[str, ...],
-    units: Units,
-    visible: tuple[Tissue, ...],
-    fit: Fit,
-    naming: Naming,
-    large: Tensor,
-    config: Config,
-    warnings: tuple[str, ...],
-) -> dict[str, Any]:
-    names = [t.name for t in visible]
-    slices = [units.slices[int(i)] if units.slices else None for i in large]
-    voxels = units.mask.flatten(1).sum(1)[large]
-    certainty = float((naming.certainty * voxels).sum() / voxels.sum())
-    return {
-        "Disclaimer": DISCLAIMER,
-        "GeneratedBy": "monai-deepgmm",
-        "versions": versions(),
-        "method": config.method,
-        "sequences": list(sequences),
-        "tissues": [{"name": t.name, "index": t.index, "color": t.color} for t in visible],
-        "configuration": config.as_json(),
-        "seed": config.seed,
-        "inputs": patient.inputs,
-        "grid": _grid(patient.reference),
-        "slice_axis": units.slice_axis,
-        "converged": bool(fit.converged.all()),
-        "naming": {
-            "rule": _naming_rule(config),
-            "certainty": round(certainty, 4),
-            "units": [
-                {
-                    "slice": slices[i],
-                    "certainty": round(float(naming.certainty[i]), 4),
-                    "assignment": dict(zip(names, naming.order[i].tolist(), strict=True)),
-                    "agreement": dict(zip(names, _rounded(naming.agreement[i]), strict=True)),
-                }
-                for i in range(len(large))
-            ],
-        },
-        "fit": {
-            "units": [
-                {
-                    "slice": slices[i],
-                    "nll": round(float(fit.nll[i]), 7),
-                    "converged": bool(fit.converged[i]),
-                    "iterations": int(fit.iterations[i]),
-                    "reseeded": int(fit.reseeded[i]),
-                    "trace": _rounded(fit.trace[: int(fit.iterations[i]) + 1, i], 7),
-                }
-                for i in range(len(large))
-            ]
-        },
-        "mixture": {
-            "units": [_parameters(fit, i, slices[i], names, sequences) for i in range(len(large))],
-            "covariance": config.covariance,
-            "scale": config.protocol.normalisation,
-        },
-        "warnings": list(warnings),
-    }
-
-
-def _naming_rule(config: Config) -> str:
-    if config.model is not None:
-        return "the trained network's outputs, in the order that its training gave them"
-    source = "the given means" if config.means is not None else "the protocol's signatures and places"
-    return f"components named together, by largest overlap with the map expected from {source}"
-
-
-def _grid(volume: Volume) -> dict[str, Any]:
-    return {
-        "shape": list(volume.source_shape),
-        "affine": np.round(volume.affine, 6).tolist(),
-        "spacing_mm": [round(s, 6) for s in volume.spacing_mm],
-        "sform_code": int(volume.header["sform_code"]),
-        "qform_code": int(volume.header["qform_code"]),
-        "voxel_ml": round(volume.voxel_ml, 9),
-    }
-
-
-def _parameters(
-    fit: Fit, index: int, where: int | None, names: list[str], sequences: tuple[str, ...]
-) -> dict[str, Any]:
-    """One image's π, μ and Σ; of an SVGMM's Π, the mean over the mask."""
-    resp = fit.resp[index].flatten(1).sum(1)
-    covariances = fit.mixture.covariances[index]
-    shared = covariances.shape[0] < len(names)
-    return {
-        "slice": where,
-        "weights": dict(zip(names, _rounded(resp / resp.sum()), strict=True)),
-        "means": {
-            name: dict(zip(sequences, _rounded(mean), strict=True))
-            for name, mean in zip(names, fit.mixture.means[index], strict=True)
-        },
-        "covariances": {
-            name: np.round(covariances[0 if shared else k].cpu().numpy(), 6).tolist() for k, name in enumerate(names)
-        },
-    }
-
-
-def _rounded(values: Tensor, digits: int = 5) -> list[float]:
-    return [round(float(v), digits) for v in values]

@@ -38,7 +38,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from monai_deepgmm import cli, cohort, files, metrics, mosaic, nifti, protocol, scan, truth
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.segment import versions
+from monai_deepgmm.provenance import versions
 from monai_deepgmm.spec import WEIGHTS
 from monai_deepgmm.study import Cohort
 
