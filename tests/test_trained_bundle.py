@@ -96,7 +96,9 @@ def test_monai_bundle_run_gives_the_same_labels_and_agreement(patients, trained,
         *("--patients", str([UNSEEN])),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(typed, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        typed, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     ours, theirs = (folder / UNSEEN / f"{UNSEEN}_dseg.nii.gz" for folder in (tmp_path / "out", results))
     assert ours.read_bytes() == theirs.read_bytes()
@@ -304,7 +306,9 @@ def test_two_ranks_train_what_one_does(patients, trained, tmp_path):
         *("--network", TINY, "--epochs", "3", "--set", "{'lr': 0.01, 'batch_size': 2}"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(typed, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        typed, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first)
