@@ -58,8 +58,9 @@ class MixtureNLL(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """``(B, K, *S)`` and ``(B, M + 1, *S)`` → a scalar: the mean over the images, and the terms."""
         with torch.autocast(logits.device.type, enabled=False):
-            image, mask = target[:, :-1], target[:, -1:]
-            resp = logits.to(image.dtype if image.dtype == torch.float64 else torch.float32).softmax(1)
+            precision = torch.float64 if target.dtype == torch.float64 else torch.float32
+            image, mask = target[:, :-1].to(precision), target[:, -1:].to(precision)
+            resp = logits.to(precision).softmax(1)
             mixture = self.mixture(image, resp, mask)
             loss = nll(image, mask, mixture).mean()
             for weight, regulariser in self.terms:
@@ -96,7 +97,8 @@ class MeanPrior(nn.Module):
         counted = (mask.flatten(1).sum(1) > 0).to(mixture.means.dtype)[:, None, None]
         if self.over == "batch":
             total, count = across_ranks((mixture.means * counted).sum(0)), across_ranks(counted.sum(0))
-            return torch.where(known, total / count.clamp_min(1) - wanted.nan_to_num(), 0).square().sum()
+            counts = known & (count > 0)
+            return torch.where(counts, total / count.clamp_min(1) - wanted.nan_to_num(), 0).square().sum()
         squared = torch.where(known, mixture.means - wanted.nan_to_num(), 0).square() * counted
         return squared.sum() / counted.sum().clamp_min(1)
 

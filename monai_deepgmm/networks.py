@@ -113,7 +113,8 @@ def complete(
     """
     given = dict({"_target_": definition} if isinstance(definition, str) else definition or DEFAULT)
     if str(given.get("_target_")).lower() in NAMED:
-        given = {**given, **NAMED[str(given["_target_"]).lower()]}
+        preset = NAMED[str(given["_target_"]).lower()]
+        given = {**preset, **given, "_target_": preset["_target_"]}
     takes = inspect.signature(_class(given.get("_target_"))).parameters
     ours = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
     if given["_target_"] == DEFAULT["_target_"] and spatial_dims == 3:
@@ -144,7 +145,7 @@ def build(
 def _made(target: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         return _class(target)(**arguments)
-    except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
+    except (TypeError, ValueError, LookupError, RuntimeError, AssertionError) as error:
         raise UsageError(f"--network {target}: {error}") from error
 
 

@@ -47,8 +47,9 @@ def around(mask: Tensor, spacing_mm: tuple[float, ...], grid_mm: float, size: tu
     step = tuple(grid_mm / s for s in spacing_mm)
     centres, extents = [], []
     for image in mask[:, 0]:
-        where = torch.nonzero(image).double()
-        low, high = (where.amin(0), where.amax(0)) if len(where) else (torch.zeros(len(step)),) * 2
+        where = torch.nonzero(image).cpu().double()
+        where = where if len(where) else torch.zeros(1, len(step), dtype=torch.float64)
+        low, high = where.amin(0), where.amax(0)
         centres.append((low + high) / 2)
         extents.append(high - low + 1)
     if size is None:
@@ -93,13 +94,18 @@ def _sample(
     values: Tensor, centre: Tensor, step: tuple[float, ...], size: tuple[int, ...], *, nearest: bool, padding: str
 ) -> Tensor:
     """Samples each image at ``centre + step · (index − middle)`` for every index of a grid of a size."""
-    shape, dims = values.shape[2:], len(size)
+    dims = len(size)
+    # grid_sample cannot tell where an axis of a single voxel ends; with a neighbour on both sides it can.
+    thin = [int(n == 1) for n in values.shape[2:]]
+    pads = [n for n in reversed(thin) for _ in "12"]
+    values = torch.nn.functional.pad(values, pads, mode="constant" if padding == "zeros" else "replicate")
     # grid_sample counts from −1 at the first voxel to 1 at the last, and names the axes in reverse order.
-    half = torch.tensor([(n - 1) / 2 for n in shape], dtype=torch.float64).clamp_min(0.5)
+    half = torch.tensor([(n - 1) / 2 for n in values.shape[2:]], dtype=torch.float64)
     lines = [(torch.arange(n, dtype=torch.float64) - (n - 1) / 2) * s for n, s in zip(size, step, strict=True)]
     offsets = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1)  # (*size, D)
-    where = centre.cpu().double().reshape(-1, *[1] * dims, dims) + offsets
-    grid = ((where - torch.tensor([(n - 1) / 2 for n in shape], dtype=torch.float64)) / half).flip(-1).to(values)
+    centre = centre.cpu().double() + torch.tensor(thin)
+    where = centre.reshape(-1, *[1] * dims, dims) + offsets
+    grid = (where / half - 1).flip(-1).to(values)
     mode = "nearest" if nearest else "bilinear"
     sampled: Tensor = torch.nn.functional.grid_sample(values, grid, mode=mode, padding_mode=padding, align_corners=True)
     return sampled

@@ -288,7 +288,6 @@ def test_nothing_but_empty_masks_move_nothing(over):
     assert (mixture.means.grad == 0).all()
 
 
-@pytest.mark.xfail(reason="over='batch' takes the means of a batch without any mask for 0")
 def test_nothing_but_empty_masks_cost_nothing_over_the_batch():
     mixture, resp, image, mask = with_means(FOUND)
     assert MeanPrior(WANTED, over="batch")(mixture, resp, image, 0 * mask) == 0

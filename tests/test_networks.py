@@ -143,7 +143,6 @@ def test_filters_that_are_given_are_kept_in_3d():
     assert complete(TINY, spatial_dims=3)["filters"] == [4, 8]
 
 
-@pytest.mark.xfail(reason="a named network's own arguments replace those that the mapping gives")
 def test_a_named_networks_arguments_can_be_changed():
     assert complete({"_target_": "segresnet", "init_filters": 8})["init_filters"] == 8
 
