@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +12,29 @@ from torch import Tensor, nn
 
 from monai_deepgmm import networks, view
 from monai_deepgmm.em import Fit, collapsed
-from monai_deepgmm.errors import StudyError
+from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.mixture import VARIANCE_FLOOR, e_step, m_step, nll
-from monai_deepgmm.spec import WEIGHTS, LabelRule, Reference, Spec
+from monai_deepgmm.spec import SPEC, WEIGHTS, LabelRule, Reference, Spec
 
 
 def build(spec: Spec, *, seed: int = 0) -> nn.Module:
     """The network that a specification describes, its weights drawn from a seed."""
     return networks.fresh(functools.partial(networks.build, spec.network, **_shape(spec)), seed)
+
+
+def check(spec: Spec) -> None:
+    """Tries whether the network can be made, takes a batch of the training's size and gives logits of every tissue.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    target, shape = spec.network.get("_target_"), (2, spec.channels, *spec.size)
+    network = build(spec)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            _checked(networks.logits(network.train(), torch.zeros(shape)), torch.zeros(shape), len(spec.tissues))
+    except Exception as error:  # whatever a network of the user's own raises
+        raise UsageError(f"--network {target}: cannot be run on images of shape {shape} ({reason(error)})") from error
 
 
 def complete(spec: Spec) -> dict[str, Any]:
@@ -34,16 +51,34 @@ def load(reference: Reference, device: str) -> nn.Module:
     """The network with its weights, ready to segment; kept, so that the next patient does not read it again.
 
     Raises:
-        StudyError: ``E_MODEL``, the weights do not fit the network.
+        StudyError: ``E_MODEL``, the network cannot be made, or the weights are damaged or another network's.
     """
-    network = build(reference.spec)
+    file = SPEC
     try:
-        weights = torch.load(reference.folder / WEIGHTS, map_location="cpu", weights_only=True)
-        network.load_state_dict(weights)
-    except Exception as error:  # whatever a damaged file makes torch raise
-        reason = str(error).splitlines()[0]
-        raise StudyError("E_MODEL", f"{WEIGHTS.name} cannot be used ({reason})", "Train the model again") from error
+        network = build(reference.spec)
+        file = WEIGHTS.name
+        network.load_state_dict(read(reference.folder / WEIGHTS))
+    except Exception as error:  # whatever a network's class, or a damaged file, makes torch raise
+        message = f"{file} cannot be used ({reason(error)})"
+        raise StudyError("E_MODEL", message, "Train the model again") from error
     return network.to(device).eval()
+
+
+def read(path: Path) -> Any:
+    """What ``torch.save`` wrote; nothing in it is executed, and a bit that has flipped since is noticed.
+
+    Raises:
+        Exception: of many kinds, for a file that is damaged or was written by something else.
+    """
+    with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+        if (part := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of its part {part} does not agree")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def reason(error: BaseException) -> str:
+    """An error's first line, or its kind where it has none to say."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def fit(
@@ -67,8 +102,11 @@ def fit(
 
     Returns:
         The fit.
+
+    Raises:
+        StudyError: ``E_MODEL``, the network cannot be run on such an image.
     """
-    output = weights(network, image, mask, spec.grid_mm, spacing_mm=spacing_mm) * mask
+    output = weights(network, spec, image, mask, spacing_mm=spacing_mm) * mask
     mixture = m_step(image, output, mask, covariance=spec.covariance, spatial=spec.spatial, floor=VARIANCE_FLOOR)
     final = nll(image, mask, mixture)
     batch = torch.zeros(len(image), dtype=torch.long, device=image.device)
@@ -84,16 +122,41 @@ def fit(
     )
 
 
+def weights(network: nn.Module, spec: Spec, image: Tensor, mask: Tensor, *, spacing_mm: tuple[float, ...]) -> Tensor:
+    """The network's output w = Π on the image's own grid ``(B, K, *S)``; it sums to 1 over K everywhere.
+
+    One image after the other: a patient's slices then need no more memory than one, and no label depends on its
+    neighbours.
+
+    Raises:
+        StudyError: ``E_MODEL``, the network cannot be run on such an image.
+    """
+    each = zip(image, mask, strict=True)
+    return torch.cat([_weights(network, spec, i[None], m[None], spacing_mm=spacing_mm) for i, m in each])
+
+
 @torch.no_grad()
-def weights(
-    network: nn.Module, image: Tensor, mask: Tensor, grid_mm: float, *, spacing_mm: tuple[float, ...]
-) -> Tensor:
-    """The network's output w = Π on the image's own grid ``(B, K, *S)``; it sums to 1 over K everywhere."""
-    seen = view.around(mask, spacing_mm, grid_mm)
-    small = view.look(image.float(), seen)
-    inside = view.look(mask.float(), seen, nearest=True)
-    # One by one: a patient's slices then need no more memory than one, and no label depends on its neighbours.
-    given = view.inputs(small, inside, grid_mm)
-    output = torch.cat([networks.logits(network, one[None]) for one in given]).softmax(1)
+def _weights(network: nn.Module, spec: Spec, image: Tensor, mask: Tensor, *, spacing_mm: tuple[float, ...]) -> Tensor:
+    """Of one image ``(1, M, *S)``."""
+    # As large as in training, since an instance norm counts the surroundings; larger only where the mask is.
+    needed = view.around(mask, spacing_mm, spec.grid_mm).size
+    size = tuple(max(sides) for sides in zip(needed, spec.size, strict=True))
+    seen = view.around(mask, spacing_mm, spec.grid_mm, size)
+    try:
+        inside = view.look(mask.float(), seen, nearest=True)
+        given = view.inputs(view.look(image.float(), seen), inside, spec.grid_mm)
+        output = _checked(networks.logits(network, given), given, len(spec.tissues)).softmax(1)
+    except Exception as error:  # whatever a network of the user's own, or too large an image, raises
+        message = f"the network cannot be run on an image of {'×'.join(map(str, size))} voxels ({reason(error)})"
+        raise StudyError("E_MODEL", message, "Train another network, or use a method that needs none") from error
     w = view.back(output, seen).to(image).clamp_min(0)
     return w / w.sum(1, keepdim=True)
+
+
+def _checked(output: Tensor, given: Tensor, tissues: int) -> Tensor:
+    wanted = (len(given), tissues, *given.shape[2:])
+    if tuple(output.shape) != wanted:
+        raise ValueError(f"it gives an output of shape {tuple(output.shape)}, expected {wanted}")
+    if not output.isfinite().all():
+        raise ValueError("its output is not finite")
+    return output

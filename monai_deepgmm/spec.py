@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.mixture import Covariance
+from monai_deepgmm.mixture import COVARIANCES, Covariance
 from monai_deepgmm.protocol import Protocol
 
 SPEC, WEIGHTS = "model.json", Path("models") / "model.pt"
 #: Channels of context that a network sees after the sequences: the relative depth inside the mask.
 CONTEXT = 1
+#: Sides of a view are multiples of this, so that a network may halve them five times.
+MULTIPLE = 32
+#: The finest and the coarsest voxel size of a network's grid.
+GRID_MM = (0.01, 100.0)
 LabelRule = Literal["posterior", "network"]
 LABEL_RULES: tuple[LabelRule, ...] = get_args(LabelRule)
 
@@ -37,6 +41,7 @@ class Spec:
         network: the definition that ``networks.build`` makes it from.
         spatial_dims: 2 or 3.
         grid_mm: the voxel size that it is used to.
+        size: of the images that it was trained on, along each axis; an instance norm depends on it.
         spatial: True for deepSVG.
         covariance: the shape of Σ.
         labels: posterior: the label is the most probable component of Π·g; network: of Π alone.
@@ -49,6 +54,7 @@ class Spec:
     network: Mapping[str, Any]
     spatial_dims: int
     grid_mm: float
+    size: tuple[int, ...]
     spatial: bool
     covariance: Covariance
     labels: LabelRule = "posterior"
@@ -95,16 +101,48 @@ def read(folder: Path, protocol: Protocol) -> Reference:
         raise UsageError(f"--model {folder}: {Path(error.filename).name}: {error.strerror}; {hint}") from error
     try:
         raw = json.loads(text)
-        spec = Spec(**{**raw, "sequences": tuple(raw["sequences"]), "tissues": tuple(raw["tissues"])})
-    except (ValueError, KeyError, TypeError) as error:
+        spec = Spec(**{**raw, **{key: tuple(raw[key]) for key in ("sequences", "tissues", "size")}})
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"--model {folder}: {SPEC} was not written by this version ({error})") from error
-    if spec.labels not in LABEL_RULES:
-        raise UsageError(f"--model {folder}: labels: {spec.labels!r}; choose one of {', '.join(LABEL_RULES)}")
     for what, theirs, ours in (
         ("protocol", spec.protocol, protocol.name),
         ("normalisation", spec.normalisation, protocol.normalisation),
     ):
         if theirs != ours:
             raise UsageError(f"--model {folder}: trained with {what} {theirs}, but this run uses {ours}")
+    for key, good, expected in _rules(spec, protocol):
+        if not good:
+            got = str(getattr(spec, key))[:80]
+            raise UsageError(f"--model {folder}: {SPEC}: {key}: got {got}, expected {expected}; train the model again")
     digest = hashlib.sha256(hashlib.sha256(text).digest() + hashlib.sha256(weights).digest()).hexdigest()
     return Reference(digest, folder.resolve(), spec)
+
+
+def _rules(spec: Spec, protocol: Protocol) -> list[tuple[str, bool, str]]:
+    """Of each field: its name, whether it holds what a training writes there, and what that is."""
+    dims = 2 if protocol.unit == "slice" else 3
+    known = [s for s in protocol.sequences if s in spec.sequences]
+    shown = [t.name for t in protocol.visible(known)]
+    sides = [n for n in spec.size if _whole(n) and n > 0 and n % MULTIPLE == 0]
+    target = spec.network.get("_target_") if isinstance(spec.network, dict) else None
+    grid = spec.grid_mm
+    number = isinstance(grid, int | float) and not isinstance(grid, bool) and GRID_MM[0] <= grid <= GRID_MM[1]
+    return [
+        (
+            "sequences",
+            bool(known) and list(spec.sequences) == known,
+            f"some of {', '.join(protocol.sequences)}, in this order",
+        ),
+        ("tissues", list(spec.tissues) == shown, f"{', '.join(shown)}, which these sequences show"),
+        ("network", isinstance(target, str), "a mapping with _target_"),
+        ("spatial_dims", _whole(spec.spatial_dims) and spec.spatial_dims == dims, str(dims)),
+        ("grid_mm", number, "a number from {} to {}".format(*GRID_MM)),
+        ("size", len(sides) == len(spec.size) == dims, f"{dims} multiples of {MULTIPLE}"),
+        ("spatial", isinstance(spec.spatial, bool), "true or false"),
+        ("covariance", spec.covariance in COVARIANCES, f"one of {', '.join(COVARIANCES)}"),
+        ("labels", spec.labels in LABEL_RULES, f"one of {', '.join(LABEL_RULES)}"),
+    ]
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

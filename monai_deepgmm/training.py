@@ -27,7 +27,7 @@ from monai_deepgmm.mixture import COVARIANCES, Covariance
 from monai_deepgmm.networks import DEFAULT, finest
 from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.spec import LABEL_RULES, LabelRule, Spec
+from monai_deepgmm.spec import GRID_MM, LABEL_RULES, LabelRule, Spec
 from monai_deepgmm.study import Cohort
 from monai_deepgmm.tissues import name
 
@@ -93,8 +93,8 @@ class Settings:
         floats = ("lr", "weight_decay", "clip", "start_weight", "mean_weight", "validation", "tol", "grid_mm")
         whole = {"batch_size": (int, 1), "start_epochs": (int, 0), "patience": (int, 1), "workers": (int, 0)}
         check_numbers(self, whole | dict.fromkeys(floats, (float, 0)))
-        if not self.validation < 1 or not self.grid_mm > 0:
-            raise UsageError("validation must be below 1, and grid_mm above 0")
+        if not self.validation < 1 or not GRID_MM[0] <= self.grid_mm <= GRID_MM[1]:
+            raise UsageError("validation must be below 1, and grid_mm from {} to {}".format(*GRID_MM))
         for field, choices in (
             ("covariance", (None, *COVARIANCES)),
             ("mean_over", ("image", "batch")),
@@ -276,6 +276,7 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
         network=plan.network,
         spatial_dims=2 if protocol.unit == "slice" else 3,
         grid_mm=settings.grid_mm,
+        size=tuple(train[0]["mask"].shape[1:]),
         spatial=plan.spatial,
         covariance=plan.covariance,
         labels=settings.labels,

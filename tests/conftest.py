@@ -8,7 +8,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+
+# Networks as small as these are done before threads have met, and where tests run side by side those get stuck.
+torch.set_num_threads(1)
 
 #: Intensities of each tissue (its value in the truth's file) as the protocol expects them.
 CONTRAST = {

@@ -29,18 +29,10 @@ SPECIFIED = Spec(
     network=TINY,
     spatial_dims=2,
     grid_mm=1.0,
+    size=(64, 64),
     spatial=True,
     covariance="diag",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks as small as these are done before threads have met, and where tests run side by side those get stuck."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -116,7 +108,7 @@ def test_two_models_are_the_same_when_their_files_are(folder, tmp_path):
 @pytest.mark.parametrize("spacing_mm", [(1.0, 1.0), (0.75, 0.75), (1.7, 1.3)])
 def test_weights_on_the_images_own_grid_sum_to_1(network, scan, spacing_mm):
     image, mask = scan
-    w = model.weights(network, image, mask, 1.0, spacing_mm=spacing_mm)
+    w = model.weights(network, SPECIFIED, image, mask, spacing_mm=spacing_mm)
     assert w.shape == (2, 4, 40, 44)
     assert w.dtype == image.dtype
     assert w.min() >= 0
@@ -126,8 +118,8 @@ def test_weights_on_the_images_own_grid_sum_to_1(network, scan, spacing_mm):
 
 def test_on_the_networks_own_grid_nothing_is_interpolated(network, scan):
     image, mask = scan
-    w = model.weights(network, image, mask, 1.0, spacing_mm=(1.0, 1.0))
-    seen = view.around(mask, (1.0, 1.0), 1.0)
+    w = model.weights(network, SPECIFIED, image, mask, spacing_mm=(1.0, 1.0))
+    seen = view.around(mask, (1.0, 1.0), 1.0, SPECIFIED.size)
     given = view.inputs(view.look(image.float(), seen), view.look(mask.float(), seen, nearest=True), 1.0)
     with torch.no_grad():
         direct = network(given).softmax(1)
@@ -144,7 +136,7 @@ def test_on_the_networks_own_grid_nothing_is_interpolated(network, scan):
 def test_the_fit_is_one_m_step_from_the_output(network, scan, spatial):
     image, mask = scan
     of = dataclasses.replace(SPECIFIED, spatial=spatial)
-    w = model.weights(network, image, mask, 1.0, spacing_mm=(1.0, 1.0)) * mask
+    w = model.weights(network, SPECIFIED, image, mask, spacing_mm=(1.0, 1.0)) * mask
     expected = m_step(image, w, mask, covariance="diag", spatial=spatial)
     fit = model.fit(network, of, image, mask, spacing_mm=(1.0, 1.0))
     assert all(torch.equal(a, b) for a, b in zip(fit.mixture, expected, strict=True))
@@ -162,7 +154,7 @@ def test_the_rule_says_whether_the_label_is_of_the_posterior_or_of_the_network(n
         chosen = dataclasses.replace(SPECIFIED, **of)
         return model.fit(network, chosen, image, mask, spacing_mm=(1.0, 1.0), labels=rule).resp
 
-    w = model.weights(network, image, mask, 1.0, spacing_mm=(1.0, 1.0)) * mask
+    w = model.weights(network, SPECIFIED, image, mask, spacing_mm=(1.0, 1.0)) * mask
     posterior = e_step(image, mask, m_step(image, w, mask, covariance="diag", spatial=True))
     assert not torch.equal(w, posterior)
     assert torch.equal(resp("network"), w)
@@ -174,14 +166,75 @@ def test_the_rule_says_whether_the_label_is_of_the_posterior_or_of_the_network(n
         torch.testing.assert_close(found.sum(1, keepdim=True), mask)
 
 
-def test_images_with_masks_of_one_size_do_not_depend_on_each_other(network, scan):
+def test_images_do_not_depend_on_each_other(network, scan):
+    """However far their neighbours' masks reach: an instance norm counts the surroundings."""
     image, mask = scan
+    mask = mask.clone()
+    mask[1, :, :30] = 0
+    image, mask = (torch.nn.functional.pad(t, (60, 0)) for t in (image, mask))
+    mask[0, :, 20] = 1  # 104 pixels from end to end: more than the training's images have
     both = model.fit(network, SPECIFIED, image, mask, spacing_mm=(1.0, 1.0)).resp
     alone = [
         model.fit(network, SPECIFIED, i[None], m[None], spacing_mm=(1.0, 1.0)).resp
         for i, m in zip(image, mask, strict=True)
     ]
-    torch.testing.assert_close(both, torch.cat(alone))
+    assert torch.equal(both, torch.cat(alone))
+
+
+class Sizes(torch.nn.Module):
+    """Looks at the size of its images, and gives one of several outputs its own way."""
+
+    def __init__(self, outputs: int = 4) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, image):
+        self.seen.append(tuple(image.shape[2:]))
+        return torch.zeros(len(image), self.outputs, *image.shape[2:])
+
+
+def test_an_image_is_seen_as_large_as_in_training_unless_its_mask_is_larger(scan):
+    image, mask = (torch.nn.functional.pad(t, (60, 0)) for t in scan)
+    mask[1, :, 20] = 1
+    model.weights(network := Sizes(), SPECIFIED, image, mask, spacing_mm=(1.0, 1.0))
+    assert network.seen == [(64, 64), (64, 128)]  # 104 pixels and twice the margin of 4
+    volume = dataclasses.replace(SPECIFIED, spatial_dims=3, size=(32, 64, 64))
+    cube = torch.zeros(2, 1, 20, 20, 40)
+    cube[:, :, 5:15, 5:15, 5:15] = 1
+    cube[1, :, 10, 10] = 1
+    both = torch.zeros(2, 3, 20, 20, 40)
+    model.weights(network := Sizes(), volume, both, cube, spacing_mm=(1.0, 1.0, 2.0))
+    assert network.seen == [(32, 64, 64), (32, 64, 96)]  # 40 slices of 2 mm
+
+
+def test_a_view_is_as_even_as_a_specification_wants_it():
+    assert view.MULTIPLE == spec.MULTIPLE
+
+
+class Odd(Sizes):
+    def forward(self, image):
+        raise KeyError
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [(Sizes(3), r"shape \(1, 3, 64, 64\), expected \(1, 4, 64, 64\)"), (Odd(), "64×64 voxels \\(KeyError\\)")],
+)
+def test_a_network_that_cannot_be_run_says_so(scan, made, said):
+    image, mask = scan
+    with pytest.raises(StudyError, match=said) as refused:
+        model.fit(made, SPECIFIED, image, mask, spacing_mm=(1.0, 1.0))
+    assert refused.value.code == "E_MODEL"
+
+
+def test_an_output_that_is_no_number_is_an_error_of_the_model(network, scan):
+    image, mask = scan
+    broken = model.build(SPECIFIED)
+    with torch.no_grad():
+        next(iter(broken.parameters()))[:] = float("nan")
+    with pytest.raises(StudyError, match="not finite"):
+        model.fit(broken, SPECIFIED, image, mask, spacing_mm=(1.0, 1.0))
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -200,6 +253,7 @@ def test_a_model_without_one_of_its_files_is_refused(folder, part):
         ("", "model.json was not written by this version"),
         ("[]", "model.json was not written by this version"),
         ("{}", "model.json was not written by this version"),
+        pytest.param("[" * 100000, "model.json was not written by this version", id="nested too deeply"),
         ('{"sequences": ["LGE"], "tissues": [], "new": 1}', "model.json was not written by this version"),
     ],
 )
@@ -214,7 +268,31 @@ def test_a_specification_that_cannot_be_read_is_refused(folder, text, said):
     [
         ({"protocol": "brain"}, "trained with protocol brain, but this run uses infarct"),
         ({"normalisation": "zscore-slice-mask"}, "trained with normalisation zscore-slice-mask"),
-        ({"labels": "guess"}, "choose one of posterior, network"),
+        ({"labels": "guess"}, "labels: got guess, expected one of posterior, network"),
+        ({"labels": ["posterior"]}, "labels"),
+        ({"sequences": ("LGE", "T1", "bSSFP")}, "sequences: got .* expected some of LGE, T2, bSSFP, in this order"),
+        ({"sequences": ("T2", "LGE", "bSSFP")}, "sequences"),
+        ({"sequences": ("LGE", "LGE", "T2", "bSSFP")}, "sequences"),
+        ({"sequences": ()}, "sequences"),
+        ({"sequences": ("LGE", "bSSFP")}, "tissues: got .* expected blood, myocardium, scar, which"),
+        ({"tissues": ("myocardium", "blood", "edema", "scar")}, "tissues"),
+        ({"tissues": ("a", "b", "c", "d")}, "tissues"),
+        ({"tissues": ({}, 1, None, "scar")}, "tissues"),
+        ({"network": "unet"}, "network: got unet, expected a mapping with _target_"),
+        ({"network": {"_target_": 3}}, "network"),
+        ({"spatial_dims": 3, "size": (64, 64, 64)}, "spatial_dims: got 3, expected 2"),
+        ({"spatial_dims": True}, "spatial_dims"),
+        ({"grid_mm": "1"}, "grid_mm: got 1, expected a number from 0.01 to 100"),
+        ({"grid_mm": float("nan")}, "grid_mm"),
+        ({"grid_mm": 10**400}, "grid_mm"),
+        ({"grid_mm": 0}, "grid_mm"),
+        ({"size": (64,)}, "size: got .* expected 2 multiples of 32"),
+        ({"size": (64, 48)}, "size"),
+        ({"size": (64, 0)}, "size"),
+        ({"size": (64, "64")}, "size"),
+        ({"spatial": 1}, "spatial: got 1, expected true or false"),
+        ({"covariance": "round"}, "covariance: got round, expected one of diag"),
+        ({"covariance": ["diag"]}, "covariance"),
     ],
 )
 def test_a_model_for_something_else_is_refused(tmp_path, change, said):
@@ -228,7 +306,28 @@ DAMAGE = {
     "torn": lambda data: data[: len(data) // 2],
     "scrambled": lambda data: data[:100] + data[:100:-1],
     "text": lambda data: b"<html>404</html>",
+    "empty": lambda data: b"",
 }
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(folder):
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    weight = next(iter(torch.load(folder / WEIGHTS, weights_only=True).values()))
+    data[data.index(weight.numpy().tobytes())] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+    torch.load(folder / WEIGHTS, weights_only=True)  # torch itself does not notice
+    with pytest.raises(StudyError, match=r"model\.pt cannot be used \(the checksum") as refused:
+        model.load(spec.read(folder, INFARCT), "cpu")
+    assert refused.value.code == "E_MODEL"
+
+
+@pytest.mark.parametrize("target", ["nonsense", "os.system", "monai.networks.nets.DynUNet"])
+def test_a_network_that_cannot_be_made_is_an_error_of_the_model(folder, target):
+    changed = dataclasses.replace(SPECIFIED, network={"_target_": target})
+    (folder / SPEC).write_bytes(changed.as_json())
+    with pytest.raises(StudyError, match=r"model\.json cannot be used") as refused:
+        model.load(spec.read(folder, INFARCT), "cpu")
+    assert refused.value.code == "E_MODEL"
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -245,7 +344,8 @@ def test_damaged_weights_fail_every_patient_with_a_code(tmp_path, make_patient, 
 
 
 def test_weights_of_another_network_are_refused(folder):
-    torch.save(model.build(dataclasses.replace(SPECIFIED, tissues=("a", "b"))).state_dict(), folder / WEIGHTS)
+    other = dataclasses.replace(SPECIFIED, sequences=("LGE",), tissues=("blood", "scar"))
+    torch.save(model.build(other).state_dict(), folder / WEIGHTS)
     with pytest.raises(StudyError, match=r"model\.pt cannot be used") as refused:
         model.load(spec.read(folder, INFARCT), "cpu")
     assert refused.value.code == "E_MODEL"

@@ -30,15 +30,6 @@ UNSEEN = "Phantom005"
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks as small as these are done before threads have met, and where tests run side by side those get stuck."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory) -> Path:
     """Four phantoms to train on, and one that no network has seen."""

@@ -40,15 +40,6 @@ def train(folder: Path, out: Path, *more: str) -> int:
     return main(["train", str(folder), str(out), *OPTIONS, *more])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks as small as these are done before threads have met, and where tests run side by side those get stuck."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory, make_patient) -> Path:
     folder = tmp_path_factory.mktemp("training") / "patients"
@@ -131,7 +122,7 @@ def test_the_loss_and_the_method_name_each_other():
         ({"settings": {"tol": float("inf")}}, "tol: got inf"),
         ({"settings": {"clip": True}}, "clip: got True"),
         ({"settings": {"validation": 1}}, "validation must be below 1"),
-        ({"settings": {"grid_mm": 0}}, "grid_mm above 0"),
+        ({"settings": {"grid_mm": 0}}, "grid_mm from 0.01 to 100"),
         ({"settings": {"covariance": "round"}}, "choose one of None, diag, full, tied, spherical"),
         ({"settings": {"mean_over": "epoch"}}, "choose one of image, batch"),
         ({"settings": {"labels": "guess"}}, "choose one of posterior, network"),
@@ -199,6 +190,7 @@ def test_the_network_is_specified_by_the_cohort_and_the_plan(found):
         network={"_target_": "monai_deepgmm.networks.UNet", "filters": [4, 8]},
         spatial_dims=2,
         grid_mm=1.5,
+        size=(64, 64),  # 31 pixels of 1.5 mm and a margin of 4 mm
         spatial=False,
         covariance="tied",
         labels="network",
