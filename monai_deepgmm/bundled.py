@@ -15,8 +15,8 @@ import torch
 from monai_deepgmm import files, means, model, training
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.config import Means
-from monai_deepgmm.errors import UsageError
-from monai_deepgmm.handlers import CHECKPOINT, HISTORY, read_history
+from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.handlers import CHECKPOINT, HISTORY, check_fingerprint, read_checkpoint, read_history
 from monai_deepgmm.provenance import DISCLAIMER, versions
 from monai_deepgmm.spec import SPEC, WEIGHTS
 from monai_deepgmm.training import Plan, Prepared
@@ -48,10 +48,14 @@ def train(options: Mapping[str, Any], *, files_of: Sequence[str] = ("train.json"
 
     Raises:
         UsageError: an option, or the whole cohort, cannot be used.
+        StudyError: ``E_DISK`` or ``E_WRITE``, a file cannot be written.
     """
     from monai.bundle import ConfigWorkflow
 
     logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)  # it warns of the log that is not wanted
+    logging.getLogger("ignite.engine.engine").setLevel(
+        logging.CRITICAL
+    )  # what it tells of errors, they tell themselves
     workflow = ConfigWorkflow(
         config_file=[str(configs() / name) for name in files_of],
         meta_file=str(configs() / "metadata.json"),
@@ -66,7 +70,7 @@ def train(options: Mapping[str, Any], *, files_of: Sequence[str] = ("train.json"
     except Exception as error:
         # The configuration's parser wraps what goes wrong inside it.
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UsageError):
+        while cause is not None and not isinstance(cause, UsageError | StudyError | OSError):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
@@ -86,19 +90,17 @@ def begin(folder: str | Path, prepared: Prepared, plan: Plan, *, resume: bool, w
         writes: False on all ranks but the first.
 
     Raises:
-        UsageError: the folder holds a training that is not to be resumed, or something else.
+        UsageError: the folder holds a training that is not to be resumed, or something else, or the network cannot be
+            made; the folder is then as it was.
     """
     place = Path(folder)
     if not writes:
         return
+    _check_folder(place, prepared.fingerprint, resume=resume)
+    network = model.tried(prepared.spec)
     if (place / CHECKPOINT).is_file():
-        if not resume:
-            raise UsageError(f"MODEL_DIR: {place} holds a training; go on with --resume, or name another folder")
-    elif place.exists() and not place.is_dir():
-        raise UsageError(f"MODEL_DIR: {place} is a file; name a folder")
-    elif place.is_dir() and any(place.iterdir()) and not (place / SPEC).is_file():
-        raise UsageError(f"MODEL_DIR: {place} is not empty; name a new folder")
-    for part in ("configs", "models"):
+        _load_best(place, network)
+    for part in ("", "configs", "models"):
         (place / part).mkdir(parents=True, exist_ok=True)
         files.stale_temporaries(place / part)
     files.write_whole(place / SPEC, prepared.spec.as_json())
@@ -110,6 +112,46 @@ def begin(folder: str | Path, prepared: Prepared, plan: Plan, *, resume: bool, w
     _adapt(place / "configs" / "train.json", _training_keys(prepared, plan))
     _adapt(place / "configs" / "inference.json", _inference_keys(prepared))
     _adapt(place / "configs" / "metadata.json", _metadata_keys(prepared))
+
+
+def _check_folder(place: Path, fingerprint: str, *, resume: bool) -> None:
+    """Refuses a folder that a training must not write into.
+
+    Raises:
+        UsageError: the folder holds a training that is not to be resumed, or cannot be, or something else.
+    """
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"MODEL_DIR: {place} is a file; name a folder")
+    begun, weighed = (place / CHECKPOINT).is_file(), (place / WEIGHTS).is_file()
+    if not begun and (place / PROVENANCE).is_file():
+        hint = f"without {CHECKPOINT.name} it cannot be trained further; name another folder"
+        raise UsageError(f"MODEL_DIR: {place} holds a finished model; {hint}")
+    if (begun or weighed) and not resume:
+        raise UsageError(f"MODEL_DIR: {place} holds a training; go on with --resume, or name another folder")
+    if begun:
+        check_fingerprint(place, read_checkpoint(place / CHECKPOINT), fingerprint)
+    elif not (place / SPEC).is_file() and _used(place):
+        raise UsageError(f"MODEL_DIR: {place} is not empty; name a new folder")
+
+
+def _used(place: Path) -> bool:
+    """Whether a folder holds more than a killed training leaves before its first file: folders, half a file."""
+    return any(
+        (path.is_symlink() or not path.is_dir()) and not path.name.startswith(".deepgmm-") for path in place.rglob("*")
+    )
+
+
+def _load_best(place: Path, network: torch.nn.Module) -> None:
+    """Gives a network the weights of the best epoch.
+
+    Raises:
+        UsageError: they cannot be read, or are another network's.
+    """
+    try:
+        network.load_state_dict(model.read(place / WEIGHTS))
+    except Exception as error:  # whatever a damaged file makes torch raise
+        reason = error.strerror if isinstance(error, OSError) else model.reason(error)
+        raise UsageError(f"--resume: {WEIGHTS.name} cannot be read ({reason}); begin another folder") from error
 
 
 def finish(
@@ -129,8 +171,10 @@ def finish(
     place = Path(folder)
     history = read_history(place / HISTORY)
     best = min(history, key=lambda row: row["validation_loss"])
-    network.load_state_dict(torch.load(place / WEIGHTS, weights_only=True))
+    _load_best(place, network)
     agreed = training.agreement(network, prepared, device=next(network.parameters()).device)
+    # Where no patient is held out, the loss on all of them is watched in place of a validation.
+    held = 0 if prepared.validation is prepared.train else len(prepared.validation)
     strangers = [t for t, good in zip(prepared.spec.tissues, agreed, strict=True) if not good]
     content = {
         "Disclaimer": DISCLAIMER,
@@ -142,7 +186,7 @@ def finish(
             "values": None if prepared.means_source == "none" else prepared.means.tolist(),
         },
         "patients": {"trained_on": prepared.patients[0], "validation": prepared.patients[1]},
-        "images": {"trained_on": len(prepared.train), "validation": len(prepared.validation)},
+        "images": {"trained_on": len(prepared.train), "validation": held},
         "not_used": {who: {"code": why.code, "message": why.message} for who, why in prepared.failed.items()},
         "fingerprint": prepared.fingerprint,
         "epochs": len(history),

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"deepgmm: {error.code}: {error}", file=sys.stderr)
         return DISK_FULL if error.code == "E_DISK" else SOME_FAILED
     except KeyboardInterrupt:
-        print("deepgmm: interrupted; run the same command again to go on", file=sys.stderr)
+        again = "the same command with --resume" if command is train else "the same command again"
+        print(f"deepgmm: interrupted; run {again} to go on", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as head, has seen enough
         sys.stderr.close()

@@ -215,7 +215,7 @@ def build(
     Raises:
         UsageError: any of it is unknown or does not fit together.
     """
-    _check_device(device)
+    check_device(device)
     found = protocols.load(protocol)
     _choice("method", method, (None, *METHODS))
     return Config(
@@ -340,7 +340,12 @@ def _choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise UsageError(f"{name}: {value!r} is unknown; choose one of {listed}")
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Tries whether tensors can live on a device.
+
+    Raises:
+        UsageError: they cannot.
+    """
     import torch
 
     try:

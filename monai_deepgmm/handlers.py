@@ -16,7 +16,7 @@ from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from monai_deepgmm import files
+from monai_deepgmm import files, model
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.examples import Example, Examples
 from monai_deepgmm.losses import Staged
@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT, HISTORY = Path("models") / "checkpoint.pt", "training.tsv"
 COLUMNS = ("epoch", "loss", "validation_loss", "lr")
+#: What a checkpoint holds.
+STATE: Mapping[str, type] = {
+    **dict.fromkeys(("network", "optimizer", "scheduler"), dict),
+    **{"scaler": object, "epoch": int, "iteration": int, "history": list, "stopped": bool, "fingerprint": str},
+}
 
 
 class Epochs:
@@ -128,23 +133,25 @@ class Checkpoint:
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._explain)
 
     def _restore(self, engine: Engine) -> None:
         path = self.folder / CHECKPOINT
         if not (self.resume and path.is_file()):
             return
         state = read_checkpoint(path)
-        if state["fingerprint"] != self.fingerprint:
-            raise UsageError(
-                f"--resume: the training in {self.folder} began with other patients, files or options; "
-                "repeat its command, or begin another folder"
-            )
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        check_fingerprint(self.folder, state, self.fingerprint)
         scaler = getattr(engine, "scaler", None)
-        if scaler is not None and state["scaler"] is not None:
-            scaler.load_state_dict(state["scaler"])
+        try:
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            if scaler is not None and state["scaler"] is not None:
+                scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # whatever a state of something else makes torch raise
+            raise _not_resumed(path, error) from error
+        if self.writes:  # a training that was killed right after its checkpoint lacks that epoch's row
+            files.write_whole(self.folder / HISTORY, _table(state["history"]))
         self.history, self.stopped = state["history"], state["stopped"]
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
         if self.stopped:
@@ -163,6 +170,8 @@ class Checkpoint:
     def _save(self, engine: Engine) -> None:
         watched = float(self.evaluator.state.metrics[self.metric])
         loss, count = (float(distributed.all_reduce(n)) for n in (self._loss, float(self._count)))
+        if not (math.isfinite(watched) and math.isfinite(loss)):
+            raise _diverged(engine.state.epoch, f"the loss is {loss:g}, that of the validation {watched:g}")
         row = {
             "epoch": engine.state.epoch,
             "loss": loss / max(count, 1.0),
@@ -181,6 +190,11 @@ class Checkpoint:
         if self.stopped:
             logger.info("stopped: the validation loss gained less than %g in %d epochs", self.tol, self.patience)
             engine.terminate()
+
+    def _explain(self, engine: Engine, error: Exception) -> None:
+        if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # it is public all the same
+            raise _diverged(engine.state.epoch, "a covariance is not positive definite any more") from error
+        raise error
 
     def _flat(self) -> bool:
         """Whether the best of the last ``patience`` epochs is no better than the best before, but for tol."""
@@ -210,11 +224,34 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UsageError: it is no checkpoint.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state = model.read(path)
     except Exception as error:  # whatever a damaged file makes torch raise
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--resume: {path.name} cannot be read ({reason}); begin another folder") from error
+        raise _not_resumed(path, error) from error
+    if not (isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in STATE.items())):
+        raise _not_resumed(path, ValueError("it is no checkpoint of a training"))
     return state
+
+
+def check_fingerprint(folder: Path, state: Mapping[str, Any], fingerprint: str) -> None:
+    """Refuses to go on with other data or another plan.
+
+    Raises:
+        UsageError: the checkpoint's fingerprint is another.
+    """
+    if state["fingerprint"] != fingerprint:
+        raise UsageError(
+            f"--resume: the training in {folder} began with other patients, files or options; "
+            "repeat its command, or begin another folder"
+        )
+
+
+def _not_resumed(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"--resume: {path.name} cannot be read ({model.reason(error)}); begin another folder")
+
+
+def _diverged(epoch: int, found: str) -> UsageError:
+    remedy = "begin another folder with a smaller learning rate, such as --set lr=1e-4"
+    return UsageError(f"the training diverged in epoch {epoch} ({found}); {remedy}")
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

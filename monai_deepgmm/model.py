@@ -22,19 +22,22 @@ def build(spec: Spec, *, seed: int = 0) -> nn.Module:
     return networks.fresh(functools.partial(networks.build, spec.network, **_shape(spec)), seed)
 
 
-def check(spec: Spec) -> None:
-    """Tries whether the network can be made, takes a batch of the training's size and gives logits of every tissue.
+def tried(spec: Spec) -> nn.Module:
+    """The network, after a batch of the training's size has gone through it and has come out as every tissue's logits.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it cannot be made, or trained.
     """
     target, shape = spec.network.get("_target_"), (2, spec.channels, *spec.size)
     network = build(spec)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UsageError(f"--network {target}: it has no weights to train")
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             _checked(networks.logits(network.train(), torch.zeros(shape)), torch.zeros(shape), len(spec.tissues))
     except Exception as error:  # whatever a network of the user's own raises
         raise UsageError(f"--network {target}: cannot be run on images of shape {shape} ({reason(error)})") from error
+    return network
 
 
 def complete(spec: Spec) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,15 @@ from torch import Tensor, nn
 
 from monai_deepgmm import examples
 from monai_deepgmm import protocol as protocols
-from monai_deepgmm.config import DEFAULT_COVARIANCE, Means, check_numbers, chosen, network_definition, read_means
+from monai_deepgmm.config import (
+    DEFAULT_COVARIANCE,
+    Means,
+    check_device,
+    check_numbers,
+    chosen,
+    network_definition,
+    read_means,
+)
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.examples import Example
 from monai_deepgmm.mixture import COVARIANCES, Covariance
@@ -106,6 +115,8 @@ class Settings:
             if getattr(self, field) not in choices:
                 listed = ", ".join(map(str, choices))
                 raise UsageError(f"{field}: {getattr(self, field)!r} is unknown; choose one of {listed}")
+        if not isinstance(self.mlflow, str | None):
+            raise UsageError(f"mlflow: got {self.mlflow!r}, expected a tracking URI")
         for field, package in (("tensorboard", "tensorboard"), ("mlflow", "mlflow")):
             if getattr(self, field) and importlib.util.find_spec(package) is None:
                 raise UsageError(f"{field} needs {package}: pip install 'monai-deepgmm[tracking]'")
@@ -148,8 +159,9 @@ class Plan:
         return self.settings.covariance or DEFAULT_COVARIANCE[self.method]  # type: ignore[index]
 
     def as_json(self) -> dict[str, Any]:
-        """For the provenance."""
+        """For the provenance, without the password that an MLflow URI may hold."""
         means = self.means if self.means is None or self.means == "cohort" else dataclasses.asdict(self.means)
+        mlflow = self.settings.mlflow and re.sub("://.*@", "://***@", self.settings.mlflow)
         return {
             "protocol": self.protocol.name,
             "normalisation": self.protocol.normalisation,
@@ -157,7 +169,7 @@ class Plan:
             "network": dict(self.network),
             "means": means,
             "epochs": self.epochs,
-            "settings": {**dataclasses.asdict(self.settings), "covariance": self.covariance},
+            "settings": {**dataclasses.asdict(self.settings), "covariance": self.covariance, "mlflow": mlflow},
             "seed": self.seed,
             "frame": self.frame,
         }
@@ -175,6 +187,7 @@ def plan(
     seed: int = 0,
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
+    device: str = "cpu",
 ) -> Plan:
     """A plan from what a user typed, on the command line or in the bundle's JSON.
 
@@ -189,10 +202,12 @@ def plan(
         seed: of every random draw.
         frame: which frame of a 4-D file.
         max_voxels: larger images are refused.
+        device: where the training is to run; the plan does not depend on it.
 
     Raises:
-        UsageError: any of it is unknown or does not fit together.
+        UsageError: any of it is unknown or does not fit together, or the device cannot be used.
     """
+    check_device(device)
     found = protocols.load(protocol)
     by_loss = {own: name for name, own in METHODS.items()}
     if loss is not None and loss not in by_loss:

@@ -22,7 +22,7 @@ from torch import nn
 from monai_deepgmm import cohort, examples, files, handlers, model, protocol, spec, training
 from monai_deepgmm.bundled import curves
 from monai_deepgmm.cli import main
-from monai_deepgmm.errors import UsageError
+from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.examples import Examples
 from monai_deepgmm.handlers import CHECKPOINT, HISTORY, Checkpoint, Clip, Epochs, read_checkpoint, read_history
 from monai_deepgmm.losses import MeanPrior, MixtureNLL, Staged
@@ -142,6 +142,20 @@ def test_tracking_says_what_to_install(monkeypatch, package):
         plan(settings={package: "sqlite:///x" if package == "mlflow" else True})
 
 
+def test_a_plan_tells_no_password(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+
+    def told(uri: str | None) -> str:
+        return plan(settings={"mlflow": uri}).as_json()["settings"]["mlflow"]
+
+    assert told("https://me:se/cr@t@host.org:5000/a") == "https://***@host.org:5000/a"
+    assert [told(uri) for uri in ("https://host.org", "sqlite:///runs.db", None)] == [
+        "https://host.org",
+        "sqlite:///runs.db",
+        None,
+    ]
+
+
 # The prepared cohort ------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +270,7 @@ def test_broken_patients_are_left_out_with_the_reason(patients, tmp_path, capsys
     assert {who: why["code"] for who, why in provenance["not_used"].items()} == {"pat1": "E_EMPTY", "pat2": "E_MODEL"}
     assert "T2" in provenance["not_used"]["pat2"]["message"]
     assert provenance["patients"] == {"trained_on": 3, "validation": 0}
-    assert provenance["images"]["trained_on"] == 6
+    assert provenance["images"] == {"trained_on": 6, "validation": 0}
 
 
 def test_a_cohort_without_a_usable_patient_is_refused_and_nothing_touched(tmp_path, make_patient, capsys):
@@ -275,6 +289,10 @@ def test_a_cohort_without_a_usable_patient_is_refused_and_nothing_touched(tmp_pa
         (["{in}", "{in}/model"], "inside the input folder"),
         (["{in}", "{tmp}/file"], "is a file"),
         (["{in}", "{tmp}/full"], "is not empty"),
+        (["{in}", "{tmp}/file/model"], "check the path"),
+        (["{in}", "{tmp}/model", "--device", "warp"], "--device warp: cannot be used here"),
+        (["{in}", "{tmp}/model", "--device", "cuda:99"], "--device cuda:99: cannot be used here"),
+        (["{in}", "{tmp}/model", "--set", "mlflow=true"], "mlflow: got True, expected a tracking URI"),
         (["{in}", "{tmp}/model", "--patients", "pat9"], "pat9"),
         (["{in}", "{tmp}/model", "--set", "speed=1"], "no such setting"),
         (["{in}", "{tmp}/model", "--set", "validation=2"], "validation"),
@@ -309,12 +327,46 @@ def test_what_cannot_start_touches_nothing(patients, tmp_path, capsys, options, 
         ("nonsense", "is no network; name one of unet, basicunet, dynunet, segresnet"),
         ("os.system", "is no network"),
         ("{_target_: monai_deepgmm.networks.UNet, spam: 3}", "unexpected keyword argument 'spam'"),
+        (
+            "{_target_: dynunet, filters: [4, 4, 4, 4, 4], deep_supervision: true}",
+            "of shape (2, 2, 4, 64, 64), expected",
+        ),
+        (
+            "{_target_: torch.nn.Conv2d, kernel_size: 3}",
+            "gives an output of shape (2, 4, 62, 62), expected (2, 4, 64, 64)",
+        ),
+        ("torch.nn.Identity", "no weights to train"),
     ],
 )
 def test_networks_that_cannot_be_made_are_refused(patients, tmp_path, capsys, network, said):
     assert main(["train", str(patients), str(tmp_path / "model"), "--network", network, "-q"]) == 2
     assert said in capsys.readouterr().err
-    assert not (tmp_path / "model" / WEIGHTS).exists()
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_full_disk_stops_a_training_that_then_goes_on(patients, trained, tmp_path, monkeypatch, capsys):
+    whole = files.write_whole
+
+    def write(path: Path, data: bytes) -> None:
+        if path.name == "checkpoint.pt" and (path.parent.parent / HISTORY).is_file():
+            raise StudyError("E_DISK", f"{path.name}: the disk is full", "Free some space")
+        whole(path, data)
+
+    monkeypatch.setattr(files, "write_whole", write)
+    assert train(patients, tmp_path / "model") == 4
+    assert "E_DISK: checkpoint.pt" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train(patients, tmp_path / "model", "--resume") == 0
+    same_training(tmp_path / "model", trained)
+
+
+@pytest.mark.parametrize("lr", ["1e9", "1e30"])
+def test_a_training_that_diverges_says_so(patients, tmp_path, capsys, lr):
+    assert train(patients, tmp_path / "model", "--set", f"lr={lr}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the training diverged in epoch" in line
+    assert "--set lr=" in line
+    assert not (tmp_path / "model" / "provenance.json").exists()
 
 
 def test_a_model_is_not_trained_over(patients, trained, capsys):
@@ -324,6 +376,43 @@ def test_a_model_is_not_trained_over(patients, trained, capsys):
     assert contents(trained) == before
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_finished_model_without_its_checkpoint_is_not_trained_over(patients, trained, tmp_path, capsys, resume):
+    out = Path(shutil.copytree(trained, tmp_path / "model"))
+    (out / CHECKPOINT).unlink()
+    before = contents(out)
+    assert train(patients, out, *resume) == 2
+    assert "holds a finished model; without checkpoint.pt" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_weights_are_not_trained_over_unless_asked(patients, trained, tmp_path, capsys):
+    """They are all that a training leaves that was killed before its first checkpoint."""
+    out = Path(shutil.copytree(trained, tmp_path / "model"))
+    (out / CHECKPOINT).unlink()
+    (out / "provenance.json").unlink()
+    before = contents(out)
+    assert train(patients, out) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert contents(out) == before
+    assert train(patients, out, "--resume") == 0
+    same_training(out, trained)
+
+
+def test_what_a_killed_training_leaves_before_its_first_file_is_no_content(patients, trained, tmp_path, capsys):
+    out = tmp_path / "model"
+    (out / "models").mkdir(parents=True)
+    (out / "configs").mkdir()
+    for place in (out, out / "models"):
+        (place / ".deepgmm-1-ab.part").write_bytes(b"half")
+    (out / "configs" / "mine").write_text("mine")
+    assert train(patients, out) == 2
+    assert "is not empty" in capsys.readouterr().err
+    (out / "configs" / "mine").unlink()
+    assert train(patients, out) == 0
+    same_training(out, trained)  # so nothing is left of the halves
+
+
 @pytest.mark.parametrize(
     "change", [["--seed", "1"], ["--epochs", "5"], ["--patients", "pat1", "pat2"], ["--means", "cohort"]]
 )
@@ -331,8 +420,7 @@ def test_other_options_do_not_resume(patients, trained, tmp_path, capsys, change
     out = Path(shutil.copytree(trained, tmp_path / "model"))
     assert train(patients, out, "--resume", *change) == 2
     assert "began with other patients, files or options" in capsys.readouterr().err
-    for name in (WEIGHTS, CHECKPOINT, Path(HISTORY)):
-        assert (out / name).read_bytes() == (trained / name).read_bytes()
+    assert contents(out) == contents(trained)
 
 
 def test_a_checkpoint_is_read_without_running_what_it_holds(patients, trained, tmp_path, capsys):
@@ -349,11 +437,32 @@ def test_a_checkpoint_is_read_without_running_what_it_holds(patients, trained, t
     assert (tmp_path / "went off").exists()  # it was a bomb
 
 
-def test_a_torn_checkpoint_is_refused(patients, trained, tmp_path, capsys):
+@pytest.mark.parametrize("name", [CHECKPOINT, WEIGHTS])
+@pytest.mark.parametrize("kind", ["torn", "empty", "gone", "another"])
+def test_damaged_files_do_not_resume(patients, trained, tmp_path, capsys, name, kind):
     out = Path(shutil.copytree(trained, tmp_path / "model"))
-    (out / CHECKPOINT).write_bytes((trained / CHECKPOINT).read_bytes()[:999])
+    if kind == "torn":
+        (out / name).write_bytes((trained / name).read_bytes()[:999])
+    elif kind == "empty":
+        (out / name).write_bytes(b"")
+    elif kind == "gone":
+        (out / name).unlink()
+    elif name == CHECKPOINT:
+        torch.save({"network": {}, "fingerprint": 3}, out / name)
+    else:
+        torch.save([1], out / name)
+    before = contents(out)
     assert train(patients, out, "--resume") == 2
-    assert "checkpoint.pt cannot be read" in capsys.readouterr().err
+    said = "without checkpoint.pt" if (name, kind) == (CHECKPOINT, "gone") else f"{name.name} cannot be read ("
+    assert said in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_a_table_that_is_gone_comes_back(patients, trained, tmp_path):
+    out = Path(shutil.copytree(trained, tmp_path / "model"))
+    (out / HISTORY).unlink()
+    assert train(patients, out, "--resume") == 0
+    same_training(out, trained)
 
 
 # Going on ------------------------------------------------------------------------------------------------------------
@@ -404,9 +513,11 @@ def test_interrupted_again_and_again(patients, trained, tmp_path, monkeypatch):
     same_training(out, trained)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_interrupted_while_a_model_or_checkpoint_is_written(patients, trained, tmp_path, monkeypatch, seed):
-    name, which = random.Random(seed).choice([(n, i) for n in ("model.pt", "checkpoint.pt") for i in range(EPOCHS)])
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [("model.pt", 0), ("model.pt", 1), ("checkpoint.pt", 0), ("checkpoint.pt", 2), (HISTORY, 0), (HISTORY, 2)],
+)
+def test_interrupted_while_a_file_is_written(patients, trained, tmp_path, monkeypatch, capsys, name, which):
     written, whole = [], files.write_whole
 
     def write(path: Path, data: bytes) -> None:
@@ -420,6 +531,7 @@ def test_interrupted_while_a_model_or_checkpoint_is_written(patients, trained, t
     out = tmp_path / "model"
     assert train(patients, out) == 130
     monkeypatch.undo()
+    assert "run the same command with --resume to go on" in capsys.readouterr().err
     assert train(patients, out, "--resume") == 0
     same_training(out, trained)
 
