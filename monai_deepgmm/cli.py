@@ -265,13 +265,13 @@ def _add_scan(commands: Any) -> None:
 
 
 def _add_segment(commands: Any) -> None:
-    from monai_deepgmm.config import DEFAULT_METHOD, METHODS
+    from monai_deepgmm.config import METHODS
 
     made = _command(commands, segment, "segment every patient in DIR into OUT")
     _add_cohort(made)
     made.add_argument("out", metavar="OUT", type=Path, help="the folder for the results")
     group = made.add_argument_group("what to do")
-    group.add_argument("--method", choices=METHODS, help=f"the solver; {DEFAULT_METHOD}, or with --model network")
+    group.add_argument("--method", choices=METHODS, help="the solver; the protocol's best, or with --model network")
     group.add_argument("--means", type=Path, metavar="FILE", help="known class means, from deepgmm means")
     group.add_argument("--network", metavar="NETWORK", help="of deepg and deepsvg: a name, a class, or a file")
     group.add_argument("--model", type=Path, metavar="MODEL_DIR", help="a network from deepgmm train")

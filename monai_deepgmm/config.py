@@ -21,16 +21,26 @@ from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.spec import LABEL_RULES, LabelRule, Reference
 
-Method = Literal["gmm", "svgmm", "deepg", "deepsvg", "network"]
+Method = Literal["gmm", "svgmm", "deepg", "deepsvg", "anatomy", "network"]
 METHODS: tuple[Method, ...] = get_args(Method)
+#: The method where none is asked for: of a protocol that knows where tissues can be, and of any other.
+WITH_ANATOMY: Method = "anatomy"
 DEFAULT_METHOD: Method = "svgmm"
 STARTS = ("signature", "kmeans")
 #: The shape of Σ where none is asked for. The paper's is diag; for the SVGMM one shared matrix is clearly better.
-DEFAULT_COVARIANCE: Mapping[Method, Covariance] = {"gmm": "diag", "svgmm": "tied", "deepg": "tied", "deepsvg": "tied"}
+DEFAULT_COVARIANCE: Mapping[Method, Covariance] = {
+    "gmm": "diag",
+    "svgmm": "tied",
+    "deepg": "tied",
+    "deepsvg": "tied",
+    "anatomy": "full",
+}
 #: The methods that fit a network to the image itself.
 DEEP: tuple[Method, ...] = ("deepg", "deepsvg")
 #: Their tolerance (S §4.1) where none is asked for: NLL per voxel that a gradient step gains.
 DEEP_TOL = 1e-3
+#: That of the anatomical mixture: the change of a responsibility on average.
+ANATOMY_TOL = 5e-3
 #: The tolerance where none is asked for. A whole volume has hundreds of times the voxels of a slice, and an SVGMM on
 #: it creeps on for minutes over gains that change next to no label.
 DEFAULT_TOL: Mapping[str, float] = {"slice": 1e-6, "volume": 1e-4}
@@ -54,6 +64,10 @@ class Solver:
         lr: deepg, deepsvg: the learning rate.
         together: deepg, deepsvg: one network for all images of a patient instead of one for each.
         mean_weight: deepg, deepsvg with known means: λ of the regulariser ‖μ − μ_data‖².
+        sigma_mm: anatomy: the neighbourhood over which Π is averaged, a Gaussian's standard deviation.
+        temper: anatomy: what one voxel is worth as an observation, 0 to 1.
+        presence: whether a tissue's regions must show the protocol's evidence to be believed; None: as the method has
+            it (anatomy does).
         labels: deepg, deepsvg, network: posterior (a voxel's label is the most probable component of Π·g) or network
             (of Π alone); None: posterior, or what the trained network says.
     """
@@ -70,6 +84,9 @@ class Solver:
     lr: float = 1e-3
     together: bool = False
     mean_weight: float = 1.0
+    sigma_mm: float = 2.2
+    temper: float = 0.3
+    presence: bool | None = None
     labels: LabelRule | None = None
 
     def __post_init__(self) -> None:
@@ -83,9 +100,10 @@ class Solver:
         check_numbers(
             self,
             {"restarts": (int, 1), "max_iter": (int, 1), "start_steps": (int, 0), "steps": (int, 1)}
-            | dict.fromkeys(("tol", "floor", "lr", "start_weight", "mean_weight"), (float, 0)),
+            | dict.fromkeys(("tol", "floor", "lr", "start_weight", "mean_weight", "sigma_mm", "temper"), (float, 0)),
         )
         _choice("together", self.together, (True, False))
+        _choice("presence", self.presence, (None, True, False))
         _choice("labels", self.labels, (None, *LABEL_RULES))
 
 
@@ -149,6 +167,10 @@ class Config:
             raise UsageError(f"--method {self.method} and a trained model go together: {hint}")
         if self.network is not None and self.method not in DEEP:
             raise UsageError(f"--network: --method {self.method} fits no network; use {' or '.join(DEEP)}")
+        if self.method == "anatomy" and self.protocol.anatomy is None:
+            raise UsageError(f"--method anatomy: protocol {self.protocol.name} does not say where tissues can be")
+        if self.method == "anatomy" and self.means is not None:
+            raise UsageError("--means: --method anatomy has the protocol's own priors; use another method with means")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
 
@@ -164,7 +186,16 @@ class Config:
         """The tolerance: as asked for, or the method's and unit's own."""
         if self.solver.tol is not None:
             return self.solver.tol
+        if self.method == "anatomy":
+            return ANATOMY_TOL
         return DEEP_TOL if self.method in DEEP else DEFAULT_TOL[self.protocol.unit]
+
+    @property
+    def presence(self) -> bool:
+        """Whether tissues need evidence: as asked for, or as the method has it."""
+        if self.protocol.anatomy is None:
+            return False
+        return self.method == "anatomy" if self.solver.presence is None else self.solver.presence
 
     def as_json(self) -> dict[str, Any]:
         """For the sidecar: whatever can change a label. The device and ``--probabilities`` cannot."""
@@ -220,7 +251,7 @@ def build(
     _choice("method", method, (None, *METHODS))
     return Config(
         protocol=found,
-        method=method or (DEFAULT_METHOD if model is None else "network"),  # type: ignore[arg-type]  # checked above
+        method=method or default_method(found, means=means, model=model),  # type: ignore[arg-type]  # checked above
         means=None if means is None else read_means(Path(means), found),
         solver=solver(settings),
         network=network_definition(network),
@@ -231,6 +262,13 @@ def build(
         probabilities=probabilities,
         device=device,
     )
+
+
+def default_method(protocol: Protocol, *, means: object = None, model: object = None) -> Method:
+    """The method where none is asked for; with a trained model or known means, the one that uses them."""
+    if model is not None:
+        return "network"
+    return WITH_ANATOMY if protocol.anatomy is not None and means is None else DEFAULT_METHOD
 
 
 def solver(settings: Sequence[str] | Mapping[str, Any]) -> Solver:

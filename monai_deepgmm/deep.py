@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from monai_deepgmm.boxes import cut, enclosing, paste
 from monai_deepgmm.em import Fit, collapsed
 from monai_deepgmm.losses import MixtureNLL, Regulariser, Staged, Term
 from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, e_step, nll
@@ -97,44 +98,6 @@ def fit(
     return fits[0] if len(fits) == 1 else _joined(fits)
 
 
-# Start -----------------------------------------------------------------------------------------------------------
-
-
-def crop(mask: Tensor) -> tuple[slice, ...]:
-    """The box around all masks ``(B, 1, *S)``, with a margin, its sides multiples of ``MULTIPLE``; may leave the image.
-
-    Returns:
-        A slice of each axis of ``*S``; its start may be negative and its stop beyond the end.
-    """
-    sides = []
-    for axis in range(mask.ndim - 2):
-        others = tuple(i for i in range(mask.ndim) if i != axis + 2)
-        inside = torch.nonzero(mask.sum(others)).flatten().tolist() or [0]
-        low, high = inside[0], inside[-1] + 1
-        side = -(-(high - low + 2 * MARGIN) // MULTIPLE) * MULTIPLE
-        first = (low + high - side) // 2
-        sides.append(slice(first, first + side))
-    return tuple(sides)
-
-
-def cut(values: Tensor, box: tuple[slice, ...]) -> Tensor:
-    """``(B, C, *S)`` cut to a box, 0 where the box leaves it; with ``paste`` there and back."""
-    pads = [
-        pad for side, n in zip(reversed(box), reversed(values.shape[2:]), strict=True) for pad in _beyond(side, int(n))
-    ]
-    return nn.functional.pad(values, pads)
-
-
-def paste(values: Tensor, box: tuple[slice, ...], shape: torch.Size) -> Tensor:
-    """The way back: ``(B, C, *box)`` into an image of the shape ``*S``, 0 outside the box."""
-    return cut(values, tuple(slice(-side.start, -side.start + n) for side, n in zip(box, shape, strict=True)))
-
-
-def _beyond(side: slice, length: int) -> tuple[int, int]:
-    """How far a slice reaches beyond an axis on both sides; negative where it stays within."""
-    return -side.start, side.stop - length
-
-
 # Step and loop ---------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +112,7 @@ def _descend(
     descent: Descent,
 ) -> Fit:
     """One network, fitted to a batch of images at once."""
-    box, shape = crop(mask), image.shape[2:]
+    box, shape = enclosing(mask, margin=MARGIN, multiple=MULTIPLE), image.shape[2:]
     # In double precision a network gains nothing and takes twice as long.
     small, inside, begin = (cut(t, box).float() for t in (image, mask, start))
     seen = torch.cat([small, cut(context, box).float()], 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,40 @@ from monai_deepgmm.errors import UsageError
 
 #: How bright a word is, in standard deviations of the intensities inside the mask.
 BRIGHTNESS = {"very dark": -1.5, "dark": -0.75, "grey": 0.0, "bright": 0.75, "very bright": 1.5}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where tissues can be, as far as the mask's shape tells: an inner border inside the mask, which is the outer one.
+
+    Attributes:
+        inside: the tissues within the inner border; all others lie between the two.
+        contrast: sequence → how much brighter the inside is, as a log-likelihood ratio per standard deviation in the
+            mask; only the sequences that help.
+        radius: of the inner border, as a share of the outer one: its mean and standard deviation.
+    """
+
+    inside: tuple[str, ...]
+    contrast: Mapping[str, float]
+    radius: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a connected region of a tissue must show to be believed (``presence.decide``).
+
+    Attributes:
+        size: the least diameter of the largest disc within it, in mm.
+        score: the least sum of the weighted evidence below.
+        weights: of ``size``, of ``support`` (how far the neighbouring slices hold the tissue at the same angles) and
+            of ``contrast`` (how many standard deviations of the healthy rest it is brighter in ``sequence``).
+        sequence: the one that shows the tissue.
+    """
+
+    size: float
+    score: float
+    weights: Mapping[str, float]
+    sequence: str
 
 
 @dataclass(frozen=True)
@@ -34,6 +68,10 @@ class Tissue:
             place tells nothing.
         seen_in: the sequences that show this tissue; one of them must be present.
         merges_into: the tissue that takes its voxels where it cannot be seen.
+        level: sequence → how bright the tissue is among those that share its place, in standard deviations from their
+            median; what an anatomical mixture expects of its mean.
+        share: of the voxels of that place, as expected.
+        evidence: without it the tissue is not believed; None: it is always there.
     """
 
     name: str
@@ -44,6 +82,9 @@ class Tissue:
     centrality: float | None
     seen_in: tuple[str, ...]
     merges_into: str | None
+    level: Mapping[str, float] = field(default_factory=dict)
+    share: float = 1.0
+    evidence: Evidence | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +102,7 @@ class Protocol:
         tissues: in order of index.
         percent_name: what ``percent`` in the measurements is a percentage of.
         percent_of: the tissues that make up that denominator.
+        anatomy: where tissues can be; None: anywhere in the mask.
     """
 
     name: str
@@ -73,6 +115,7 @@ class Protocol:
     tissues: tuple[Tissue, ...]
     percent_name: str
     percent_of: tuple[str, ...]
+    anatomy: Anatomy | None = None
 
     @property
     def normalisation(self) -> str:
@@ -140,6 +183,7 @@ def load(name: str | Path) -> Protocol:
 
 def as_yaml(protocol: Protocol) -> str:
     """A protocol as a file that ``load`` reads."""
+    anatomy = protocol.anatomy
     tissues = [dataclasses.asdict(t) | {"seen_in": list(t.seen_in)} for t in protocol.tissues]
     content = {
         "name": protocol.name,
@@ -149,6 +193,9 @@ def as_yaml(protocol: Protocol) -> str:
         "sequences": list(protocol.sequences),
         "required": list(protocol.required),
         "normalisation": {"crop_mm": protocol.crop_mm},
+        "anatomy": None
+        if anatomy is None
+        else {**dataclasses.asdict(anatomy), "inside": list(anatomy.inside)} | {"radius": list(anatomy.radius)},
         "tissues": tissues,
         "percent_of": {"name": protocol.percent_name, "tissues": list(protocol.percent_of)},
     }
@@ -163,6 +210,7 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
     if raw["unit"] not in ("slice", "volume"):
         raise ValueError(f"unit: {raw['unit']!r} (choose slice or volume)")
     denominator = raw["percent_of"]
+    anatomy = None if raw.get("anatomy") is None else _anatomy(raw["anatomy"], sequences, [t.name for t in tissues])
     return Protocol(
         name=raw["name"],
         title=raw["title"],
@@ -174,7 +222,24 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         tissues=tissues,
         percent_name=denominator["name"],
         percent_of=tuple(denominator.get("tissues") or (t.name for t in tissues)),
+        anatomy=anatomy,
     )
+
+
+def _anatomy(raw: Mapping[str, Any], sequences: tuple[str, ...], tissues: Sequence[str]) -> Anatomy:
+    mean, sd = (float(v) for v in raw["radius"])
+    if not (0 < mean < 1 and sd > 0):
+        raise ValueError(f"anatomy: radius {raw['radius']} (a mean between 0 and 1, and its standard deviation)")
+    if strangers := (set(raw["contrast"]) - set(sequences)) | (set(raw["inside"]) - set(tissues)):
+        raise ValueError(f"anatomy: {', '.join(sorted(strangers))}")
+    return Anatomy(tuple(raw["inside"]), {s: float(w) for s, w in raw["contrast"].items()}, (mean, sd))
+
+
+def _evidence(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Evidence:
+    if raw["sequence"] not in sequences or set(raw["weights"]) - {"size", "support", "contrast"}:
+        raise ValueError("evidence: its sequence or its weights")
+    weights = {name: float(weight) for name, weight in raw["weights"].items()}
+    return Evidence(float(raw["size"]), float(raw["score"]), weights, raw["sequence"])
 
 
 def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
@@ -193,4 +258,7 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         centrality=None if raw.get("centrality") is None else float(raw["centrality"]),
         seen_in=tuple(raw["seen_in"]),
         merges_into=raw.get("merges_into"),
+        level={sequence: level(value) for sequence, value in raw.get("level", {}).items()},
+        share=float(raw.get("share", 1.0)),
+        evidence=None if raw.get("evidence") is None else _evidence(raw["evidence"], sequences),
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import Tensor
 from monai_deepgmm.config import Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.nifti import Volume
+from monai_deepgmm.presence import Region
 from monai_deepgmm.protocol import Tissue
 from monai_deepgmm.scan import Scan
 from monai_deepgmm.tissues import Naming
@@ -33,6 +37,7 @@ def sidecar(
     visible: tuple[Tissue, ...],
     fit: Fit,
     naming: Naming,
+    regions: Sequence[Region],
     large: Tensor,
     config: Config,
     warnings: tuple[str, ...],
@@ -68,6 +73,7 @@ def sidecar(
                 for i in range(len(large))
             ],
         },
+        "presence": _presence(regions, visible, slices) if config.presence else None,
         "fit": {
             "units": [
                 {
@@ -90,9 +96,36 @@ def sidecar(
     }
 
 
+def _presence(regions: Sequence[Region], visible: tuple[Tissue, ...], slices: list[int | None]) -> dict[str, Any]:
+    """Of each tissue that needs evidence: whether the patient has it, in which slices, and every region."""
+    return {
+        tissue.name: {
+            "present": any(r.believed for r in mine),
+            "slices": sorted({s for r in mine if r.believed and (s := slices[r.image]) is not None}),
+            "evidence": dataclasses.asdict(tissue.evidence),
+            "regions": [
+                {
+                    "slice": slices[r.image],
+                    "voxels": r.voxels,
+                    "size_mm": round(r.size, 3),
+                    "support": round(r.support, 4),
+                    "contrast_sd": round(r.contrast, 4) if math.isfinite(r.contrast) else None,
+                    "believed": r.believed,
+                }
+                for r in mine
+            ],
+        }
+        for tissue in visible
+        if tissue.evidence is not None
+        for mine in [[r for r in regions if r.tissue == tissue.name]]
+    }
+
+
 def _naming_rule(config: Config) -> str:
     if config.model is not None:
         return "the trained network's outputs, in the order that its training gave them"
+    if config.method == "anatomy":
+        return "each component stands for its tissue from the start, by the protocol's priors"
     source = "the given means" if config.means is not None else "the protocol's signatures and places"
     return f"components named together, by largest overlap with the map expected from {source}"
 

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import em, provenance, solvers, tissues, transforms
+from monai_deepgmm import anatomy, em, presence, provenance, solvers, tissues, transforms
 from monai_deepgmm.config import Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.mixture import Mixture, e_step
 from monai_deepgmm.nifti import Volume
+from monai_deepgmm.presence import Region
 from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.scan import MIN_VOXELS_PER_TISSUE, Scan
+from monai_deepgmm.solvers import Images
 from monai_deepgmm.study import Study
 from monai_deepgmm.tissues import Naming
 from monai_deepgmm.transforms import Units
@@ -84,17 +86,14 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
         expected = em.means_start(image, mask, means)
     # A network needs no voxels of its own to learn from; a fit does.
     large = _large(units, visible, config.protocol) if config.model is None else torch.arange(len(image))
-    fit = solvers.solve(
-        image[large],
-        mask[large],
-        expected[large],
-        config,
-        spacing_mm=units.spacing_mm,
-        means=means,
-        network=network,
-    )
-    naming = tissues.name(fit.resp, expected[large], given=config.model is not None)
+    images = Images(image[large], mask[large], expected[large], visible, sequences, units.spacing_mm, means)
+    fit = solvers.solve(images, config, network=network)
+    named = config.model is not None or config.method == "anatomy"
+    naming = tissues.name(fit.resp, images.expected, given=named)
     fit = tissues.reorder(fit, naming.order)
+    regions: list[Region] = []
+    if config.presence:
+        fit, regions = _believed(fit, images, config, units, large)
     resp = _all_units(fit, image, mask, large)
     probabilities = units.restore(resp.cpu())
     labels = _labels(probabilities, patient.mask, visible)
@@ -114,9 +113,26 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
         probabilities=probabilities,
         reference=patient.reference,
         slice_axis=units.slice_axis,
-        sidecar=provenance.sidecar(patient, sequences, units, visible, fit, naming, large, config, warnings),
+        sidecar=provenance.sidecar(patient, sequences, units, visible, fit, naming, regions, large, config, warnings),
         warnings=warnings,
     )
+
+
+def _believed(fit: Fit, images: Images, config: Config, units: Units, large: Tensor) -> tuple[Fit, list[Region]]:
+    """The fit without the regions that lack the protocol's evidence, and all regions."""
+    if config.protocol.anatomy is None or not units.slices:
+        return fit, []
+    resp, regions = presence.decide(
+        fit.resp,
+        images.image,
+        images.mask,
+        anatomy.ring(images.image, images.mask, config.protocol.anatomy, images.sequences, images.spacing_mm),
+        images.tissues,
+        images.sequences,
+        slices=tuple(units.slices[int(i)] for i in large),
+        spacing_mm=images.spacing_mm,
+    )
+    return fit._replace(resp=resp), regions
 
 
 def known_means(config: Config, visible: tuple[Tissue, ...], sequences: tuple[str, ...]) -> Tensor | None:

@@ -1,56 +1,72 @@
-"""Which solver fits the mixture: EM, a network fitted to the image itself, or a trained one."""
+"""Which solver fits the mixture: EM, MAP-EM with anatomical priors, the image's own network, or a trained one."""
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import em, tissues
+from monai_deepgmm import anatomy, em, mapem, tissues
 from monai_deepgmm.config import DEEP, Config
 from monai_deepgmm.em import Fit
+from monai_deepgmm.mixture import m_step
+from monai_deepgmm.protocol import Tissue
 from monai_deepgmm.spec import CONTEXT
 
 
-def solve(
-    image: Tensor,
-    mask: Tensor,
-    expected: Tensor,
-    config: Config,
-    *,
-    spacing_mm: tuple[float, ...],
-    means: Tensor | None = None,
-    network: nn.Module | None = None,
-) -> Fit:
-    """Fits the mixture of ``config.method`` to each image: by EM, by a network of its own, or by a trained one.
+class Images(NamedTuple):
+    """A patient's images, and what is known of them before any fit.
 
-    Args:
+    Attributes:
         image: ``(B, M, *S)``.
         mask: ``(B, 1, *S)``.
         expected: where each tissue is expected ``(B, K, *S)``: the start.
-        config: the method and its settings.
+        tissues: the K tissues.
+        sequences: the M sequences.
         spacing_mm: of the axes in ``*S``.
-        means: μ_data ``(K, M)``, from which the start was made.
+        means: μ_data ``(K, M)``, from which the start was made, or None.
+    """
+
+    image: Tensor
+    mask: Tensor
+    expected: Tensor
+    tissues: tuple[Tissue, ...]
+    sequences: tuple[str, ...]
+    spacing_mm: tuple[float, ...]
+    means: Tensor | None = None
+
+
+def solve(images: Images, config: Config, *, network: nn.Module | None = None) -> Fit:
+    """Fits the mixture of ``config.method`` to each image.
+
+    Args:
+        images: the images and where each fit begins.
+        config: the method and its settings.
         network: the trained one, already loaded; None: the one in the model's folder.
 
     Raises:
         StudyError: ``E_MODEL``, the trained network cannot be loaded.
     """
+    image, mask, start, spacing_mm, means = (
+        getattr(images, name) for name in ("image", "mask", "expected", "spacing_mm", "means")
+    )
     if config.model is not None:
         from monai_deepgmm import model  # MONAI's networks take a second to import
 
         loaded = model.load(config.model, config.device) if network is None else network
         return model.fit(loaded, config.model.spec, image, mask, spacing_mm=spacing_mm, labels=config.solver.labels)
+    if config.method == "anatomy":
+        return _by_anatomy(images, config)
     settings = config.solver
-    start = expected
     if settings.start == "kmeans" and means is None:
         generator = torch.Generator().manual_seed(config.seed)
         restarts = 1 if config.method in DEEP else settings.restarts
-        draws = [em.kmeans_start(image, mask, expected.shape[1], generator=generator) for _ in range(restarts)]
+        draws = [em.kmeans_start(image, mask, start.shape[1], generator=generator) for _ in range(restarts)]
         start = torch.stack(draws)
     if config.method in DEEP:
-        start = start[0] if start.ndim > expected.ndim else start
+        start = start[0] if start.ndim > image.ndim else start
         return _by_descent(image, mask, start, config, spacing_mm=spacing_mm, means=means)
     return em.fit(
         image,
@@ -62,6 +78,54 @@ def solve(
         max_iter=settings.max_iter,
         floor=settings.floor,
     )
+
+
+def _by_anatomy(images: Images, config: Config) -> Fit:
+    """Each place's tissues by MAP-EM within it.
+
+    The mixture's μ and Σ are on the images' scale; NLL, trace, iterations and convergence are those of the place with
+    the most tissues, on that place's own scale.
+    """
+    image, mask = images.image, images.mask
+    known = config.protocol.anatomy
+    if known is None:
+        raise ValueError(f"protocol {config.protocol.name} has no anatomy")
+    ring = anatomy.ring(image, mask, known, images.sequences, images.spacing_mm)
+    inside = [k for k, t in enumerate(images.tissues) if t.name in known.inside]
+    outside = [k for k in range(len(images.tissues)) if k not in inside]
+    places = [(ring.inside, inside), (mask - ring.inside, outside)]
+    if not (inside and outside):
+        places = [(mask, [*inside, *outside])]
+    resp = torch.zeros_like(images.expected)
+    weights = torch.zeros_like(resp)
+    fits = []
+    for place, members in places:
+        fit = mapem.fit(
+            image,
+            place,
+            _prior([images.tissues[k] for k in members], images.sequences),
+            images.spacing_mm,
+            field=mapem.Field(sigma_mm=config.solver.sigma_mm, temper=config.solver.temper),
+            tol=config.tol,
+            max_iter=config.solver.max_iter,
+        )
+        resp[:, members] = fit.resp
+        weights[:, members] = fit.mixture.weights
+        fits.append(fit)
+    mixture = m_step(image, resp, mask, covariance=config.covariance, spatial=True, floor=config.solver.floor)
+    richest = max(fits, key=lambda f: f.resp.shape[1])
+    return richest._replace(
+        resp=resp,
+        mixture=mixture._replace(weights=weights),
+        reseeded=torch.zeros_like(richest.iterations),
+        collapsed=torch.zeros_like(resp[:, :, 0, 0], dtype=torch.bool),
+    )
+
+
+def _prior(members: list[Tissue], sequences: tuple[str, ...]) -> mapem.Prior:
+    means = torch.tensor([[t.level.get(s, 0.0) for s in sequences] for t in members], dtype=torch.float64)
+    shares = torch.tensor([t.share for t in members], dtype=torch.float64)
+    return mapem.Prior(means, shares / shares.sum())
 
 
 def _by_descent(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_deepgmm import deep, em
+from monai_deepgmm.boxes import cut, enclosing, paste
 from monai_deepgmm.losses import MeanPrior
 from monai_deepgmm.mixture import e_step, m_step, nll
 
@@ -217,10 +218,10 @@ def test_the_trace_is_the_nll_of_what_the_network_said_at_each_step(spatial):
         image, mask, start, spatial=spatial, network=lambda: Heard(said), terms=[(9.0, MeanPrior(0 * CENTRES))]
     )
     assert len(said) == QUICK.start_steps + QUICK.steps + 1
-    box = deep.crop(mask)
+    box = enclosing(mask, margin=deep.MARGIN, multiple=deep.MULTIPLE)
     expected = []
     for output in said[QUICK.start_steps :]:
-        resp = deep.paste(output.double().softmax(1), box, image.shape[2:]) * mask
+        resp = paste(output.double().softmax(1), box, image.shape[2:]) * mask
         expected.append(nll(image, mask, m_step(image, resp, mask, spatial=spatial)))
     assert fit.trace.shape == (QUICK.steps + 1, 1)
     torch.testing.assert_close(fit.trace, torch.stack(expected), rtol=0, atol=1e-4)
@@ -244,7 +245,7 @@ def test_what_the_network_sees_is_the_image_around_the_mask():
     descend(image, mask, start, context=context, network=Watched, descent=QUICK._replace(steps=1))
     # A disc 23 voxels wide with 4 on each side needs 31, so 32.
     assert {tuple(given.shape) for given in seen} == {(1, M + 1, 32, 32)}
-    expected = deep.cut(torch.cat([image.float(), context], 1), deep.crop(mask))
+    expected = cut(torch.cat([image.float(), context], 1), enclosing(mask, margin=deep.MARGIN, multiple=deep.MULTIPLE))
     assert all(torch.equal(given, expected) for given in seen)
 
 
@@ -410,26 +411,29 @@ def ones(shape: tuple[int, ...], *sides: slice) -> Tensor:
     ],
 )
 def test_boxes_by_hand(inside, box):
-    assert deep.crop(ones((5, 40), slice(2, 3), slice(*inside))) == (slice(-6, 10), slice(*box))
+    assert enclosing(ones((5, 40), slice(2, 3), slice(*inside)), margin=deep.MARGIN, multiple=deep.MULTIPLE) == (
+        slice(-6, 10),
+        slice(*box),
+    )
 
 
 def test_a_box_holds_every_mask_of_the_batch():
     masks = torch.cat([ones((60, 60), slice(5, 9), slice(30, 31)), ones((60, 60), slice(20, 29), slice(33, 38))])
-    rows, columns = deep.crop(masks)
+    rows, columns = enclosing(masks, margin=deep.MARGIN, multiple=deep.MULTIPLE)
     assert (rows.start, rows.stop) == (1, 33)  # rows 5 … 28 and 4 on each side
     assert (columns.start, columns.stop) == (26, 42)
 
 
 def test_an_empty_mask_has_a_box_too():
-    sides = deep.crop(torch.zeros(1, 1, 20, 20, 20))
+    sides = enclosing(torch.zeros(1, 1, 20, 20, 20), margin=deep.MARGIN, multiple=deep.MULTIPLE)
     assert [side.stop - side.start for side in sides] == [16, 16, 16]
 
 
 def test_cut_by_hand():
     image = torch.arange(12.0).reshape(1, 1, 3, 4)
-    found = deep.cut(image, (slice(-1, 2), slice(2, 5)))
+    found = cut(image, (slice(-1, 2), slice(2, 5)))
     assert found[0, 0].tolist() == [[0, 0, 0], [2, 3, 0], [6, 7, 0]]
-    assert deep.paste(found, (slice(-1, 2), slice(2, 5)), image.shape[2:])[0, 0].tolist() == [
+    assert paste(found, (slice(-1, 2), slice(2, 5)), image.shape[2:])[0, 0].tolist() == [
         [0, 0, 2, 3],
         [0, 0, 6, 7],
         [0, 0, 0, 0],
@@ -452,24 +456,24 @@ def test_there_and_back_again_keeps_what_lies_in_the_box(sides):
     shape = (30, 33, 7)[: len(sides)]
     mask = ones(shape, *sides)
     image = torch.randn(2, M, *shape, generator=torch.Generator().manual_seed(0))
-    box = deep.crop(mask)
-    small = deep.cut(image, box)
+    box = enclosing(mask, margin=deep.MARGIN, multiple=deep.MULTIPLE)
+    small = cut(image, box)
     assert all(n % deep.MULTIPLE == 0 for n in small.shape[2:])
-    again = deep.paste(small, box, image.shape[2:])
+    again = paste(small, box, image.shape[2:])
     assert again.shape == image.shape
     assert torch.equal(again * mask, image * mask)
     within = tuple(slice(max(side.start, 0), side.stop) for side in box)
     kept = torch.zeros_like(image)
     kept[(..., *within)] = image[(..., *within)]
     assert torch.equal(again, kept)
-    assert torch.equal(deep.cut(again, box), small)
+    assert torch.equal(cut(again, box), small)
 
 
 @each_model
 def test_a_mask_at_the_images_border_is_fitted_alike(spatial):
     """The image is cut so that the box leaves it; the network sees 0 there."""
     image, mask, truth, start = scene((24, 24))
-    assert deep.crop(mask)[0].start < 0
+    assert enclosing(mask, margin=deep.MARGIN, multiple=deep.MULTIPLE)[0].start < 0
     fit = descend(image, mask, start, spatial=spatial)
     assert fit.resp.shape == (1, K, 24, 24)
     assert dice(fit, mask, truth).min() > 0.9

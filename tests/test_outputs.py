@@ -66,7 +66,7 @@ def test_the_summary_has_a_line_per_patient(run):
     ]
     assert rows[1]["warnings"].startswith("W_MISSING: without T2: edema is counted as myocardium")
     assert "--mask nonzero" in rows[2]["message"]
-    assert {r["method"] for r in rows} == {"svgmm"}
+    assert {r["method"] for r in rows} == {"anatomy"}
     assert float(rows[0]["seconds"]) > 0
 
 
@@ -123,7 +123,7 @@ def test_the_sidecar_says_how_the_labels_came_about(run):
     assert {"python", "monai-deepgmm", "torch", "monai", "numpy"} <= set(sidecar["versions"])
     assert sidecar["seed"] == sidecar["configuration"]["seed"] == 7
     assert sidecar["configuration"]["solver"]["tol"] == 1e-5
-    assert sidecar["configuration"]["solver"]["covariance"] == "tied"
+    assert sidecar["configuration"]["solver"]["covariance"] == "full"
     for what, name in (("LGE", "LGE"), ("T2", "T2"), ("bSSFP", "C0"), ("mask", "gd")):
         facts, path = sidecar["inputs"][what], run[0] / f"pat1_{name}.nii.gz"
         assert facts["file"] == path.name

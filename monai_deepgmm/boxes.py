@@ -1,0 +1,49 @@
+"""The box around masks: most of an image is not worth computing on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Box = tuple[slice, ...]
+
+
+def enclosing(mask: Tensor, *, margin: int = 0, multiple: int = 1) -> Box:
+    """The box around all masks ``(B, 1, *S)``; may leave the image.
+
+    Args:
+        mask: where it is above 0 counts.
+        margin: voxels added on each side.
+        multiple: each side is a multiple of it.
+
+    Returns:
+        A slice of each axis of ``*S``; its start may be negative and its stop beyond the end.
+    """
+    sides = []
+    for axis in range(mask.ndim - 2):
+        others = tuple(i for i in range(mask.ndim) if i != axis + 2)
+        inside = torch.nonzero(mask.sum(others)).flatten().tolist() or [0]
+        low, high = inside[0], inside[-1] + 1
+        side = -(-(high - low + 2 * margin) // multiple) * multiple
+        first = (low + high - side) // 2
+        sides.append(slice(first, first + side))
+    return tuple(sides)
+
+
+def cut(values: Tensor, box: Box) -> Tensor:
+    """``(B, C, *S)`` cut to a box, 0 where the box leaves it; with ``paste`` there and back."""
+    pads = [
+        pad for side, n in zip(reversed(box), reversed(values.shape[2:]), strict=True) for pad in _beyond(side, int(n))
+    ]
+    return functional.pad(values, pads)
+
+
+def paste(values: Tensor, box: Box, shape: torch.Size) -> Tensor:
+    """The way back: ``(B, C, *box)`` into an image of the shape ``*S``, 0 outside the box."""
+    return cut(values, tuple(slice(-side.start, -side.start + n) for side, n in zip(box, shape, strict=True)))
+
+
+def _beyond(side: slice, length: int) -> tuple[int, int]:
+    """How far a slice reaches beyond an axis on both sides; negative where it stays within."""
+    return -side.start, side.stop - length
