@@ -8,6 +8,7 @@ thickness. A smooth contour swallows papillary muscles and trabeculae, as reader
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ EVIDENCE = 10.0
 CLIP = 2.0
 #: Standard deviation of the change of the relative radius from one angle to the next, and the largest step allowed.
 SMOOTHNESS, MAX_STEP = 0.027, 3
+#: How far the usual border is moved towards that of the neighbouring slices, smoothed over so many angles.
+NEIGHBOURS, ANGULAR_SD = 0.25, 4.0
 #: Standard deviation of the Gaussian that takes the noise off the contrast, in mm.
 DENOISE_MM = 0.5
 
@@ -55,17 +58,41 @@ class Ring(NamedTuple):
         return thickness
 
 
+class _Polar(NamedTuple):
+    """One image in polar coordinates around its mask's centre.
+
+    Attributes:
+        distance: of each voxel from the centre, in mm ``(H, W)``.
+        turn: each voxel's angle as a share of a full turn ``(H, W)``.
+        outer: the outer border's radius at each angle, in mm ``(ANGLES,)``.
+        evidence: what the contrast says for each relative radius of the inner border ``(ANGLES, RADII)``.
+    """
+
+    distance: Array
+    turn: Array
+    outer: Array
+    evidence: Array
+
+
 def ring(
-    image: Tensor, mask: Tensor, anatomy: Anatomy, sequences: tuple[str, ...], spacing_mm: tuple[float, ...]
+    image: Tensor,
+    mask: Tensor,
+    anatomy: Anatomy,
+    sequences: tuple[str, ...],
+    spacing_mm: tuple[float, ...],
+    *,
+    slices: tuple[int, ...] = (),
 ) -> Ring:
-    """Finds the inner border in each image.
+    """Finds the inner border in each image of a patient.
 
     The radius ρ(θ), as a share of the outer border's, maximises
 
-    ``Σ_θ [ E Σ_{r<ρ(θ)} ℓ(θ, r) A(θ, r) / Ā − (ρ(θ) − m)² / 2s² ] − Σ_θ (ρ(θ+1) − ρ(θ))² / 2t²``
+    ``Σ_θ [ E Σ_{r<ρ(θ)} ℓ(θ, r) A(θ, r) / Ā − (ρ(θ) − m(θ))² / 2s² ] − Σ_θ (ρ(θ+1) − ρ(θ))² / 2t²``
 
     with ℓ the contrast (a log-likelihood ratio of inside against outside, clipped), A the area of a polar cell and Ā
-    that of an average ray, E = ``EVIDENCE``, t = ``SMOOTHNESS``, and m, s the anatomy's usual radius.
+    that of an average ray, E = ``EVIDENCE``, t = ``SMOOTHNESS``, and s the anatomy's. What is usual, m, is the
+    anatomy's mean; the border is sought twice, the second time with m moved some way (``NEIGHBOURS``) to what was found
+    in the neighbouring slices.
 
     Args:
         image: ``(B, M, H, W)``; any scale.
@@ -73,41 +100,62 @@ def ring(
         anatomy: the contrast and the usual radius.
         sequences: the names of the channels.
         spacing_mm: of H and W.
+        slices: the position of each image along the stack, neighbours differ by 1; empty: none has neighbours.
     """
     weights = torch.tensor([anatomy.contrast.get(s, 0.0) for s in sequences]).to(image)
-    contrast = (standardise(image, mask) * weights.reshape(-1, 1, 1)).sum(1)
-    insides, angles, outers, inners = [], [], [], []
-    for one, where in zip(contrast.cpu().numpy(), mask[:, 0].cpu().numpy() > 0, strict=True):
-        inside, angle, outer, inner = _one(one, where, anatomy.radius, np.array(spacing_mm))
-        insides.append(torch.from_numpy(inside & where))
-        angles.append(angle)
-        outers.append(outer)
-        inners.append(inner)
-    return Ring(torch.stack(insides)[:, None].to(mask), np.stack(angles), np.stack(outers), np.stack(inners))
+    contrast = (standardise(image, mask) * weights.reshape(-1, 1, 1)).sum(1).cpu().numpy()
+    masks = mask[:, 0].cpu().numpy() > 0
+    views = [_polar(c, m, np.array(spacing_mm)) for c, m in zip(contrast, masks, strict=True)]
+    mean, sd = anatomy.radius
+    first = [_border(v.evidence, np.full(ANGLES, mean), sd) for v in views]
+    places = slices or tuple(2 * i for i in range(len(views)))
+    borders = []
+    for i, view in enumerate(views):
+        beside = [first[j] - mean for j, at in enumerate(places) if abs(at - places[i]) == 1]
+        if beside:
+            moved = NEIGHBOURS * gaussian_filter1d(np.mean(beside, 0), ANGULAR_SD, mode="wrap")
+            borders.append(_border(view.evidence, mean + moved, sd) * view.outer)
+        else:
+            borders.append(first[i] * view.outer)
+    inside = [_within(v, b) & m for v, b, m in zip(views, borders, masks, strict=True)]
+    return Ring(
+        inside=torch.from_numpy(np.stack(inside))[:, None].to(mask),
+        angle=np.stack([(v.turn * ANGLES).astype(np.int64) % ANGLES for v in views]),
+        outer=np.stack([v.outer for v in views]),
+        inner=np.stack(borders),
+    )
 
 
-def _one(
-    contrast: Array, mask: NDArray[np.bool_], radius: tuple[float, float], spacing_mm: Array
-) -> tuple[NDArray[np.bool_], NDArray[np.int64], Array, Array]:
-    """One image: what is inside, each voxel's angle, and both borders' radii in mm."""
+def _border(evidence: Array, usual: Array, sd: float) -> Array:
+    """The inner border's relative radius at each angle ``(ANGLES,)``."""
+    ends = (np.arange(RADII) + 1) / RADII
+    gain = EVIDENCE * evidence - ((ends - usual[:, None]) / sd) ** 2 / 2
+    return ends[smoothest(gain, 1 / (2 * (SMOOTHNESS * RADII) ** 2))]
+
+
+def _within(view: _Polar, border: Array) -> NDArray[np.bool_]:
+    """What lies closer to the centre than a border given in mm ``(ANGLES,)``."""
+    closed = np.interp(view.turn, np.arange(ANGLES + 1) / ANGLES, np.append(border, border[0]))
+    inside: NDArray[np.bool_] = view.distance < closed
+    return inside
+
+
+def _polar(contrast: Array, mask: NDArray[np.bool_], spacing_mm: Array) -> _Polar:
+    """One image around the centre of its mask."""
     grid = np.indices(mask.shape).astype(float)
     centre = np.array([axis[mask].mean() if mask.any() else axis.mean() for axis in grid])
     away = (grid - centre[:, None, None]) * spacing_mm[:, None, None]
-    distance, turn = np.hypot(*away), np.arctan2(away[1], away[0]) / (2 * np.pi) % 1
     outer = _outer(mask, centre, spacing_mm)
     relative = (np.arange(RADII) + 0.5) / RADII
     points = centre[:, None, None] + _directions() / spacing_mm[:, None, None] * (outer[:, None] * relative)
     smooth = gaussian_filter(np.where(mask, contrast, 0), DENOISE_MM / spacing_mm)
+    seen = map_coordinates(smooth, points, order=1, mode="nearest").clip(-CLIP, CLIP)
     # Outside the mask (a hole, an open ring) nothing is known.
     known = map_coordinates(mask.astype(float), points, order=1, mode="constant")
-    seen = map_coordinates(smooth, points, order=1, mode="nearest")
     area = relative * outer[:, None] ** 2
-    ends = (np.arange(RADII) + 1) / RADII
-    usual = -(((ends - radius[0]) / radius[1]) ** 2) / 2
-    evidence = np.cumsum(known * seen.clip(-CLIP, CLIP) * area, 1) / max(area.sum() / ANGLES, 1e-9)
-    inner = ends[smoothest(EVIDENCE * evidence + usual, 1 / (2 * (SMOOTHNESS * RADII) ** 2))]
-    border = np.interp(turn, np.arange(ANGLES + 1) / ANGLES, np.append(inner * outer, inner[0] * outer[0]))
-    return distance < border, (turn * ANGLES).astype(np.int64) % ANGLES, outer, inner * outer
+    evidence = np.cumsum(known * seen * area, 1) / max(area.sum() / ANGLES, 1e-9)
+    turn = np.arctan2(away[1], away[0]) / (2 * np.pi) % 1
+    return _Polar(np.hypot(*away), turn, outer, evidence)
 
 
 def _directions() -> Array:

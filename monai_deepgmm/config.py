@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from monai_deepgmm import mapem, spec
 from monai_deepgmm import protocol as protocols
-from monai_deepgmm import spec
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.mixture import COVARIANCES, VARIANCE_FLOOR, Covariance
 from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
@@ -39,8 +39,6 @@ DEFAULT_COVARIANCE: Mapping[Method, Covariance] = {
 DEEP: tuple[Method, ...] = ("deepg", "deepsvg")
 #: Their tolerance (S §4.1) where none is asked for: NLL per voxel that a gradient step gains.
 DEEP_TOL = 1e-3
-#: That of the anatomical mixture: the change of a responsibility on average.
-ANATOMY_TOL = 5e-3
 #: The tolerance where none is asked for. A whole volume has hundreds of times the voxels of a slice, and an SVGMM on
 #: it creeps on for minutes over gains that change next to no label.
 DEFAULT_TOL: Mapping[str, float] = {"slice": 1e-6, "volume": 1e-4}
@@ -66,8 +64,10 @@ class Solver:
         mean_weight: deepg, deepsvg with known means: λ of the regulariser ‖μ − μ_data‖².
         sigma_mm: anatomy: the neighbourhood over which Π is averaged, a Gaussian's standard deviation.
         temper: anatomy: what one voxel is worth as an observation, 0 to 1.
+        dof: anatomy: degrees of freedom of Student's t, the shape of a component; null: a Gaussian.
+        outliers: anatomy: the share of voxels that belong to no component.
         presence: whether a tissue's regions must show the protocol's evidence to be believed; None: as the method has
-            it (anatomy does).
+            it (anatomy does, and a network that it taught).
         labels: deepg, deepsvg, network: posterior (a voxel's label is the most probable component of Π·g) or network
             (of Π alone); None: posterior, or what the trained network says.
     """
@@ -86,6 +86,8 @@ class Solver:
     mean_weight: float = 1.0
     sigma_mm: float = 2.2
     temper: float = 0.3
+    dof: float | None = 10.0
+    outliers: float = 0.0
     presence: bool | None = None
     labels: LabelRule | None = None
 
@@ -100,8 +102,13 @@ class Solver:
         check_numbers(
             self,
             {"restarts": (int, 1), "max_iter": (int, 1), "start_steps": (int, 0), "steps": (int, 1)}
-            | dict.fromkeys(("tol", "floor", "lr", "start_weight", "mean_weight", "sigma_mm", "temper"), (float, 0)),
+            | dict.fromkeys(
+                ("tol", "floor", "lr", "start_weight", "mean_weight", "sigma_mm", "temper", "outliers"), (float, 0)
+            )
+            | {"dof": (float, 1)},
         )
+        if not (self.temper <= 1 and self.outliers < 1):
+            raise UsageError("temper must be at most 1, and outliers below 1")
         _choice("together", self.together, (True, False))
         _choice("presence", self.presence, (None, True, False))
         _choice("labels", self.labels, (None, *LABEL_RULES))
@@ -187,7 +194,7 @@ class Config:
         if self.solver.tol is not None:
             return self.solver.tol
         if self.method == "anatomy":
-            return ANATOMY_TOL
+            return mapem.TOL
         return DEEP_TOL if self.method in DEEP else DEFAULT_TOL[self.protocol.unit]
 
     @property
@@ -195,7 +202,9 @@ class Config:
         """Whether tissues need evidence: as asked for, or as the method has it."""
         if self.protocol.anatomy is None:
             return False
-        return self.method == "anatomy" if self.solver.presence is None else self.solver.presence
+        if self.solver.presence is not None:
+            return self.solver.presence
+        return self.method == "anatomy" or (self.model is not None and self.model.spec.teacher == "anatomy")
 
     def as_json(self) -> dict[str, Any]:
         """For the sidecar: whatever can change a label. The device and ``--probabilities`` cannot."""

@@ -1,7 +1,10 @@
 """From a cohort to what a network is trained on: one example per image, on one grid and of one size.
 
-An example is ``{"image": (M + 1, *S), "mask": (1, *S), "expected": (K, *S)}``: the sequences and the relative depth,
-where the mask is, and where the protocol's signatures expect each tissue. Nothing in it is a label.
+An example is ``{"image": (M + 1, *S), "mask": (1, *S), "expected": (K, *S), "seen": (M + 1, 1, …)}``: the sequences and
+the relative depth, where the mask is, where each tissue is expected, and which channels the network is shown. Nothing
+in it is a label: what is expected comes from a teacher that has seen none, the protocol's signatures or the anatomical
+mixture. A sequence that a patient lacks is 0 everywhere. Since it then has the same density under every component, it
+cancels in every responsibility: the mixture is that of the other sequences.
 """
 
 from __future__ import annotations
@@ -18,17 +21,18 @@ from monai.transforms import (
     RandAffined,
     RandAxisFlipd,
     RandGaussianNoised,
+    RandomizableTransform,
     Transform,
 )
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from monai_deepgmm import scan, tissues, transforms, view
+from monai_deepgmm import anatomical, scan, tissues, transforms, view
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.mixture import m_step
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.scan import MIN_VOXELS_PER_TISSUE
-from monai_deepgmm.spec import CONTEXT
+from monai_deepgmm.spec import CONTEXT, Teacher
 from monai_deepgmm.study import Study
 from monai_deepgmm.transforms import Units
 
@@ -52,12 +56,12 @@ class Patient(NamedTuple):
 
 
 def load(
-    studies: Sequence[Study], protocol: Protocol, *, frame: int | None, max_voxels: int
+    studies: Sequence[Study], protocol: Protocol, *, frame: int | None, max_voxels: int, incomplete: bool = False
 ) -> tuple[list[Patient], dict[str, StudyError]]:
     """Loads every patient that can be used, and says of the others why not.
 
     A network has one set of channels: that of the most patients (of equals, the larger). Who lacks one of these
-    sequences is left out.
+    sequences is left out, or with ``incomplete`` keeps those that he has; the channels are then all that anyone has.
 
     Returns:
         The patients, and patient → reason.
@@ -72,6 +76,8 @@ def load(
             continue
         hashes = {name: facts["sha256"] for name, facts in found.inputs.items() if "sha256" in facts}
         loaded.append(Patient(study.patient, found.sequences, transforms.units(found, protocol), hashes))
+    if incomplete:
+        return loaded, failed
     counts = Counter(p.sequences for p in loaded)
     common = max(counts, key=lambda s: (counts[s], len(s), s), default=())
     kept = []
@@ -86,6 +92,11 @@ def load(
     return kept, failed
 
 
+def channels(patients: Sequence[Patient], protocol: Protocol) -> tuple[str, ...]:
+    """The sequences that any of the patients has, in the protocol's order."""
+    return tuple(s for s in protocol.sequences if any(s in p.sequences for p in patients))
+
+
 def cohort_means(patients: Sequence[Patient], protocol: Protocol) -> Tensor:
     """μ_data ``(K, M)`` estimated without labels: each tissue's mean where its signature expects it, over all images.
 
@@ -95,41 +106,59 @@ def cohort_means(patients: Sequence[Patient], protocol: Protocol) -> Tensor:
     """
     rows = []
     for patient in patients:
-        expected = _expected(patient, protocol)
+        expected = _expected(patient, protocol, "signature")
         rows.append(m_step(patient.units.image, expected, patient.units.mask).means)
     return torch.cat(rows).mean(0)
 
 
-def make(patients: Sequence[Patient], protocol: Protocol, *, grid_mm: float) -> dict[str, list[Example]]:
+def make(
+    patients: Sequence[Patient], protocol: Protocol, *, grid_mm: float, teacher: Teacher = "signature"
+) -> dict[str, list[Example]]:
     """The examples of each patient, all of one size; images too small for a mixture are left out.
 
     Args:
-        patients: all with the same sequences.
+        patients: at least one; their channels are those of ``channels``.
         protocol: the tissues.
         grid_mm: the voxel size of the network's grid.
+        teacher: what says where tissues are expected.
     """
-    size = _size(patients, grid_mm)
-    needed = MIN_VOXELS_PER_TISSUE * len(protocol.visible(patients[0].sequences))
+    size, sequences = _size(patients, grid_mm), channels(patients, protocol)
+    visible = protocol.visible(sequences)
     out: dict[str, list[Example]] = {}
     for patient in patients:
         units = patient.units
+        own = [sequences.index(s) for s in patient.sequences]
+        shown = torch.ones(len(sequences) + CONTEXT, *[1] * len(size))
+        shown[[i for i in range(len(sequences)) if i not in own]] = 0
+        given = torch.zeros(len(units.image), len(sequences), *units.image.shape[2:])
+        given[:, own] = units.image.float()
+        where = torch.zeros(len(given), len(visible), *given.shape[2:])
+        mine = protocol.visible(patient.sequences)
+        where[:, [visible.index(t) for t in mine]] = _expected(patient, protocol, teacher).float()
         seen = view.around(units.mask, units.spacing_mm, grid_mm, size)
         mask = view.look(units.mask.float(), seen, nearest=True)
-        image = view.inputs(view.look(units.image.float(), seen), mask, grid_mm)
-        expected = normalised(view.look(_expected(patient, protocol).float(), seen), mask)
-        large = mask.flatten(1).sum(1) >= needed
+        image = view.inputs(view.look(given, seen), mask, grid_mm)
+        expected = normalised(view.look(where, seen), mask)
+        large = mask.flatten(1).sum(1) >= MIN_VOXELS_PER_TISSUE * len(mine)
         out[patient.name] = [
-            {"image": i, "mask": m, "expected": e}
+            {"image": i, "mask": m, "expected": e, "seen": shown}
             for i, m, e, enough in zip(image, mask, expected, large, strict=True)
             if enough
         ]
     return out
 
 
-def _expected(patient: Patient, protocol: Protocol) -> Tensor:
-    units = patient.units
-    visible = protocol.visible(patient.sequences)
-    return tissues.signature_map(units.image, units.mask, visible, patient.sequences, units.spacing_mm)
+def _expected(patient: Patient, protocol: Protocol, teacher: Teacher) -> Tensor:
+    """Where each tissue that this patient's sequences show is expected ``(B, K, *S)``."""
+    image, mask, spacing_mm = patient.units.image, patient.units.mask, patient.units.spacing_mm
+    visible, sequences = protocol.visible(patient.sequences), patient.sequences
+    known = protocol.anatomy
+    if teacher == "signature" or known is None:
+        return tissues.signature_map(image, mask, visible, sequences, spacing_mm)
+    slices = patient.units.slices
+    resp = anatomical.fit(image, mask, visible, sequences, spacing_mm, known, slices=slices).resp
+    taught, _ = anatomical.believed(resp, image, mask, visible, sequences, spacing_mm, known, slices=slices)
+    return taught
 
 
 def _size(patients: Sequence[Patient], grid_mm: float) -> tuple[int, ...]:
@@ -154,11 +183,12 @@ def normalised(expected: Tensor, mask: Tensor) -> Tensor:
 # Augmentation ----------------------------------------------------------------------------------------------------
 
 
-def augmentation(spatial_dims: int) -> Compose:
+def augmentation(spatial_dims: int, drop: float = 0.0) -> Compose:
     """The paper's augmentations, of MONAI's transforms: flips, rotation, scaling, elastic deformation, noise (S §4.2).
 
     Args:
         spatial_dims: 2 or 3; a volume is turned by less than a slice, which has no upright.
+        drop: the probability that one of an example's sequences is not shown to the network.
     """
     keys, modes = ("image", "mask", "expected"), ("bilinear", "nearest", "bilinear")
     turn = torch.pi if spatial_dims == 2 else torch.pi / 12
@@ -184,15 +214,38 @@ def augmentation(spatial_dims: int) -> Compose:
             Tidyd(),
             RandGaussianNoised(("sequences",), prob=0.5, std=0.1),
             Joind(),
+            *([RandDropd(drop)] if drop else []),
         ]
     )
+
+
+class RandDropd(RandomizableTransform):
+    """Hides one of the sequences that an example shows, so that a network learns to do without; one is always left.
+
+    Args:
+        prob: how often.
+    """
+
+    def __init__(self, prob: float) -> None:
+        super().__init__(prob)
+
+    def __call__(self, data: Mapping[str, Tensor]) -> Example:
+        """Changes ``seen`` alone."""
+        seen = data["seen"]
+        there = torch.nonzero(seen.flatten()[:-CONTEXT]).flatten().tolist()
+        self.randomize(None)
+        if not self._do_transform or len(there) < 2:
+            return dict(data)
+        hidden = seen.clone()
+        hidden[there[self.R.randint(len(there))]] = 0
+        return {**data, "seen": hidden}
 
 
 class Tidyd(Transform):
     """Repairs what interpolation did to an example, and splits its sequences from the depth, which bears no noise."""
 
     def __call__(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``image``, ``mask``, ``expected`` → ``sequences``, ``depth``, ``mask``, ``expected``."""
+        """``image``, ``mask``, ``expected`` → ``sequences``, ``depth``, ``mask``, ``expected``; ``seen`` stays."""
         image, mask, expected = (
             torch.as_tensor(data[key]).as_subclass(Tensor) for key in ("image", "mask", "expected")
         )
@@ -201,6 +254,7 @@ class Tidyd(Transform):
             "depth": image[-CONTEXT:] * mask,
             "mask": mask,
             "expected": normalised(expected, mask),
+            "seen": data["seen"],
         }
 
 
@@ -210,7 +264,7 @@ class Joind(Transform):
     def __call__(self, data: Mapping[str, Tensor]) -> Example:
         """One dictionary in, one out."""
         image = torch.cat([torch.as_tensor(data["sequences"]).as_subclass(Tensor), data["depth"]])
-        return {"image": image, "mask": data["mask"], "expected": data["expected"]}
+        return {"image": image, **{key: data[key] for key in ("mask", "expected", "seen")}}
 
 
 class Examples(Dataset[Example]):
@@ -257,7 +311,10 @@ def prepare_batch(
     """What MONAI's trainers need of a batch: the network's input, and the target of ``losses.Staged``.
 
     Returns:
-        ``(B, M + 1, *S)`` and ``cat([sequences, mask, expected], 1)``.
+        ``(B, M + 1, *S)`` with 0 for the sequences that are not shown, and ``cat([sequences, mask, expected], 1)`` with
+        all that the patient has.
     """
-    image, mask, expected = (batch[k].to(device, non_blocking=non_blocking) for k in ("image", "mask", "expected"))
-    return image, torch.cat([image[:, :-CONTEXT], mask, expected], 1)
+    image, mask, expected, seen = (
+        batch[k].to(device, non_blocking=non_blocking) for k in ("image", "mask", "expected", "seen")
+    )
+    return image * seen, torch.cat([image[:, :-CONTEXT], mask, expected], 1)

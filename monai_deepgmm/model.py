@@ -92,8 +92,12 @@ def fit(
     *,
     spacing_mm: tuple[float, ...],
     labels: LabelRule | None = None,
+    sequences: tuple[str, ...] | None = None,
+    merge: Tensor | None = None,
 ) -> Fit:
     """Segments images in one forward pass, and gives what EM would give.
+
+    A sequence that the network knows and the images lack is shown to it as 0; the mixture is that of the others.
 
     Args:
         network: trained as ``spec`` says.
@@ -102,6 +106,8 @@ def fit(
         mask: ``(B, 1, *S)``.
         spacing_mm: of the axes in ``*S``.
         labels: what ``resp`` holds: the posterior Π·g, or the network's own output; None: as ``spec`` says.
+        sequences: the M sequences, where they are not all that ``spec`` names.
+        merge: ``(T, K)`` of 0 and 1, which of the network's K outputs make up each of T tissues; None: one each.
 
     Returns:
         The fit.
@@ -109,7 +115,12 @@ def fit(
     Raises:
         StudyError: ``E_MODEL``, the network cannot be run on such an image.
     """
-    output = weights(network, spec, image, mask, spacing_mm=spacing_mm) * mask
+    own = [spec.sequences.index(s) for s in sequences or spec.sequences]
+    given = image.new_zeros(len(image), len(spec.sequences), *image.shape[2:])
+    given[:, own] = image
+    output = weights(network, spec, given, mask, spacing_mm=spacing_mm) * mask
+    if merge is not None:
+        output = (merge.to(output) @ output.flatten(2)).reshape(len(output), -1, *output.shape[2:])
     mixture = m_step(image, output, mask, covariance=spec.covariance, spatial=spec.spatial, floor=VARIANCE_FLOOR)
     final = nll(image, mask, mixture)
     batch = torch.zeros(len(image), dtype=torch.long, device=image.device)

@@ -56,7 +56,7 @@ def decide(
     tissues: tuple[Tissue, ...],
     sequences: tuple[str, ...],
     *,
-    slices: tuple[int, ...],
+    slices: tuple[int, ...] = (),
     spacing_mm: tuple[float, ...],
 ) -> tuple[Tensor, list[Region]]:
     """Takes from each tissue the regions that are not believed.
@@ -72,7 +72,7 @@ def decide(
         ring: the wall's borders.
         tissues: the K tissues.
         sequences: the M sequences.
-        slices: the position of each image along the stack; neighbours differ by 1.
+        slices: the position of each image along the stack, neighbours differ by 1; empty: none has neighbours.
         spacing_mm: of H and W.
 
     Returns:
@@ -91,7 +91,7 @@ def decide(
         shares = [_by_angle(f == k, w, a) for f, w, a in zip(found, wall, ring.angle, strict=True)]
         values = image[:, sequences.index(evidence.sequence)].cpu().numpy()
         for i in range(len(resp)):
-            support = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1]
+            support = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1] if slices else []
             inside = found[i] == k
             parts, count = label(inside & wall[i])
             rest = values[i][(found[i] == healthy) & wall[i]]

@@ -210,7 +210,11 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
     if raw["unit"] not in ("slice", "volume"):
         raise ValueError(f"unit: {raw['unit']!r} (choose slice or volume)")
     denominator = raw["percent_of"]
-    anatomy = None if raw.get("anatomy") is None else _anatomy(raw["anatomy"], sequences, [t.name for t in tissues])
+    anatomy = (
+        None
+        if raw.get("anatomy") is None
+        else _anatomy(raw["anatomy"], raw["unit"], sequences, [t.name for t in tissues])
+    )
     return Protocol(
         name=raw["name"],
         title=raw["title"],
@@ -226,7 +230,9 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
     )
 
 
-def _anatomy(raw: Mapping[str, Any], sequences: tuple[str, ...], tissues: Sequence[str]) -> Anatomy:
+def _anatomy(raw: Mapping[str, Any], unit: str, sequences: tuple[str, ...], tissues: Sequence[str]) -> Anatomy:
+    if unit != "slice":
+        raise ValueError("anatomy: only for unit slice; it")
     mean, sd = (float(v) for v in raw["radius"])
     if not (0 < mean < 1 and sd > 0):
         raise ValueError(f"anatomy: radius {raw['radius']} (a mean between 0 and 1, and its standard deviation)")

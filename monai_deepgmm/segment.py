@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import anatomy, em, presence, provenance, solvers, tissues, transforms
+from monai_deepgmm import anatomical, em, provenance, solvers, tissues, transforms
 from monai_deepgmm.config import Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.errors import StudyError
@@ -86,14 +86,15 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
         expected = em.means_start(image, mask, means)
     # A network needs no voxels of its own to learn from; a fit does.
     large = _large(units, visible, config.protocol) if config.model is None else torch.arange(len(image))
-    images = Images(image[large], mask[large], expected[large], visible, sequences, units.spacing_mm, means)
+    slices = tuple(units.slices[int(i)] for i in large) if units.slices else ()
+    images = Images(image[large], mask[large], expected[large], visible, sequences, units.spacing_mm, slices, means)
     fit = solvers.solve(images, config, network=network)
     named = config.model is not None or config.method == "anatomy"
     naming = tissues.name(fit.resp, images.expected, given=named)
     fit = tissues.reorder(fit, naming.order)
     regions: list[Region] = []
     if config.presence:
-        fit, regions = _believed(fit, images, config, units, large)
+        fit, regions = _believed(fit, images, config)
     resp = _all_units(fit, image, mask, large)
     probabilities = units.restore(resp.cpu())
     labels = _labels(probabilities, patient.mask, visible)
@@ -118,19 +119,19 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
     )
 
 
-def _believed(fit: Fit, images: Images, config: Config, units: Units, large: Tensor) -> tuple[Fit, list[Region]]:
+def _believed(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region]]:
     """The fit without the regions that lack the protocol's evidence, and all regions."""
-    if config.protocol.anatomy is None or not units.slices:
+    if config.protocol.anatomy is None or not images.slices:
         return fit, []
-    resp, regions = presence.decide(
+    resp, regions = anatomical.believed(
         fit.resp,
         images.image,
         images.mask,
-        anatomy.ring(images.image, images.mask, config.protocol.anatomy, images.sequences, images.spacing_mm),
         images.tissues,
         images.sequences,
-        slices=tuple(units.slices[int(i)] for i in large),
-        spacing_mm=images.spacing_mm,
+        images.spacing_mm,
+        config.protocol.anatomy,
+        slices=images.slices,
     )
     return fit._replace(resp=resp), regions
 
@@ -158,10 +159,13 @@ def _sequences(patient: Scan, config: Config) -> tuple[str, ...]:
     """
     if config.model is None:
         return patient.sequences
-    if absent := [s for s in config.model.spec.sequences if s not in patient.sequences]:
+    spec = config.model.spec
+    known = tuple(s for s in spec.sequences if s in patient.sequences)
+    absent = [s for s in spec.sequences if s not in known]
+    if not known or (absent and not spec.incomplete):
         message = f"the network was trained with {', '.join(absent)}, which this patient lacks"
         raise StudyError("E_MODEL", message, "Segment this patient with a method that needs no trained network")
-    return config.model.spec.sequences
+    return known
 
 
 def _large(units: Units, visible: tuple[Tissue, ...], protocol: Protocol) -> Tensor:

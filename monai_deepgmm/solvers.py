@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import anatomy, em, mapem, tissues
+from monai_deepgmm import anatomical, em, tissues
 from monai_deepgmm.config import DEEP, Config
 from monai_deepgmm.em import Fit
-from monai_deepgmm.mixture import m_step
-from monai_deepgmm.protocol import Tissue
+from monai_deepgmm.mapem import Field, Shape
+from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.spec import CONTEXT
 
 
@@ -26,6 +26,7 @@ class Images(NamedTuple):
         tissues: the K tissues.
         sequences: the M sequences.
         spacing_mm: of the axes in ``*S``.
+        slices: the position of each image along the stack; empty for a volume.
         means: μ_data ``(K, M)``, from which the start was made, or None.
     """
 
@@ -35,6 +36,7 @@ class Images(NamedTuple):
     tissues: tuple[Tissue, ...]
     sequences: tuple[str, ...]
     spacing_mm: tuple[float, ...]
+    slices: tuple[int, ...] = ()
     means: Tensor | None = None
 
 
@@ -56,7 +58,16 @@ def solve(images: Images, config: Config, *, network: nn.Module | None = None) -
         from monai_deepgmm import model  # MONAI's networks take a second to import
 
         loaded = model.load(config.model, config.device) if network is None else network
-        return model.fit(loaded, config.model.spec, image, mask, spacing_mm=spacing_mm, labels=config.solver.labels)
+        return model.fit(
+            loaded,
+            config.model.spec,
+            image,
+            mask,
+            spacing_mm=spacing_mm,
+            labels=config.solver.labels,
+            sequences=images.sequences,
+            merge=_merge(config.protocol, config.model.spec.sequences, images.sequences),
+        )
     if config.method == "anatomy":
         return _by_anatomy(images, config)
     settings = config.solver
@@ -80,52 +91,32 @@ def solve(images: Images, config: Config, *, network: nn.Module | None = None) -
     )
 
 
-def _by_anatomy(images: Images, config: Config) -> Fit:
-    """Each place's tissues by MAP-EM within it.
+def _merge(protocol: Protocol, known: tuple[str, ...], present: tuple[str, ...]) -> Tensor:
+    """Which of the tissues that the known sequences show make up each that the present ones show ``(T, K)``."""
+    target = protocol.merged(present)
+    shown, all_of_them = protocol.visible(present), protocol.visible(known)
+    return torch.tensor([[float(target[t.index] == mine.index) for t in all_of_them] for mine in shown])
 
-    The mixture's μ and Σ are on the images' scale; NLL, trace, iterations and convergence are those of the place with
-    the most tissues, on that place's own scale.
-    """
-    image, mask = images.image, images.mask
+
+def _by_anatomy(images: Images, config: Config) -> Fit:
     known = config.protocol.anatomy
     if known is None:
         raise ValueError(f"protocol {config.protocol.name} has no anatomy")
-    ring = anatomy.ring(image, mask, known, images.sequences, images.spacing_mm)
-    inside = [k for k, t in enumerate(images.tissues) if t.name in known.inside]
-    outside = [k for k in range(len(images.tissues)) if k not in inside]
-    places = [(ring.inside, inside), (mask - ring.inside, outside)]
-    if not (inside and outside):
-        places = [(mask, [*inside, *outside])]
-    resp = torch.zeros_like(images.expected)
-    weights = torch.zeros_like(resp)
-    fits = []
-    for place, members in places:
-        fit = mapem.fit(
-            image,
-            place,
-            _prior([images.tissues[k] for k in members], images.sequences),
-            images.spacing_mm,
-            field=mapem.Field(sigma_mm=config.solver.sigma_mm, temper=config.solver.temper),
-            tol=config.tol,
-            max_iter=config.solver.max_iter,
-        )
-        resp[:, members] = fit.resp
-        weights[:, members] = fit.mixture.weights
-        fits.append(fit)
-    mixture = m_step(image, resp, mask, covariance=config.covariance, spatial=True, floor=config.solver.floor)
-    richest = max(fits, key=lambda f: f.resp.shape[1])
-    return richest._replace(
-        resp=resp,
-        mixture=mixture._replace(weights=weights),
-        reseeded=torch.zeros_like(richest.iterations),
-        collapsed=torch.zeros_like(resp[:, :, 0, 0], dtype=torch.bool),
+    return anatomical.fit(
+        images.image,
+        images.mask,
+        images.tissues,
+        images.sequences,
+        images.spacing_mm,
+        known,
+        slices=images.slices,
+        field=Field(sigma_mm=config.solver.sigma_mm, temper=config.solver.temper),
+        shape=Shape(dof=config.solver.dof, outliers=config.solver.outliers),
+        covariance=config.covariance,
+        tol=config.tol,
+        max_iter=config.solver.max_iter,
+        floor=config.solver.floor,
     )
-
-
-def _prior(members: list[Tissue], sequences: tuple[str, ...]) -> mapem.Prior:
-    means = torch.tensor([[t.level.get(s, 0.0) for s in sequences] for t in members], dtype=torch.float64)
-    shares = torch.tensor([t.share for t in members], dtype=torch.float64)
-    return mapem.Prior(means, shares / shares.sum())
 
 
 def _by_descent(

@@ -27,6 +27,8 @@ MULTIPLE = 32
 GRID_MM = (0.01, 100.0)
 LabelRule = Literal["posterior", "network"]
 LABEL_RULES: tuple[LabelRule, ...] = get_args(LabelRule)
+Teacher = Literal["signature", "anatomy"]
+TEACHERS: tuple[Teacher, ...] = get_args(Teacher)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Spec:
         spatial: True for deepSVG.
         covariance: the shape of Σ.
         labels: posterior: the label is the most probable component of Π·g; network: of Π alone.
+        teacher: what told it where tissues are expected: the signature map, or the anatomical mixture.
+        incomplete: whether it has seen images that lack sequences, and so can segment them.
     """
 
     protocol: str
@@ -58,6 +62,8 @@ class Spec:
     spatial: bool
     covariance: Covariance
     labels: LabelRule = "posterior"
+    teacher: Teacher = "signature"
+    incomplete: bool = False
 
     @property
     def channels(self) -> int:
@@ -141,6 +147,8 @@ def _rules(spec: Spec, protocol: Protocol) -> list[tuple[str, bool, str]]:
         ("spatial", isinstance(spec.spatial, bool), "true or false"),
         ("covariance", spec.covariance in COVARIANCES, f"one of {', '.join(COVARIANCES)}"),
         ("labels", spec.labels in LABEL_RULES, f"one of {', '.join(LABEL_RULES)}"),
+        ("teacher", spec.teacher in TEACHERS, f"one of {', '.join(TEACHERS)}"),
+        ("incomplete", isinstance(spec.incomplete, bool), "true or false"),
     ]
 
 

@@ -36,13 +36,18 @@ from monai_deepgmm.mixture import COVARIANCES, Covariance
 from monai_deepgmm.networks import DEFAULT, finest
 from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.spec import GRID_MM, LABEL_RULES, LabelRule, Spec
+from monai_deepgmm.spec import GRID_MM, LABEL_RULES, TEACHERS, LabelRule, Spec, Teacher
 from monai_deepgmm.study import Cohort
 from monai_deepgmm.tissues import name
 
 METHODS: Mapping[str, str] = {"deepg": "nll", "deepsvg": "nll_v"}
 #: Epochs where none are asked for: as many as give this number of gradient steps, but within these bounds.
 STEPS, EPOCHS = 320, (10, 100)
+#: What a teacher's word is worth beside the likelihood (as ``start_weight``), how often a sequence is hidden, and where
+#: the final label comes from.
+START_WEIGHT: Mapping[Teacher, float] = {"signature": 0.3, "anatomy": 3.0}
+DROP: Mapping[Teacher, float] = {"signature": 0.0, "anatomy": 0.25}
+LABELS: Mapping[Teacher, LabelRule] = {"signature": "posterior", "anatomy": "network"}
 #: Settings that change no weight, so that a training may go on with others.
 INDIFFERENT = ("workers", "tensorboard", "mlflow", "labels")
 
@@ -58,14 +63,19 @@ class Settings:
         weight_decay: AdamW's.
         clip: the largest norm of a gradient.
         start_epochs: epochs of the cross-entropy to the expected map alone.
-        start_weight: how much of that cross-entropy is kept afterwards, as a prior on Π.
+        start_weight: how much of that cross-entropy is kept afterwards, as a prior on Π; None: as the teacher deserves
+            (``START_WEIGHT``).
+        teacher: what says where tissues are expected: signature, or anatomy (the anatomical mixture); None: anatomy
+            where the protocol has one and no means are given.
+        drop: the probability that one of an example's sequences is hidden from the network. Above 0, patients who lack
+            a sequence are trained on too, and can be segmented. None: as the teacher has it (``DROP``).
         mean_weight: λ of ‖μ − μ_data‖², where μ_data is known.
         mean_over: image, or batch (as the paper's code has it).
         validation: the share of patients that is not trained on; 0: the loss on all of them is watched instead.
         tol: the training stops when the validation loss has gained less than this in ``patience`` epochs.
         patience: see ``tol``.
         grid_mm: the voxel size that images are brought to.
-        labels: posterior or network; see ``spec.Spec``.
+        labels: posterior or network; see ``spec.Spec``; None: as the teacher has it (``LABELS``).
         augment: whether examples are turned, bent and noised.
         workers: processes that make examples.
         amp: whether the network runs in mixed precision on a GPU; the NLL never does.
@@ -79,14 +89,16 @@ class Settings:
     weight_decay: float = 1e-3
     clip: float = 12.0
     start_epochs: int = 0
-    start_weight: float = 0.3
+    start_weight: float | None = None
+    teacher: Teacher | None = None
+    drop: float | None = None
     mean_weight: float = 1.0
     mean_over: Literal["image", "batch"] = "image"
     validation: float = 0.1
     tol: float = 0.005
     patience: int = 10
     grid_mm: float = 1.0
-    labels: LabelRule = "posterior"
+    labels: LabelRule | None = None
     augment: bool = True
     workers: int = 0
     amp: bool = True
@@ -99,7 +111,7 @@ class Settings:
         Raises:
             UsageError: a field holds a value that it cannot have.
         """
-        floats = ("lr", "weight_decay", "clip", "start_weight", "mean_weight", "validation", "tol", "grid_mm")
+        floats = ("lr", "weight_decay", "clip", "start_weight", "mean_weight", "validation", "tol", "grid_mm", "drop")
         whole = {"batch_size": (int, 1), "start_epochs": (int, 0), "patience": (int, 1), "workers": (int, 0)}
         check_numbers(self, whole | dict.fromkeys(floats, (float, 0)))
         if not self.validation < 1 or not GRID_MM[0] <= self.grid_mm <= GRID_MM[1]:
@@ -107,7 +119,8 @@ class Settings:
         for field, choices in (
             ("covariance", (None, *COVARIANCES)),
             ("mean_over", ("image", "batch")),
-            ("labels", LABEL_RULES),
+            ("labels", (None, *LABEL_RULES)),
+            ("teacher", (None, *TEACHERS)),
             ("augment", (True, False)),
             ("amp", (True, False)),
             ("tensorboard", (True, False)),
@@ -228,10 +241,28 @@ def plan(
         network=dict(network_definition(network) or DEFAULT),
         means=known,  # type: ignore[arg-type]  # mypy widens the literal
         epochs=epochs,
-        settings=Settings(**chosen(settings, [f.name for f in dataclasses.fields(Settings)])),
+        settings=_resolved(Settings(**chosen(settings, [f.name for f in dataclasses.fields(Settings)])), found, known),
         seed=seed,
         frame=frame,
         max_voxels=max_voxels,
+    )
+
+
+def _resolved(settings: Settings, protocol: Protocol, means: object) -> Settings:
+    """The settings with the teacher's own in place of None.
+
+    Raises:
+        UsageError: the teacher is one that the protocol does not have.
+    """
+    teacher = settings.teacher or ("signature" if protocol.anatomy is None or means is not None else "anatomy")
+    if teacher == "anatomy" and protocol.anatomy is None:
+        raise UsageError(f"teacher=anatomy: protocol {protocol.name} does not say where tissues can be")
+    return dataclasses.replace(
+        settings,
+        teacher=teacher,
+        start_weight=START_WEIGHT[teacher] if settings.start_weight is None else settings.start_weight,
+        drop=DROP[teacher] if settings.drop is None else settings.drop,
+        labels=settings.labels or LABELS[teacher],
     )
 
 
@@ -271,13 +302,16 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
         UsageError: no patient can be used, or the means lack a tissue or a sequence.
     """
     protocol, settings = plan.protocol, plan.settings
-    patients, failed = examples.load(cohort.studies, protocol, frame=plan.frame, max_voxels=plan.max_voxels)
+    teacher = settings.teacher or "signature"
+    patients, failed = examples.load(
+        cohort.studies, protocol, frame=plan.frame, max_voxels=plan.max_voxels, incomplete=bool(settings.drop)
+    )
     if not patients:
         reasons = "; ".join(f"{who}: {why}" for who, why in list(failed.items())[:3])
         raise UsageError(f"no patient can be trained on ({reasons or 'none found'})")
-    sequences = patients[0].sequences
-    means, source = _means(plan, patients)
-    made = examples.make(patients, protocol, grid_mm=settings.grid_mm)
+    sequences = examples.channels(patients, protocol)
+    means, source = _means(plan, patients, sequences)
+    made = examples.make(patients, protocol, grid_mm=settings.grid_mm, teacher=teacher)
     held = _held_out(list(made), settings.validation, plan.seed)
     train = [e for who, own in made.items() if who not in held for e in own]
     validation = [e for who, own in made.items() if who in held for e in own]
@@ -294,7 +328,9 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
         size=tuple(train[0]["mask"].shape[1:]),
         spatial=plan.spatial,
         covariance=plan.covariance,
-        labels=settings.labels,
+        labels=settings.labels or LABELS[teacher],
+        teacher=teacher,
+        incomplete=bool(settings.drop),
     )
     read = json.dumps([_decisive(plan), [p.inputs for p in patients]], sort_keys=True)
     steps = math.ceil(len(train) / settings.batch_size)
@@ -318,11 +354,13 @@ def _decisive(plan: Plan) -> dict[str, Any]:
     return content
 
 
-def _means(plan: Plan, patients: Sequence[examples.Patient]) -> tuple[Tensor, str]:
-    sequences = patients[0].sequences
+def _means(plan: Plan, patients: Sequence[examples.Patient], sequences: tuple[str, ...]) -> tuple[Tensor, str]:
     visible = plan.protocol.visible(sequences)
     if plan.means == "cohort":
-        return examples.cohort_means(patients, plan.protocol), "cohort"
+        whole = [p for p in patients if p.sequences == sequences]
+        if not whole:
+            raise UsageError("--means cohort: no patient has all the sequences")
+        return examples.cohort_means(whole, plan.protocol), "cohort"
     if plan.means is None:
         return torch.full((len(visible), len(sequences)), torch.nan, dtype=torch.float64), "none"
     try:
