@@ -8,7 +8,6 @@ thickness. A smooth contour swallows papillary muscles and trabeculae, as reader
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
