@@ -1,4 +1,4 @@
-"""deepG and deepSVG on one image: planted regions, seeds, the result's parts, boxes that leave the image."""
+"""deepG and deepSVG on one image: planted regions, seeds, the result's parts, masks at the image's border."""
 
 from __future__ import annotations
 
@@ -389,84 +389,6 @@ def test_a_kept_start_keeps_the_network_near_it():
         return -float((start * fit.resp.clamp_min(1e-12).log()).sum() / mask.sum())
 
     assert surprise(5.0) < surprise(0.0) - 0.05
-
-
-# Boxes -----------------------------------------------------------------------------------------------------------
-
-
-def ones(shape: tuple[int, ...], *sides: slice) -> Tensor:
-    mask = torch.zeros(1, 1, *shape)
-    mask[(0, 0, *sides)] = 1
-    return mask
-
-
-@pytest.mark.parametrize(
-    ("inside", "box"),
-    [
-        ((10, 18), (6, 22)),  # 8 voxels and 4 on each side are 16
-        ((10, 19), (-2, 30)),  # 9 need 32: from (10 + 19 − 32) // 2
-        ((0, 8), (-4, 12)),
-        ((32, 40), (28, 44)),
-        ((0, 40), (-4, 44)),
-    ],
-)
-def test_boxes_by_hand(inside, box):
-    assert enclosing(ones((5, 40), slice(2, 3), slice(*inside)), margin=deep.MARGIN, multiple=deep.MULTIPLE) == (
-        slice(-6, 10),
-        slice(*box),
-    )
-
-
-def test_a_box_holds_every_mask_of_the_batch():
-    masks = torch.cat([ones((60, 60), slice(5, 9), slice(30, 31)), ones((60, 60), slice(20, 29), slice(33, 38))])
-    rows, columns = enclosing(masks, margin=deep.MARGIN, multiple=deep.MULTIPLE)
-    assert (rows.start, rows.stop) == (1, 33)  # rows 5 … 28 and 4 on each side
-    assert (columns.start, columns.stop) == (26, 42)
-
-
-def test_an_empty_mask_has_a_box_too():
-    sides = enclosing(torch.zeros(1, 1, 20, 20, 20), margin=deep.MARGIN, multiple=deep.MULTIPLE)
-    assert [side.stop - side.start for side in sides] == [16, 16, 16]
-
-
-def test_cut_by_hand():
-    image = torch.arange(12.0).reshape(1, 1, 3, 4)
-    found = cut(image, (slice(-1, 2), slice(2, 5)))
-    assert found[0, 0].tolist() == [[0, 0, 0], [2, 3, 0], [6, 7, 0]]
-    assert paste(found, (slice(-1, 2), slice(2, 5)), image.shape[2:])[0, 0].tolist() == [
-        [0, 0, 2, 3],
-        [0, 0, 6, 7],
-        [0, 0, 0, 0],
-    ]
-
-
-@pytest.mark.parametrize(
-    "sides",
-    [
-        (slice(12, 20), slice(14, 22)),
-        (slice(0, 5), slice(25, 33)),
-        (slice(0, 30), slice(0, 33)),
-        (slice(29, 30), slice(0, 1)),
-        (slice(3, 9), slice(10, 20), slice(0, 2)),
-        (slice(0, 30), slice(4, 5), slice(5, 7)),
-    ],
-    ids=["within", "corner", "all", "one voxel", "3d", "3d all"],
-)
-def test_there_and_back_again_keeps_what_lies_in_the_box(sides):
-    shape = (30, 33, 7)[: len(sides)]
-    mask = ones(shape, *sides)
-    image = torch.randn(2, M, *shape, generator=torch.Generator().manual_seed(0))
-    box = enclosing(mask, margin=deep.MARGIN, multiple=deep.MULTIPLE)
-    small = cut(image, box)
-    assert all(n % deep.MULTIPLE == 0 for n in small.shape[2:])
-    again = paste(small, box, image.shape[2:])
-    assert again.shape == image.shape
-    assert torch.equal(again * mask, image * mask)
-    within = tuple(slice(max(side.start, 0), side.stop) for side in box)
-    kept = torch.zeros_like(image)
-    kept[(..., *within)] = image[(..., *within)]
-    assert torch.equal(again, kept)
-    assert torch.equal(cut(again, box), small)
 
 
 @each_model
