@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 import nibabel as nib
@@ -11,8 +12,8 @@ import pytest
 import torch
 from monai.data import DataLoader
 
-from monai_deepgmm import cohort, examples, phantom, protocol, transforms
-from monai_deepgmm.examples import Examples, augmentation, normalised, prepare_batch
+from monai_deepgmm import anatomical, cohort, examples, phantom, protocol, transforms
+from monai_deepgmm.examples import Examples, RandDropd, augmentation, normalised, prepare_batch
 from monai_deepgmm.scan import Scan
 from monai_deepgmm.transforms import Units
 
@@ -20,8 +21,9 @@ INFARCT = protocol.load("infarct")
 NEEDED = 40  # ten voxels for each of four tissues
 
 
-def load(folder: Path, *names: str):
-    return examples.load(cohort.find(folder, INFARCT, patients=names).studies, INFARCT, frame=None, max_voxels=1 << 28)
+def load(folder: Path, *names: str, **options: bool):
+    found = cohort.find(folder, INFARCT, patients=names)
+    return examples.load(found.studies, INFARCT, frame=None, max_voxels=1 << 28, **options)
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +117,11 @@ def test_every_image_of_every_patient_is_an_example_of_one_size(patients, made, 
     (size,) = {tuple(e["mask"].shape[1:]) for e in data}
     assert all(side % 32 == 0 for side in size)
     for example in data:
-        assert set(example) == {"image", "mask", "expected"}
+        assert set(example) == {"image", "mask", "expected", "seen"}
         assert example["image"].shape == (3 + 1, *size)
         assert example["mask"].shape == (1, *size)
         assert example["expected"].shape == (4, *size)
+        assert torch.equal(example["seen"], torch.ones(3 + 1, 1, 1))  # these patients lack nothing
         assert {v.dtype for v in example.values()} == {torch.float32}
 
 
@@ -217,6 +220,93 @@ def test_normalised_by_hand():
     torch.testing.assert_close(normalised(expected[0], mask[0]), out[0])
 
 
+# Patients who lack sequences ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory, make_patient):
+    """A patient with everything, one without T2, and one with LGE alone."""
+    folder = tmp_path_factory.mktemp("some")
+    make_patient(folder, "lge", seed=3, sequences=("LGE",))
+    make_patient(folder, "part", seed=2, sequences=("LGE", "C0"))
+    make_patient(folder, "whole", seed=1)
+    found, failed = load(folder, incomplete=True)
+    assert failed == {}
+    return found
+
+
+def test_incomplete_patients_keep_what_they_have_when_asked_for(some, tmp_path, make_patient):
+    assert {p.name: p.sequences for p in some} == {
+        "lge": ("LGE",),
+        "part": ("LGE", "bSSFP"),
+        "whole": ("LGE", "T2", "bSSFP"),
+    }
+    assert [p.units.image.shape[1] for p in some] == [1, 2, 3]
+    make_patient(tmp_path, "whole")
+    make_patient(tmp_path, "torn")["T2"].write_bytes(b"")
+    found, failed = load(tmp_path, incomplete=True)
+    assert [p.name for p in found] == ["whole"]
+    assert failed["torn"].code == "E_EMPTY"  # a broken file is no missing one
+
+
+def test_the_channels_are_all_that_anyone_has_in_the_protocols_order(some):
+    lge, part, whole = some
+    t2 = whole._replace(sequences=("T2",))
+    assert examples.channels(some, INFARCT) == ("LGE", "T2", "bSSFP")
+    assert examples.channels([lge, part], INFARCT) == ("LGE", "bSSFP")
+    assert examples.channels([t2, lge], INFARCT) == ("LGE", "T2")
+    assert examples.channels([], INFARCT) == ()
+
+
+@pytest.mark.parametrize("teacher", ["signature", "anatomy"])
+def test_what_a_patient_lacks_is_0_and_not_seen_and_teaches_no_tissue(some, teacher):
+    made = examples.make(some, INFARCT, grid_mm=1.0, teacher=teacher)
+    shown = {who: {tuple(e["seen"].flatten().tolist()) for e in own} for who, own in made.items()}
+    assert shown == {"lge": {(1, 0, 0, 1)}, "part": {(1, 0, 1, 1)}, "whole": {(1, 1, 1, 1)}}
+    for who, own in made.items():
+        assert len(own) == 2
+        for example in own:
+            valid(example)  # its expected maps sum to 1 in the mask
+            assert example["image"].shape[0] == 4
+            assert example["expected"].shape[0] == 4
+            lacking = example["seen"].flatten() == 0
+            assert (example["image"][lacking] == 0).all()
+            assert all((channel != 0).any() for channel in example["image"][~lacking])
+            assert ((example["expected"][2] > 0).any()) == (who == "whole")  # edema is seen on T2 alone
+
+
+def test_an_incomplete_patient_is_taught_what_he_is_taught_alone(some):
+    _, part, _ = some
+    together, alone = (examples.make(p, INFARCT, grid_mm=1.0, teacher="anatomy")["part"] for p in (some, [part]))
+    for ours, own in zip(together, alone, strict=True):
+        assert torch.equal(ours["image"][[0, 2, 3]], own["image"])
+        assert torch.equal(ours["expected"][[0, 1, 3]], own["expected"])
+
+
+def test_an_incomplete_patient_needs_voxels_for_his_own_tissues_only():
+    lean = slices_with([30, 40])  # 30 voxels: enough for three tissues, not for four
+    lean = lean._replace(sequences=("LGE", "bSSFP"), units=lean.units._replace(image=lean.units.image[:, [0, 2]]))
+    made = examples.make([lean, slices_with([30, 40])._replace(name="whole")], INFARCT, grid_mm=1.0)
+    assert {who: [int(e["mask"].sum()) for e in own] for who, own in made.items()} == {"p": [30, 40], "whole": [40]}
+
+
+def test_the_teacher_decides_what_is_expected(some):
+    *_, whole = some
+    units = whole.units
+    taught = {t: examples.make([whole], INFARCT, grid_mm=1.5, teacher=t)["whole"] for t in ("signature", "anatomy")}
+    by_default = examples.make([whole], INFARCT, grid_mm=1.5)["whole"]
+    resp = anatomical.fit(
+        units.image, units.mask, INFARCT.tissues, INFARCT.sequences, (1.5, 1.5), INFARCT.anatomy, slices=units.slices
+    ).resp
+    for index, example in enumerate(taught["anatomy"]):
+        assert same(by_default[index], taught["signature"][index])
+        assert torch.equal(example["image"], by_default[index]["image"])
+        # On the scan's own grid nothing is interpolated, and so clear an image leaves no region in doubt.
+        for found, expected in zip(resp[index], example["expected"], strict=True):
+            assert float(expected.sum()) == pytest.approx(float(found.sum()), rel=1e-4)
+        assert example["expected"].amax(0).sum() > by_default[index]["expected"].amax(0).sum()  # it is surer
+
+
 # Augmentation -------------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +372,8 @@ def test_volumes_are_augmented_too():
     mask[:, 8:24, 8:24, 8:24] = 1
     expected = torch.rand((3, 32, 32, 32), generator=generator).softmax(0) * mask
     image = torch.cat([torch.randn((2, 32, 32, 32), generator=generator), mask * 0.5])
-    dataset = Examples([{"image": image, "mask": mask, "expected": expected}], augmentation(3), seed=0)
+    plain = {"image": image, "mask": mask, "expected": expected, "seen": torch.ones(3, 1, 1, 1)}
+    dataset = Examples([plain], augmentation(3), seed=0)
     for epoch in (1, 2):
         dataset.epoch = epoch
         out = dataset[0]
@@ -305,3 +396,77 @@ def test_a_batch_is_the_networks_input_and_the_losss_target(data):
     assert torch.equal(target[:, :3], batch["image"][:, :3])  # the sequences, without the depth
     assert torch.equal(target[:, 3:4], batch["mask"])
     assert torch.equal(target[:, 4:], batch["expected"])
+
+
+def test_what_is_not_seen_is_0_to_the_network_but_not_to_the_loss(data):
+    pair = [{**data[0], "seen": torch.tensor([1.0, 0, 1, 1])[:, None, None]}, data[1]]
+    (batch,) = DataLoader(Examples(pair), batch_size=2)
+    image, target = prepare_batch(batch, "cpu")
+    assert (image[0, 1] == 0).all()
+    assert torch.equal(image[0, [0, 2, 3]], batch["image"][0, [0, 2, 3]])
+    assert torch.equal(image[1], batch["image"][1])
+    assert torch.equal(target[:, :3], batch["image"][:, :3])
+
+
+# Hidden sequences ---------------------------------------------------------------------------------------------------
+
+
+def shows(*seen: float) -> dict[str, torch.Tensor]:
+    """An example of which nothing but ``seen`` matters: the sequences' and the depth's."""
+    return {"image": torch.ones(len(seen), 2, 2), "seen": torch.tensor(seen)[:, None, None]}
+
+
+def drawn(hide: RandDropd, example, times: int) -> list[tuple[float, ...]]:
+    return [tuple(hide(example)["seen"].flatten().tolist()) for _ in range(times)]
+
+
+def test_one_sequence_is_hidden_each_as_often_and_never_the_depth():
+    hide = RandDropd(1.0)
+    hide.set_random_state(seed=0)
+    example = shows(1, 1, 1, 1)
+    found = Counter(drawn(hide, example, 600))
+    assert set(found) == {(0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1)}
+    assert all(150 < count < 250 for count in found.values())  # 200, standard deviation 11.5
+    assert example["seen"].flatten().tolist() == [1, 1, 1, 1]  # its own copy
+    assert torch.equal(hide(example)["image"], example["image"])
+
+
+def test_only_what_is_there_is_hidden_and_never_all_of_it():
+    hide = RandDropd(1.0)
+    hide.set_random_state(seed=0)
+    assert set(drawn(hide, shows(1, 0, 1, 1), 50)) == {(0, 0, 1, 1), (1, 0, 0, 1)}
+    assert set(drawn(hide, shows(0, 1, 0, 1), 50)) == {(0, 1, 0, 1)}
+    assert set(drawn(hide, shows(1, 1), 50)) == {(1, 1)}  # a network of a single sequence
+
+
+def test_sequences_are_hidden_as_often_as_asked():
+    hide = RandDropd(0.25)
+    hide.set_random_state(seed=1)
+    assert 190 < sum(0 in seen for seen in drawn(hide, shows(1, 1, 1, 1), 1000)) < 310  # 250, standard deviation 13.7
+    never = RandDropd(0.0)
+    never.set_random_state(seed=1)
+    assert set(drawn(never, shows(1, 1, 1, 1), 100)) == {(1, 1, 1, 1)}
+
+
+def test_what_is_hidden_depends_on_the_seed():
+    def of(seed: int) -> list[tuple[float, ...]]:
+        hide = RandDropd(0.5)
+        hide.set_random_state(seed=seed)
+        return drawn(hide, shows(1, 1, 1, 1), 40)
+
+    np.random.seed(0)
+    first = of(3)
+    np.random.seed(1)
+    assert of(3) == first
+    assert of(4) != first
+
+
+def test_hiding_is_a_part_of_the_augmentation_and_changes_nothing_else_in_it(data):
+    assert not any(isinstance(t, RandDropd) for t in augmentation(2).transforms)
+    plain, hiding = Examples(data, augmentation(2), seed=4), Examples(data, augmentation(2, 1.0), seed=4)
+    assert same(plain[0], Examples(data, augmentation(2, 0.0), seed=4)[0])
+    for index in range(len(data)):
+        a, b = plain[index], hiding[index]
+        assert all(torch.equal(a[k], b[k]) for k in ("image", "mask", "expected"))
+        assert (a["seen"].sum(), b["seen"].sum()) == (4, 3)
+        assert same(b, hiding[index])
