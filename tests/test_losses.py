@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_deepgmm.losses import MeanPrior, MixtureNLL, Staged, StartCrossEntropy, Term, across_ranks
-from monai_deepgmm.mixture import Mixture, m_step, nll
+from monai_deepgmm.mixture import VARIANCE_FLOOR, Mixture, m_step, nll
 
 K, M = 3, 2
 
@@ -82,6 +82,22 @@ def test_the_nll_of_four_voxels_by_hand():
 
     found = MixtureNLL(spatial=False, floor=0.0)(logits, joined(image, mask))
     assert found.item() == pytest.approx(sum(-math.log(density(x)) for x in (0, 2, 10, 14)) / 4)
+
+
+@each_model
+@each_covariance
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["double", "single"])
+def test_a_sequence_of_zeros_changes_no_gradient(covariance, spatial, dtype, tol):
+    """The loss bears a constant more: the density of 0 under N(0, floor)."""
+    logits, image, mask = scene((7, 8), dtype=dtype)
+    image[:, 1] += 4 * logits.argmax(1)
+    loss = MixtureNLL(spatial=spatial, covariance=covariance)
+    value, gradient = value_and_gradient(loss, logits, joined(image, mask))
+    padded = joined(image[:, :1], torch.zeros_like(mask), image[:, 1:], mask)
+    with_it, same_gradient = value_and_gradient(loss, logits, padded)
+    assert with_it.item() == pytest.approx(value.item() + 0.5 * math.log(2 * math.pi * VARIANCE_FLOOR), abs=tol)
+    assert gradient.abs().max() > 1e-3
+    torch.testing.assert_close(same_gradient, gradient, rtol=tol, atol=tol * float(gradient.abs().max()))
 
 
 @each_shape

@@ -357,3 +357,29 @@ def test_masked_mean_by_hand():
     values = torch.tensor([[[1.0, 2.0, 6.0]], [[1.0, 2.0, 6.0]]])
     mask = torch.tensor([[[1, 0, 1]], [[0, 0, 0]]], dtype=torch.bool)
     assert masked_mean(values, mask).tolist() == [3.5, 0.0]
+
+
+# A sequence that is 0 everywhere -----------------------------------------------------------------------------------
+
+
+@each_model
+@pytest.mark.parametrize("covariance", ["diag", "full", "tied"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["double", "single"])
+@pytest.mark.parametrize("place", [0, 1, M])
+def test_a_sequence_of_zeros_cancels(covariance, spatial, dtype, rtol, place):
+    """It has the same density under every component, so that the mixture is that of the other sequences."""
+    image, mask, logits = scene((9, 9), dtype=dtype)
+    image[:, 2] += 4 * logits.argmax(1)
+    padded = torch.cat([image[:, :place], torch.zeros_like(image[:, :1]), image[:, place:]], 1)
+    without, with_it = (
+        m_step(i, logits.softmax(1), mask, covariance=covariance, spatial=spatial) for i in (image, padded)
+    )
+    others = [m for m in range(M + 1) if m != place]
+    assert (with_it.means[..., place] == 0).all()
+    torch.testing.assert_close(with_it.means[..., others], without.means)
+    resp, alone = e_step(padded, mask, with_it), e_step(image, mask, without)
+    torch.testing.assert_close(resp, alone, rtol=rtol, atol=rtol)
+    assert alone.amax(1).max() > 0.9  # and they say something
+    # In the likelihood it is worth a constant: the density of 0 under N(0, floor).
+    worth = 0.5 * np.log(2 * np.pi * VARIANCE_FLOOR)
+    torch.testing.assert_close(nll(padded, mask, with_it), nll(image, mask, without) + worth, rtol=rtol, atol=rtol)

@@ -187,7 +187,8 @@ def test_the_training_configuration_has_the_commands_options_and_defaults():
     raw = json.loads((SHIPPED / "train.json").read_text(encoding="utf-8"))
     parser = ConfigParser({k: v for k, v in raw.items() if k != "imports"})
     assert parser.get_parsed_content("plan") == training.plan()
-    assert parser.get_parsed_content("settings") == training.Settings()
+    assert parser.get_parsed_content("settings") == training.plan().settings
+    assert raw["set"] == {}
     typed = vars(cli.parser().parse_args(["train", "in", "out"]))
     own = {"command", "directory", "model_dir", "verbose", "quiet"}
     for key in set(typed) - own:

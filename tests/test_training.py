@@ -93,9 +93,33 @@ def test_the_loss_and_the_method_name_each_other():
     assert plan(method="deepsvg", loss="nll_v").spatial is True
     assert plan().covariance == "tied"
     assert plan(settings={"covariance": "diag"}).covariance == "diag"
-    assert plan(settings=["lr=1e-4", "augment=false", "labels=network"]).settings == Settings(
-        lr=1e-4, augment=False, labels="network"
+    asked = plan(settings=["lr=1e-4", "augment=false", "labels=posterior", "teacher=signature"]).settings
+    assert asked == Settings(
+        lr=1e-4, augment=False, labels="posterior", teacher="signature", start_weight=0.3, drop=0.0
     )
+
+
+def test_the_teacher_is_the_anatomy_where_there_is_one_and_no_means(patients, tmp_path):
+    def resolved(*settings: str, **options) -> tuple:
+        asked = plan(settings=settings, **options).settings
+        return asked.teacher, asked.start_weight, asked.drop, asked.labels
+
+    by_anatomy, by_signature = ("anatomy", 3.0, 0.25, "network"), ("signature", 0.3, 0.0, "posterior")
+    assert resolved() == by_anatomy
+    assert resolved(protocol="brain") == by_signature
+    assert resolved(means="cohort") == by_signature
+    assert resolved("teacher=signature") == by_signature
+    assert resolved("teacher=anatomy", means="cohort") == by_anatomy
+    file = tmp_path / "means.json"
+    assert main(["means", str(patients), "-o", str(file)]) == 0
+    assert resolved(means=file) == by_signature
+    asked = ("teacher=anatomy", "start_weight=0", "drop=0", "labels=posterior")
+    assert resolved(*asked) == ("anatomy", 0, 0, "posterior")  # 0 is no None
+
+
+def test_a_protocol_without_anatomy_has_no_such_teacher():
+    with pytest.raises(UsageError, match="teacher=anatomy: protocol brain does not say where tissues can be"):
+        plan(protocol="brain", settings={"teacher": "anatomy"})
 
 
 @pytest.mark.parametrize(
@@ -125,7 +149,10 @@ def test_the_loss_and_the_method_name_each_other():
         ({"settings": {"grid_mm": 0}}, "grid_mm from 0.01 to 100"),
         ({"settings": {"covariance": "round"}}, "choose one of None, diag, full, tied, spherical"),
         ({"settings": {"mean_over": "epoch"}}, "choose one of image, batch"),
-        ({"settings": {"labels": "guess"}}, "choose one of posterior, network"),
+        ({"settings": {"labels": "guess"}}, "choose one of None, posterior, network"),
+        ({"settings": {"teacher": "me"}}, "teacher: 'me' is unknown; choose one of None, signature, anatomy"),
+        ({"settings": {"drop": -0.5}}, "drop: got -0.5, expected a number of at least 0"),
+        ({"settings": {"drop": "often"}}, "drop: got 'often'"),
         ({"settings": {"augment": "much"}}, "choose one of True, False"),
     ],
 )
@@ -162,7 +189,7 @@ def test_a_plan_tells_no_password(monkeypatch):
 def owners(prepared, found) -> tuple[list[str], list[str]]:
     """The patient that each example for training, and for validation, is of."""
     loaded, _ = examples.load(found.studies, INFARCT, frame=None, max_voxels=1 << 28)
-    made = examples.make(loaded, INFARCT, grid_mm=1.0)
+    made = examples.make(loaded, INFARCT, grid_mm=1.0, teacher=prepared.spec.teacher)
 
     def owner(example) -> str:
         return next(who for who, own in made.items() if any(equal(example, e) for e in own))
@@ -195,8 +222,8 @@ def test_one_of_five_patients_is_held_out_and_none_of_four(found):
 
 
 def test_the_network_is_specified_by_the_cohort_and_the_plan(found):
-    prepared = prepare(found, plan(method="deepg", network=TINY, settings={"labels": "network", "grid_mm": 1.5}))
-    assert prepared.spec == spec.Spec(
+    prepared = prepare(found, plan(method="deepg", network=TINY, settings={"grid_mm": 1.5}))
+    taught = spec.Spec(
         protocol="infarct",
         normalisation=INFARCT.normalisation,
         sequences=("LGE", "T2", "bSSFP"),
@@ -208,7 +235,15 @@ def test_the_network_is_specified_by_the_cohort_and_the_plan(found):
         spatial=False,
         covariance="tied",
         labels="network",
+        teacher="anatomy",
+        incomplete=True,
     )
+    assert prepared.spec == taught
+    asked = plan(method="deepg", network=TINY, settings={"grid_mm": 1.5, "teacher": "signature"})
+    of_the_paper = {"labels": "posterior", "teacher": "signature", "incomplete": False}
+    assert prepare(found, asked).spec == dataclasses.replace(taught, **of_the_paper)
+    asked = plan(method="deepg", network=TINY, settings={"grid_mm": 1.5, "drop": 0})
+    assert prepare(found, asked).spec == dataclasses.replace(taught, incomplete=False)
 
 
 @pytest.mark.parametrize(("asked", "batch", "epochs"), [(None, 4, 100), (None, 1, 40), (7, 4, 7)])
@@ -222,10 +257,11 @@ def test_the_fingerprint_tells_what_can_change_a_weight(found, patients, tmp_pat
 
     base = fingerprint()
     assert fingerprint() == base
-    assert fingerprint(settings={"workers": 3, "labels": "network"}) == base
+    assert fingerprint(settings={"workers": 3, "labels": "posterior"}) == base
     moved = Path(shutil.copytree(patients, tmp_path / "moved"))
     assert fingerprint(cohort.find(moved, INFARCT)) == base
     changed = {"lr": 2e-3, "grid_mm": 1.2, "augment": False, "covariance": "diag", "tol": 0.1, "validation": 0.2}
+    changed |= {"drop": 0.1, "start_weight": 0.3, "teacher": "signature"}
     others = [fingerprint(settings={k: v}) for k, v in changed.items()]
     others += [fingerprint(**o) for o in ({"seed": 1}, {"epochs": 9}, {"method": "deepg"}, {"network": "basicunet"})]
     others += [fingerprint(means="cohort"), fingerprint(dataclasses.replace(found, studies=found.studies[1:]))]
@@ -262,7 +298,7 @@ def test_broken_patients_are_left_out_with_the_reason(patients, tmp_path, capsys
     (folder / "pat1_LGE.nii.gz").write_bytes(b"")
     (folder / "pat2_T2.nii.gz").unlink()
     out = tmp_path / "model"
-    assert train(folder, out, "--epochs", "1") == 1
+    assert train(folder, out, "--epochs", "1", "--set", "drop=0") == 1
     said = capsys.readouterr().err
     assert "pat1 was not used: E_EMPTY" in said
     assert "pat2 was not used: E_MODEL" in said
@@ -590,10 +626,10 @@ def test_resuming_what_is_finished_changes_nothing(patients, trained, tmp_path):
 
 def test_what_changes_no_weight_may_change(patients, trained, tmp_path):
     out = Path(shutil.copytree(trained, tmp_path / "model"))
-    assert train(patients, out, "--resume", "--set", "labels=network") == 0
+    assert train(patients, out, "--resume", "--set", "labels=posterior") == 0
     assert (out / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
-    assert spec.read(out, INFARCT).spec.labels == "network"
-    assert spec.read(trained, INFARCT).spec.labels == "posterior"
+    assert spec.read(out, INFARCT).spec.labels == "posterior"
+    assert spec.read(trained, INFARCT).spec.labels == "network"
 
 
 # What a training leaves ----------------------------------------------------------------------------------------------
@@ -621,7 +657,7 @@ def test_the_validation_loss_is_that_of_the_held_out_patients(found, trained):
     prepared = prepare(found, plan(network=TINY, epochs=EPOCHS, settings={"batch_size": 2}))
     network = model.build(prepared.spec)
     network.load_state_dict(read_checkpoint(trained / CHECKPOINT)["network"])
-    loss = Staged(MixtureNLL(spatial=True, covariance="tied"), start_weight=0.3)
+    loss = Staged(MixtureNLL(spatial=True, covariance="tied"), start_weight=3.0)
     network.eval()
     with torch.no_grad():
         values = []
