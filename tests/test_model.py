@@ -92,6 +92,14 @@ def test_a_model_is_read_back_as_it_was_written(folder):
     assert all(torch.equal(v, saved[k]) for k, v in loaded.state_dict().items())
 
 
+def test_a_model_from_before_there_were_teachers_was_taught_by_signature(folder):
+    raw = json.loads((folder / SPEC).read_text())
+    del raw["teacher"], raw["incomplete"]
+    (folder / SPEC).write_text(json.dumps(raw))
+    known = spec.read(folder, INFARCT).spec
+    assert (known.teacher, known.incomplete) == ("signature", False)
+
+
 def test_two_models_are_the_same_when_their_files_are(folder, tmp_path):
     first = spec.read(folder, INFARCT)
     assert spec.read(write(tmp_path / "copy"), INFARCT).sha256 == first.sha256
@@ -293,6 +301,9 @@ def test_a_specification_that_cannot_be_read_is_refused(folder, text, said):
         ({"spatial": 1}, "spatial: got 1, expected true or false"),
         ({"covariance": "round"}, "covariance: got round, expected one of diag"),
         ({"covariance": ["diag"]}, "covariance"),
+        ({"teacher": "me"}, "teacher: got me, expected one of signature, anatomy"),
+        ({"teacher": None}, "teacher"),
+        ({"incomplete": 1}, "incomplete: got 1, expected true or false"),
     ],
 )
 def test_a_model_for_something_else_is_refused(tmp_path, change, said):
