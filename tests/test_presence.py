@@ -1,0 +1,460 @@
+"""Which regions are believed, by hand; what those that are not become; the anatomical mixture of a whole patient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from monai_deepgmm import anatomical, anatomy, cohort, config, phantom, protocol, segment
+from monai_deepgmm.anatomy import ANGLES, Ring
+from monai_deepgmm.mapem import Field, Shape
+from monai_deepgmm.mixture import m_step
+from monai_deepgmm.presence import MIN_HEALTHY, UNKNOWN_SUPPORT, Region, believed, decide
+from monai_deepgmm.protocol import Evidence, Tissue
+
+INFARCT = protocol.load("infarct")
+SEQUENCES = INFARCT.sequences
+BLOOD, MYOCARDIUM, EDEMA, SCAR = range(4)
+SIDE, CAVITY, WALL = 61, 10.0, 25.0
+
+ALWAYS = Evidence(0.0, -1e9, {}, "LGE")
+NEVER = Evidence(0.0, 1e9, {}, "LGE")
+
+#: Each voxel's place around the centre: offsets along the two axes, and the distance.
+X, Y = np.meshgrid(*[np.arange(SIDE) - SIDE // 2] * 2, indexing="ij")
+R = np.hypot(X, Y)
+
+
+def tissues(edema: Evidence | None = ALWAYS, scar: Evidence | None = ALWAYS) -> tuple[Tissue, ...]:
+    """The protocol's, with other evidence."""
+    blood, myocardium, *others = INFARCT.tissues
+    return (
+        blood,
+        myocardium,
+        *(dataclasses.replace(t, evidence=e) for t, e in zip(others, (edema, scar), strict=True)),
+    )
+
+
+def borders(batch: int) -> Ring:
+    """A cavity within a wall, the same in each slice."""
+    angle = (np.arctan2(Y, X) / (2 * np.pi) % 1 * ANGLES).astype(np.int64) % ANGLES
+    inside = torch.from_numpy((R < CAVITY).astype(float)).expand(batch, 1, -1, -1)
+    outer, inner = (np.full((batch, ANGLES), radius) for radius in (WALL, CAVITY))
+    return Ring(inside, np.stack([angle] * batch), outer, inner)
+
+
+def labels(**regions: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """A slice: blood, myocardium, and where edema and scar are."""
+    found = np.where(R < CAVITY, BLOOD, MYOCARDIUM)
+    for tissue, where in regions.items():
+        found[where] = {"edema": EDEMA, "scar": SCAR, "myocardium": MYOCARDIUM}[tissue]
+    return found
+
+
+def disc(row: float, column: float, radius: float) -> NDArray[np.bool_]:
+    return np.hypot(X - row, Y - column) < radius
+
+
+def soft(*slices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Responsibilities, and the mask. Edema could be myocardium, and scar could be edema, or less likely myocardium."""
+    likely = torch.tensor(
+        [[0.9, 0.1, 0.0, 0.0], [0.0, 0.85, 0.1, 0.05], [0.0, 0.2, 0.7, 0.1], [0.0, 0.1, 0.3, 0.6]], dtype=torch.float64
+    )
+    mask = torch.from_numpy((R < WALL).astype(float)).expand(len(slices), 1, -1, -1).clone()
+    return likely[torch.from_numpy(np.stack(slices))].movedim(-1, 1) * mask, mask
+
+
+def bland(batch: int) -> Tensor:
+    """Images that nothing is seen in: a checkerboard of 0 and 2 in each sequence, mean 1 and standard deviation 1."""
+    board = torch.from_numpy(((X + Y) % 2 * 2.0)[None, None])
+    return board.expand(batch, len(SEQUENCES), -1, -1).clone()
+
+
+def run(
+    *slices: NDArray[np.int64],
+    of: tuple[Tissue, ...] | None = None,
+    image: Tensor | None = None,
+    at: tuple[int, ...] = (),
+    sequences: tuple[str, ...] = SEQUENCES,
+    spacing_mm: tuple[float, float] = (1.0, 1.0),
+) -> tuple[Tensor, list[Region]]:
+    resp, mask = soft(*slices)
+    image = bland(len(slices)) if image is None else image
+    ring = borders(len(slices))
+    return decide(resp, image, mask, ring, of or tissues(), sequences, slices=at, spacing_mm=spacing_mm)
+
+
+def only(regions: list[Region], tissue: str) -> list[Region]:
+    return [r for r in regions if r.tissue == tissue]
+
+
+# Believed --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "support", "contrast", "decision"),
+    [
+        (5.0, 0.5, 1.0, True),  # 0.1 · 5 + 1 · 0.5 + 0.25 · 1 = 1.25
+        (4.9, 9.0, 9.0, False),  # too small, whatever else speaks for it
+        (5.0, 0.4, 1.0, False),  # 1.15
+        (6.0, 0.4, 1.0, True),  # 1.25
+        (5.0, 0.4, 1.4, True),  # 1.25
+        (9.0, 0.0, np.inf, True),
+    ],
+)
+def test_believed_by_hand(size, support, contrast, decision):
+    evidence = Evidence(5.0, 1.25 - 1e-9, {"size": 0.1, "support": 1.0, "contrast": 0.25}, "LGE")
+    assert believed(Region("scar", 0, 9, size, support, contrast, False), evidence) is decision
+
+
+def test_what_has_no_weight_does_not_count():
+    evidence = Evidence(5.0, 0.5, {"support": 1.0}, "LGE")
+    assert believed(Region("scar", 0, 9, 5.0, 0.5, -99.0, False), evidence)
+    assert not believed(Region("scar", 0, 9, 99.0, 0.4, np.inf, False), evidence)
+
+
+# What a region shows ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "spacing_mm", "voxels", "size"),
+    [
+        (disc(17, 0, 0.5), (1.0, 1.0), 1, 2.0),
+        (disc(17, 0, 0.5), (2.0, 0.5), 1, 1.0),
+        ((np.abs(X - 17) <= 2) & (np.abs(Y) <= 2), (1.0, 1.0), 25, 6.0),  # from its centre, 3 to what is outside
+        ((np.abs(X - 17) <= 2) & (np.abs(Y) <= 2), (2.0, 1.0), 25, 6.0),
+        ((np.abs(X - 17) <= 2) & (np.abs(Y) <= 2), (1.5, 1.5), 25, 9.0),
+        ((X == 17) & (np.abs(Y) <= 9), (1.0, 1.0), 19, 2.0),  # as thin as a speck, though long
+    ],
+    ids=["speck", "flat speck", "square", "wide square", "large square", "line"],
+)
+def test_size_by_hand(where, spacing_mm, voxels, size):
+    _, regions = run(labels(scar=where), spacing_mm=spacing_mm)
+    (region,) = only(regions, "scar")
+    assert region.voxels == voxels == where.sum()
+    assert region.size == pytest.approx(size)
+
+
+def test_a_rim_is_thinner_than_a_disc():
+    rim, ball = (R >= CAVITY) & (R < CAVITY + 2) & (X < 0), disc(17, 0, 5)
+    _, regions = run(labels(scar=rim | ball))
+    thin, thick = sorted(only(regions, "scar"), key=lambda r: r.size)
+    assert (thin.voxels, thick.voxels) == (rim.sum(), ball.sum())
+    assert thin.size < 5
+    assert thick.size == pytest.approx(10, abs=1)
+
+
+def test_regions_that_touch_at_a_corner_are_two():
+    _, regions = run(labels(scar=(disc(17, 0, 0.5) | disc(18, 1, 0.5))))
+    assert [r.voxels for r in only(regions, "scar")] == [1, 1]
+
+
+def test_only_the_wall_is_looked_at():
+    """Scar inside the inner border is someone else's business; a region that leaves the wall counts within it."""
+    where = disc(8, 0, 1.5) | disc(-11, 0, 3)
+    resp, regions = run(labels(scar=where), of=tissues(scar=NEVER))
+    (region,) = only(regions, "scar")
+    assert region.voxels == (disc(-11, 0, 3) & (R >= CAVITY)).sum() < disc(-11, 0, 3).sum()
+    assert (resp[0, SCAR] > 0.5).sum() == (where & (R < CAVITY)).sum()
+
+
+def test_support_by_hand():
+    """Of slices whose wall is all scar, has none, or is half scar, at the same angles or on the other side."""
+    one, none, wall = labels(scar=disc(17, 0, 3)), labels(), R >= CAVITY
+    whole, near, far = (labels(scar=where) for where in (wall, wall & (X > 0), wall & (X < 0)))
+
+    def support(*slices: NDArray[np.int64], at: tuple[int, ...] = ()) -> float:
+        _, regions = run(*slices, at=at)
+        return next(r.support for r in regions if r.tissue == "scar" and r.image == 0)
+
+    assert support(one, whole, at=(4, 3)) == pytest.approx(1)
+    assert support(one, none, at=(4, 3)) == 0
+    assert support(one, near, at=(4, 5)) == pytest.approx(1, abs=0.02)
+    assert support(one, far, at=(4, 5)) == pytest.approx(0, abs=0.02)
+    assert support(one, whole, none, at=(4, 3, 5)) == pytest.approx(0.5)
+    assert support(one, whole, near, at=(4, 5, 3)) == pytest.approx(1, abs=0.02)
+    assert support(one, whole, whole, at=(4, 2, 6)) == UNKNOWN_SUPPORT  # nobody beside it
+    assert support(one, none, whole, at=(4, 5, 6)) == 0  # the next but one does not count
+    assert support(one, whole) == UNKNOWN_SUPPORT
+    assert support(one, at=(4,)) == UNKNOWN_SUPPORT
+
+
+def test_the_support_of_a_half_is_half():
+    """The neighbour holds scar in the inner half of the wall, by area."""
+    inner_half = (R >= CAVITY) & (2 * R**2 < CAVITY**2 + WALL**2)
+    _, regions = run(labels(scar=disc(17, 0, 3)), labels(scar=inner_half), at=(0, 1))
+    assert regions[0].support == pytest.approx(0.5, abs=0.05)
+
+
+def test_contrast_by_hand():
+    """The healthy wall is 0 and 2 in turns: mean 1, standard deviation 1 (nearly, for either may be more)."""
+    where = disc(17, 0, 3)
+    image = bland(1)
+    image[0, 0][torch.from_numpy(where)] = 4.5
+    image[0, 1][torch.from_numpy(where)] = -2.0
+    image[0, :, R < CAVITY] = 50.0  # blood is not the healthy wall
+    for sequence, contrast in (("LGE", 3.5), ("T2", -3.0)):
+        of = tissues(scar=dataclasses.replace(ALWAYS, sequence=sequence))
+        _, regions = run(labels(scar=where), of=of, image=image)
+        assert regions[0].contrast == pytest.approx(contrast, abs=0.01)
+
+
+def test_without_healthy_wall_any_contrast_will_do():
+    square = (np.abs(X - 17) <= 2) & (np.abs(Y) <= 2)
+    few, enough = square & (Y * 5 + X - 17 < -2), square & (Y * 5 + X - 17 < 100)
+    assert few.sum() < MIN_HEALTHY <= enough.sum()
+    for healthy, finite in ((few, False), (enough, True)):
+        _, regions = run(labels(scar=(R >= CAVITY) & ~healthy))
+        assert np.isfinite(only(regions, "scar")[0].contrast) == finite
+    _, regions = run(labels(scar=square), image=torch.ones_like(bland(1)))
+    assert regions[0].contrast == np.inf  # a constant wall
+
+
+# What is not believed --------------------------------------------------------------------------------------------
+
+
+def test_where_all_is_believed_nothing_changes():
+    slices = [labels(edema=disc(17, 0, 5), scar=disc(-17, 0, 4)), labels(scar=disc(0, 17, 2))]
+    resp, regions = run(*slices)
+    torch.testing.assert_close(resp, soft(*slices)[0])
+    assert all(r.believed for r in regions)
+    assert [(r.tissue, r.image) for r in regions] == [("scar", 0), ("scar", 1), ("edema", 0)]
+
+
+def test_what_needs_no_evidence_is_always_there():
+    slices = [labels(edema=disc(17, 0, 5), scar=disc(-17, 0, 4))]
+    resp, regions = run(*slices, of=tissues(edema=None, scar=None))
+    torch.testing.assert_close(resp, soft(*slices)[0])
+    assert regions == []
+
+
+def test_what_scar_loses_can_be_edema():
+    where = torch.from_numpy(disc(17, 0, 4))
+    resp, regions = run(labels(scar=disc(17, 0, 4)), of=tissues(scar=NEVER))
+    assert (resp.argmax(1)[0][where] == EDEMA).all()
+    assert resp[0, :, where].T[0].tolist() == pytest.approx([0, 0.25, 0.75, 0])  # 0.1 and 0.3 of 0.4
+    assert [(r.tissue, r.voxels, r.believed) for r in regions] == [
+        ("scar", int(where.sum()), False),
+        ("edema", int(where.sum()), True),
+    ]
+
+
+def test_what_edema_loses_is_healthy_and_does_not_return_to_scar():
+    edema, scar = disc(17, 0, 4), disc(-17, 0, 4)
+    resp, regions = run(labels(edema=edema, scar=scar), of=tissues(NEVER, NEVER))
+    lost = torch.from_numpy(edema | scar)
+    assert (resp.argmax(1)[0][lost] == MYOCARDIUM).all()
+    assert resp[0, :, lost][[EDEMA, SCAR]].abs().max() == 0
+    assert sorted((r.tissue, r.believed) for r in regions) == [("edema", False), ("edema", False), ("scar", False)]
+
+
+def test_edema_that_scar_leaves_joins_the_edema_beside_it():
+    """Two halves of one disc: neither is large enough, both together are."""
+    ball = disc(17, 0, 6)
+    evidence = Evidence(10.0, 0.0, {}, "T2")
+    slices = labels(edema=ball & (Y > 0), scar=ball & (Y <= 0))
+    _, regions = run(slices, of=tissues(evidence, NEVER))
+    (region,) = only(regions, "edema")
+    assert region.believed
+    assert region.voxels == ball.sum()
+    _, regions = run(slices, of=tissues(evidence, ALWAYS))
+    assert not only(regions, "edema")[0].believed
+
+
+def test_each_region_is_decided_alone():
+    large, small = disc(17, 0, 5), disc(-17, 0, 2)
+    resp, regions = run(labels(scar=large | small), of=tissues(scar=Evidence(6.0, 0.0, {}, "LGE")))
+    found = resp.argmax(1)[0].numpy()
+    assert (found[large] == SCAR).all()
+    assert (found[small] == EDEMA).all()
+    assert sorted((r.voxels, r.believed) for r in only(regions, "scar")) == [(small.sum(), False), (large.sum(), True)]
+
+
+def test_neighbours_vouch_for_each_other():
+    """Both are decided by what was there before either was."""
+    slices = [labels(scar=disc(17, 0, 4))] * 2 + [labels(scar=disc(-17, 0, 4))]
+    of = tissues(scar=Evidence(0.0, 0.1, {"support": 1.0}, "LGE"))
+    _, regions = run(*slices, of=of, at=(0, 1, 2))
+    first, second, third = only(regions, "scar")
+    assert first.support == pytest.approx(2 * second.support)  # the third does not hold it there
+    assert (first.believed, second.believed, third.believed) == (True, True, False)
+
+
+def test_where_nothing_else_is_possible_the_wall_is_healthy():
+    resp, mask = soft(labels(scar=disc(17, 0, 4)))
+    certain = torch.nn.functional.one_hot(resp.argmax(1), 4).movedim(-1, 1).double() * mask
+    changed, _ = decide(
+        certain, bland(1), mask, borders(1), tissues(scar=NEVER), SEQUENCES, slices=(), spacing_mm=(1.0, 1.0)
+    )
+    where = torch.from_numpy(disc(17, 0, 4))
+    assert (changed[0, MYOCARDIUM, where] == 1).all()
+    torch.testing.assert_close(changed.sum(1, keepdim=True), mask)
+
+
+@pytest.mark.parametrize("edema", [ALWAYS, NEVER], ids=["edema", "no edema"])
+@pytest.mark.parametrize("scar", [ALWAYS, NEVER], ids=["scar", "no scar"])
+def test_probabilities_sum_to_one_again_and_nothing_given_is_changed(edema, scar):
+    slices = [labels(edema=disc(17, 0, 6), scar=disc(15, 0, 4)), labels(scar=disc(0, 17, 2))]
+    resp, mask = soft(*slices)
+    image, ring = bland(2), borders(2)
+    given = resp.clone(), image.clone(), mask.clone(), ring.inside.clone()
+    found, _ = decide(resp, image, mask, ring, tissues(edema, scar), SEQUENCES, slices=(0, 1), spacing_mm=(1.0, 1.0))
+    torch.testing.assert_close(found.sum(1, keepdim=True), mask)
+    assert ((found >= 0) & (found <= 1)).all()
+    assert all(torch.equal(a, b) for a, b in zip((resp, image, mask, ring.inside), given, strict=True))
+
+
+def test_a_tissue_whose_sequence_lacks_is_not_judged():
+    slices = labels(edema=disc(17, 0, 5))
+    resp, regions = run(slices, of=tissues(edema=dataclasses.replace(NEVER, sequence="T2")), sequences=("LGE",))
+    assert only(regions, "edema") == []
+    torch.testing.assert_close(resp, soft(slices)[0])
+
+
+def test_a_slice_without_a_wall():
+    resp, mask = soft(labels())
+    found, regions = decide(
+        resp * 0, bland(1), mask * 0, borders(1), tissues(NEVER, NEVER), SEQUENCES, slices=(0,), spacing_mm=(1.0, 1.0)
+    )
+    assert regions == []
+    assert found.abs().max() == 0
+
+
+# The anatomical mixture ------------------------------------------------------------------------------------------
+
+
+#: Level of each tissue in LGE, T2, bSSFP.
+LEVELS = torch.tensor([[1.2, -1.2, 1.5], [-0.8, 0.0, -0.5], [-0.5, 1.2, -0.4], [1.2, 0.8, -0.3]], dtype=torch.float64)
+
+
+def patient(*slices: NDArray[np.int64], noise: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, mask and truth of slices with a cavity of a usual size."""
+    truth = torch.from_numpy(np.stack(slices))
+    generator = torch.Generator().manual_seed(seed)
+    image = LEVELS[truth].movedim(-1, 1)
+    image = image + noise * torch.randn(image.shape, generator=generator, dtype=torch.float64)
+    return image, soft(*slices)[1], truth
+
+
+def infarcted() -> NDArray[np.int64]:
+    """A cavity of 15 in a wall of 25: edema in a third of it, scar in the middle of that."""
+    found = np.where(R < 15, BLOOD, MYOCARDIUM)
+    turn = np.abs(np.arctan2(Y, X))
+    found[(R >= 15) & (turn < np.pi / 3)] = EDEMA
+    found[(R >= 15) & (turn < np.pi / 6)] = SCAR
+    return found
+
+
+def healthy() -> NDArray[np.int64]:
+    return np.where(R < 15, BLOOD, MYOCARDIUM)
+
+
+def fitted(image: Tensor, mask: Tensor, of: tuple[Tissue, ...] = INFARCT.tissues, **options) -> anatomical.Fit:
+    return anatomical.fit(image, mask, of, SEQUENCES, (1.0, 1.0), INFARCT.anatomy, **options)
+
+
+def overlap(found: Tensor, truth: Tensor, mask: Tensor, tissue: int) -> float:
+    a, b = ((x == tissue) & (mask[:, 0] > 0) for x in (found, truth))
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def test_planted_tissues_are_found_under_their_names():
+    image, mask, truth = patient(infarcted())
+    found = fitted(image, mask)
+    assert found.converged.all()
+    for tissue in range(4):
+        assert overlap(found.resp.argmax(1), truth, mask, tissue) > 0.85
+    # Its mixture is on the image's scale, and its covariances are full.
+    torch.testing.assert_close(found.mixture.means[0], LEVELS, rtol=0, atol=0.25)
+    assert found.mixture.covariances.shape == (1, 4, 3, 3)
+
+
+def test_blood_lies_inside_the_border_and_the_rest_outside():
+    image, mask, _ = patient(infarcted(), healthy(), noise=1.0)
+    found = fitted(image, mask, slices=(0, 1))
+    inside = anatomy.ring(image, mask, INFARCT.anatomy, SEQUENCES, (1.0, 1.0), slices=(0, 1)).inside
+    torch.testing.assert_close(found.resp[:, :1], inside)
+    torch.testing.assert_close(found.resp[:, 1:].sum(1, keepdim=True), mask - inside)
+    torch.testing.assert_close(found.mixture.weights.sum(1, keepdim=True), mask)
+    assert not found.collapsed.any()
+
+
+@pytest.mark.parametrize("names", [("myocardium", "edema", "scar"), ("blood",), ("myocardium",)], ids="+".join)
+def test_tissues_of_one_place_have_the_whole_mask(names):
+    image, mask, _ = patient(infarcted())
+    found = fitted(image, mask, tuple(INFARCT.tissue(n) for n in names))
+    torch.testing.assert_close(found.resp.sum(1, keepdim=True), mask)
+    assert found.resp.shape[1] == len(names)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "full", "tied", "spherical"])
+def test_the_covariance_that_is_reported_is_as_asked_for(covariance):
+    image, mask, _ = patient(infarcted())
+    found = fitted(image, mask, covariance=covariance)
+    expected = m_step(image, found.resp, mask, covariance=covariance, spatial=True)
+    torch.testing.assert_close(found.mixture.covariances, expected.covariances)
+    torch.testing.assert_close(found.resp, fitted(image, mask).resp)  # it is reported only
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"shape": Shape(dof=None)}, {"shape": Shape(outliers=0.1)}, {"field": Field(sigma_mm=0.5)}, {"max_iter": 1}],
+    ids=["gauss", "outliers", "sigma", "one iteration"],
+)
+def test_every_option_matters(options):
+    image, mask, _ = patient(infarcted(), noise=0.8)
+    found, usual = fitted(image, mask, **options), fitted(image, mask)
+    assert not torch.allclose(found.resp, usual.resp, atol=1e-4)
+
+
+def test_slices_are_fitted_one_by_one():
+    image, mask, _ = patient(infarcted(), healthy(), infarcted(), noise=0.5)
+    together = fitted(image, mask, slices=(0, 2, 4))
+    for b in range(3):
+        alone = fitted(image[b : b + 1], mask[b : b + 1])
+        torch.testing.assert_close(alone.resp[0], together.resp[b], rtol=0, atol=1e-9)
+        torch.testing.assert_close(alone.mixture.means[0], together.mixture.means[b])
+        assert alone.nll[0].item() == pytest.approx(together.nll[b].item())
+
+
+def test_believed_takes_the_border_from_the_image():
+    """A bright line in a healthy wall is not believed; a pair of infarcted slices keeps what it has."""
+    line = (R >= 19) & (R < 21) & (X > 0)
+    slices = np.where(line, SCAR, healthy()), infarcted(), infarcted()
+    image, mask, truth = patient(*slices, noise=0.4)
+    resp, _ = soft(*slices)
+    found, regions = anatomical.believed(
+        resp, image, mask, INFARCT.tissues, SEQUENCES, (1.0, 1.0), INFARCT.anatomy, slices=(0, 5, 6)
+    )
+    before, after = resp.argmax(1), found.argmax(1)
+    assert (before[0] >= EDEMA).sum() == line.sum() > 50
+    assert (after[0] >= EDEMA).sum() == 0
+    assert torch.equal(after[1:] * mask[1:, 0], truth[1:] * mask[1:, 0])
+    assert {(r.tissue, r.image) for r in regions if r.believed} == {(t, i) for t in ("edema", "scar") for i in (1, 2)}
+
+
+# A phantom patient -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ill", [False, True], ids=["healthy", "infarct"])
+def test_a_phantom_patient(tmp_path, ill):
+    made = phantom.PhantomConfig(size=210, slices=(2, 3), healthy=float(not ill))
+    phantom.write_cohort(tmp_path, 1, seed=1, config=made)
+    (study,) = cohort.find(tmp_path, INFARCT).studies
+    found = segment.segment(study, config.build())
+    told = found.sidecar["presence"]
+    assert [told[name]["present"] for name in ("edema", "scar")] == [ill, ill]
+    for tissue in INFARCT.tissues[2:]:
+        seen = told[tissue.name]
+        assert ((found.labels == tissue.index).sum() > 0) == ill
+        assert seen["regions"]
+        assert bool(seen["slices"]) == ill
+        assert seen["evidence"] == dataclasses.asdict(tissue.evidence)
+    everything = segment.segment(study, config.build(settings={"presence": False}))
+    assert everything.sidecar["presence"] is None
+    assert {1, 2, 3, 4} <= set(np.unique(everything.labels).tolist())
