@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from monai_deepgmm import files, outputs, scan
+from monai_deepgmm import files, outputs, scan, selftaught
 from monai_deepgmm.config import Config
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.outputs import Row
@@ -76,10 +76,25 @@ def run(cohort: Cohort, out: Path, config: Config, plan: Plan, *, progress: Prog
     """
     studies = select(cohort, plan)
     outputs.check(out, cohort)
+    _check_cohort(config, plan)
+    if config.method == "cohort" and config.model is None:
+        outputs.prepare(out, config.protocol)
+        config = selftaught.taught(cohort, out, config)
     work = _work(studies, out, config, plan)
     outputs.prepare(out, config.protocol)
     with _log_file(out):
         return _run(studies, work, out, config, plan, progress)
+
+
+def _check_cohort(config: Config, plan: Plan) -> None:
+    """Refuses to let parts of a cohort learn from each other.
+
+    Raises:
+        UsageError: the method is cohort, and only a part is to be done.
+    """
+    if config.method == "cohort" and plan.part != (1, 1):
+        hint = f"run it without --part; then others can use --model OUT/{selftaught.MODEL}"
+        raise UsageError(f"--part: --method cohort learns from every patient; {hint}")
 
 
 class Batch:

@@ -21,7 +21,7 @@ from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.spec import LABEL_RULES, LabelRule, Reference
 
-Method = Literal["gmm", "svgmm", "deepg", "deepsvg", "anatomy", "network"]
+Method = Literal["gmm", "svgmm", "deepg", "deepsvg", "anatomy", "network", "cohort"]
 METHODS: tuple[Method, ...] = get_args(Method)
 #: The method where none is asked for: of a protocol that knows where tissues can be, and of any other.
 WITH_ANATOMY: Method = "anatomy"
@@ -34,6 +34,7 @@ DEFAULT_COVARIANCE: Mapping[Method, Covariance] = {
     "deepg": "tied",
     "deepsvg": "tied",
     "anatomy": "full",
+    "cohort": "tied",
 }
 #: The methods that fit a network to the image itself.
 DEEP: tuple[Method, ...] = ("deepg", "deepsvg")
@@ -140,8 +141,8 @@ class Config:
         method: which solver.
         means: μ_data, or None.
         solver: how it fits.
-        network: deepg, deepsvg: the definition that ``networks.build`` takes; None: the paper's U-Net.
-        model: network: the trained one.
+        network: deepg, deepsvg, cohort: the definition that ``networks.build`` takes; None: the paper's U-Net.
+        model: network: the trained one; cohort: None until it is.
         seed: of every random draw; each patient starts from it anew.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: larger images are refused.
@@ -169,15 +170,15 @@ class Config:
                 network's definition, or the seed does not fit into 63 bits.
         """
         _choice("method", self.method, METHODS)
-        if (self.method == "network") != (self.model is not None):
+        if self.method != "cohort" and (self.method == "network") != (self.model is not None):
             hint = "name one with --model MODEL_DIR" if self.model is None else "use --method network with it"
             raise UsageError(f"--method {self.method} and a trained model go together: {hint}")
-        if self.network is not None and self.method not in DEEP:
-            raise UsageError(f"--network: --method {self.method} fits no network; use {' or '.join(DEEP)}")
+        if self.network is not None and self.method not in (*DEEP, "cohort"):
+            raise UsageError(f"--network: --method {self.method} fits no network; use {', '.join(DEEP)} or cohort")
         if self.method == "anatomy" and self.protocol.anatomy is None:
             raise UsageError(f"--method anatomy: protocol {self.protocol.name} does not say where tissues can be")
-        if self.method == "anatomy" and self.means is not None:
-            raise UsageError("--means: --method anatomy has the protocol's own priors; use another method with means")
+        if self.method in ("anatomy", "cohort") and self.means is not None:
+            raise UsageError(f"--means: --method {self.method} has the protocol's own priors; use another with means")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
 

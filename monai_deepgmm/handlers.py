@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from monai_deepgmm import files, model
-from monai_deepgmm.errors import UsageError
+from monai_deepgmm.errors import ChangedError, UsageError
 from monai_deepgmm.examples import Example, Examples
 from monai_deepgmm.losses import Staged
 from monai_deepgmm.spec import WEIGHTS
@@ -236,10 +236,10 @@ def check_fingerprint(folder: Path, state: Mapping[str, Any], fingerprint: str) 
     """Refuses to go on with other data or another plan.
 
     Raises:
-        UsageError: the checkpoint's fingerprint is another.
+        ChangedError: the checkpoint's fingerprint is another.
     """
     if state["fingerprint"] != fingerprint:
-        raise UsageError(
+        raise ChangedError(
             f"--resume: the training in {folder} began with other patients, files or options; "
             "repeat its command, or begin another folder"
         )

@@ -190,7 +190,7 @@ class Plan:
 
 def plan(
     *,
-    protocol: str | Path = "infarct",
+    protocol: str | Path | Protocol = "infarct",
     method: str | None = None,
     loss: str | None = None,
     network: str | Mapping[str, Any] | None = None,
@@ -205,7 +205,7 @@ def plan(
     """A plan from what a user typed, on the command line or in the bundle's JSON.
 
     Args:
-        protocol: a name or a YAML file.
+        protocol: a name, a YAML file, or one that was read.
         method: deepg or deepsvg; None: what the loss says, or else deepsvg.
         loss: nll (deepg) or nll_v (deepsvg); None: the method's own.
         network: what ``config.network_definition`` takes; None: the paper's U-Net.
@@ -221,7 +221,7 @@ def plan(
         UsageError: any of it is unknown or does not fit together, or the device cannot be used.
     """
     check_device(device)
-    found = protocols.load(protocol)
+    found = protocol if isinstance(protocol, Protocol) else protocols.load(protocol)
     by_loss = {own: name for name, own in METHODS.items()}
     if loss is not None and loss not in by_loss:
         raise UsageError(f"--loss: {loss!r} is unknown; choose one of {', '.join(by_loss)}")

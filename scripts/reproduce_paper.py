@@ -392,7 +392,19 @@ def experiment(options: argparse.Namespace, who: Split) -> Experiment:
     for name, more, needs in (("cohort", ("--set", "mean_weight=0"), ()), ("cohort_mu", ("--means", str(mu)), (mu,))):
         for seed in options.seeds:
             run_name, folder = f"{name}_seed{seed}", out / "models" / f"{name}_seed{seed}"
-            command = ("train", data, str(folder), *layout, "--method", "deepsvg", "--seed", str(seed), "--resume")
+            command = (
+                "train",
+                data,
+                str(folder),
+                *layout,
+                "--method",
+                "deepsvg",
+                "--set",
+                "teacher=signature",
+                "--seed",
+                str(seed),
+                "--resume",
+            )
             stage = Stage(
                 f"train_{run_name}", (*command, *more, *few, "--patients", *who.train), needs, folder / WEIGHTS
             )
