@@ -40,6 +40,10 @@ OWN = {
     "percent_of": {"name": "liver"},
 }
 
+#: What ``OWN`` may say besides, for a unit of slices.
+ANATOMY = {"inside": ["lesion"], "contrast": {"ADC": 1, "T2": -0.5}, "radius": [0.5, 0.1]}
+EVIDENCE = {"sequence": "ADC", "size": 4, "score": 1.5, "weights": {"size": 0.2, "support": 1, "contrast": 0.5}}
+
 
 @pytest.fixture
 def written(tmp_path):
@@ -71,6 +75,29 @@ def changed(value, *keys):
     return raw
 
 
+def sliced(value=ANATOMY, *keys):
+    """With an anatomy, of which one value is another."""
+    raw = changed("slice", "unit")
+    raw["anatomy"] = copy.deepcopy(ANATOMY)
+    *path, last = ("anatomy", *keys)
+    place = raw
+    for key in path:
+        place = place[key]
+    place[last] = copy.deepcopy(value)
+    return raw
+
+
+def evident(value=EVIDENCE, *keys):
+    """With evidence that the lesion needs, of which one value is another."""
+    raw = changed(copy.deepcopy(EVIDENCE), "tissues", 0, "evidence")
+    *path, last = ("tissues", 0, "evidence", *keys)
+    place = raw
+    for key in path:
+        place = place[key]
+    place[last] = copy.deepcopy(value)
+    return raw
+
+
 # Those that come along -------------------------------------------------------------------------------------------
 
 
@@ -88,6 +115,22 @@ def test_infarct():
     assert infarct.tissue("myocardium").density_g_per_ml == 1.05
 
 
+def test_infarct_says_where_tissues_are_and_what_they_must_show():
+    infarct = protocol.load("infarct")
+    assert infarct.anatomy is not None
+    assert infarct.anatomy.inside == ("blood",)
+    assert infarct.anatomy.contrast["T2"] < 0 < infarct.anatomy.contrast["bSSFP"]  # T2 is black-blood
+    assert [t.name for t in infarct.tissues if t.evidence is not None] == ["edema", "scar"]
+    for tissue, sequence in (("edema", "T2"), ("scar", "LGE")):
+        evidence = infarct.tissue(tissue).evidence
+        assert evidence is not None
+        assert evidence.sequence == sequence
+        assert infarct.tissue(tissue).seen_in == (sequence,)
+    wall = [t for t in infarct.tissues if t.name not in infarct.anatomy.inside]
+    assert all(set(t.level) == set(infarct.sequences) for t in wall)
+    assert sum(t.share for t in wall) == pytest.approx(1)
+
+
 def test_brain():
     brain = protocol.load("brain")
     assert brain.sequences == ("T1", "T2", "FLAIR")
@@ -95,6 +138,8 @@ def test_brain():
     assert brain.required == ("T1",)
     assert (brain.percent_name, brain.percent_of) == ("mask", ("GM", "WM", "CSF"))
     assert all(t.density_g_per_ml is None for t in brain.tissues)
+    assert brain.anatomy is None
+    assert all((t.level, t.share, t.evidence) == ({}, 1.0, None) for t in brain.tissues)
 
 
 @pytest.mark.parametrize("name", protocol.names())
@@ -221,3 +266,97 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_an_unknown_name_lists_the_choices():
     with pytest.raises(UsageError, match=r"'heart'.*brain, infarct"):
         protocol.load("heart")
+
+
+# Where tissues can be, and what they must show --------------------------------------------------------------------
+
+
+def test_an_anatomy(written):
+    assert protocol.load(written(sliced())).anatomy == protocol.Anatomy(
+        ("lesion",), {"ADC": 1.0, "T2": -0.5}, (0.5, 0.1)
+    )
+    assert protocol.load(written(sliced({}, "contrast"))).anatomy.contrast == {}
+    assert protocol.load(written(OWN)).anatomy is None
+    assert protocol.load(written(OWN | {"anatomy": None})).anatomy is None
+
+
+def test_evidence_level_and_share(written):
+    raw = evident()
+    raw["tissues"][0] |= {"level": {"ADC": "bright", "T2": -0.2}, "share": 0.25}
+    lesion = protocol.load(written(raw)).tissue("lesion")
+    assert lesion.evidence == protocol.Evidence(4.0, 1.5, {"size": 0.2, "support": 1.0, "contrast": 0.5}, "ADC")
+    assert lesion.level == {"ADC": 0.75, "T2": -0.2}
+    assert lesion.share == 0.25
+    usual = protocol.load(written(raw)).tissue("liver")
+    assert (usual.level, usual.share, usual.evidence) == ({}, 1.0, None)
+
+
+def complete():
+    raw = sliced() | {"required": ["T2"], "normalisation": {"crop_mm": 80.5}, "title": "Leber – α"}
+    raw["tissues"][0] |= {"level": {"ADC": 1.2}, "share": 0.3, "evidence": EVIDENCE}
+    return raw
+
+
+@pytest.mark.parametrize("raw", ["infarct", "brain", OWN, complete()], ids=["infarct", "brain", "own", "complete"])
+def test_a_protocol_as_yaml_is_the_same_protocol(tmp_path, written, raw):
+    known = protocol.load(raw if isinstance(raw, str) else written(raw))
+    (tmp_path / "again.yaml").write_text(protocol.as_yaml(known), encoding="utf-8")
+    assert protocol.load(tmp_path / "again.yaml") == known
+
+
+@pytest.mark.parametrize("key", ["inside", "contrast", "radius"])
+def test_a_missing_key_of_an_anatomy_is_named(written, key):
+    raw = sliced()
+    del raw["anatomy"][key]
+    with pytest.raises(UsageError, match=rf"own\.yaml: '{key}' is missing"):
+        protocol.load(written(raw))
+
+
+@pytest.mark.parametrize("key", ["sequence", "size", "score", "weights"])
+def test_a_missing_key_of_evidence_is_named(written, key):
+    raw = evident()
+    del raw["tissues"][0]["evidence"][key]
+    with pytest.raises(UsageError, match=rf"own\.yaml: '{key}' is missing"):
+        protocol.load(written(raw))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (OWN | {"anatomy": ANATOMY}, "anatomy: only for unit slice"),
+        (sliced([1.2, 0.1], "radius"), r"anatomy: radius \[1.2, 0.1\].*between 0 and 1"),
+        (sliced([0, 0.1], "radius"), "anatomy: radius"),
+        (sliced([0.5, 0], "radius"), "anatomy: radius"),
+        (sliced([0.5, float("nan")], "radius"), "anatomy: radius"),
+        (sliced([0.5], "radius"), "expected 2"),
+        (sliced("wide", "radius"), "own.yaml"),
+        (sliced(["lesion", "tumour"], "inside"), "anatomy: tumour"),
+        (sliced("lesion", "inside"), "anatomy: "),  # a word is no list
+        (sliced({"ADC": 1, "T1": 1}, "contrast"), "anatomy: T1"),
+        (sliced({"ADC": "high"}, "contrast"), "high"),
+        (sliced(["ADC"], "contrast"), "own.yaml"),
+        (sliced(None, "contrast"), "own.yaml"),
+        (OWN | {"unit": "slice", "anatomy": 3}, "own.yaml"),
+        (evident("T1", "sequence"), "evidence: its sequence"),
+        (evident({"depth": 1}, "weights"), "evidence: .*weights"),
+        (evident({"size": "much"}, "weights"), "much"),
+        (evident("large", "size"), "large"),
+        (evident("ADC"), "own.yaml"),
+        (changed({"ADC": "brightish"}, "tissues", 0, "level"), "brightish"),
+        (changed([1, 2], "tissues", 0, "level"), "own.yaml"),
+        (changed("half", "tissues", 0, "share"), "half"),
+    ],
+)
+def test_a_malformed_anatomy_or_evidence_is_a_usage_error(written, raw, message):
+    with pytest.raises(UsageError, match=message):
+        protocol.load(written(raw))
+
+
+@pytest.mark.xfail(reason="taken as they are: the anatomical mixture fails, or is silently wrong", strict=True)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("share", 0), ("share", -1), ("share", float("nan")), ("level", {"T1": 1.0}), ("level", {"ADC": float("nan")})],
+)
+def test_shares_are_above_0_and_levels_of_known_sequences(written, key, value):
+    with pytest.raises(UsageError, match=key):
+        protocol.load(written(changed(value, "tissues", 0, key)))
