@@ -177,7 +177,8 @@ def _outer(mask: NDArray[np.bool_], centre: Array, spacing_mm: Array) -> Array:
 def smoothest(gain: Array, weight: float) -> NDArray[np.int64]:
     """The closed path through a table of gains that maximises ``Σ_a gain[a, p_a] − weight · Σ_a (p_{a+1} − p_a)²``.
 
-    Dynamic programming along two turns, of which the middle one is kept: there the path has closed.
+    Dynamic programming along two turns, of which the middle one has nearly closed; then along one turn that begins
+    and ends where that middle one began, so that it closes always.
 
     Args:
         gain: ``(A, R)``, cyclic in A.
@@ -186,15 +187,25 @@ def smoothest(gain: Array, weight: float) -> NDArray[np.int64]:
     Returns:
         ``(A,)`` indices of R.
     """
-    n_angles, n_radii = gain.shape
+    n_angles, half = len(gain), len(gain) // 2
+    through = int(_best_path(np.concatenate([gain, gain]), weight)[half])
+    turn = np.roll(gain, -half, axis=0)
+    fixed = np.full(gain.shape[1], -np.inf)
+    fixed[through] = 0
+    turn = np.concatenate([turn[:1] + fixed, turn[1:], fixed[None]])
+    return np.roll(_best_path(turn, weight)[:n_angles], half)
+
+
+def _best_path(gain: Array, weight: float) -> NDArray[np.int64]:
+    """The same for an open path."""
+    n_radii = gain.shape[1]
     steps = np.arange(-MAX_STEP, MAX_STEP + 1)
     came_from = np.arange(n_radii) + steps[:, None]  # (steps, R)
     possible = (came_from >= 0) & (came_from < n_radii)
     cost = np.where(possible, weight * steps[:, None] ** 2, np.inf)
     source = came_from.clip(0, n_radii - 1)
-    turns = np.concatenate([gain, gain])
-    best, back = turns[0], []
-    for row in turns[1:]:
+    best, back = gain[0], []
+    for row in gain[1:]:
         candidates = best[source] - cost
         choice = candidates.argmax(0)
         back.append(source[choice, np.arange(n_radii)])
@@ -202,5 +213,4 @@ def smoothest(gain: Array, weight: float) -> NDArray[np.int64]:
     path = [int(best.argmax())]
     for previous in reversed(back):
         path.append(int(previous[path[-1]]))
-    half = n_angles // 2
-    return np.roll(np.array(path[::-1])[half : half + n_angles], half)
+    return np.array(path[::-1])

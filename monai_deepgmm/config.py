@@ -69,8 +69,8 @@ class Solver:
         outliers: anatomy: the share of voxels that belong to no component.
         presence: whether a tissue's regions must show the protocol's evidence to be believed; None: as the method has
             it (anatomy does, and a network that it taught).
-        labels: deepg, deepsvg, network: posterior (a voxel's label is the most probable component of Π·g) or network
-            (of Π alone); None: posterior, or what the trained network says.
+        labels: deepg, deepsvg, network: posterior (a label is the most probable component of Π·g), network (of Π alone)
+            or both (of a network and the anatomical mixture); None: posterior, or what the trained network says.
     """
 
     covariance: Covariance | None = None
@@ -179,6 +179,9 @@ class Config:
             raise UsageError(f"--method anatomy: protocol {self.protocol.name} does not say where tissues can be")
         if self.method in ("anatomy", "cohort") and self.means is not None:
             raise UsageError(f"--means: --method {self.method} has the protocol's own priors; use another with means")
+        learnt = self.model is not None or self.method == "cohort"
+        if self.solver.labels == "both" and (self.protocol.anatomy is None or not learnt):
+            raise UsageError("labels: both needs a trained network, and a protocol that says where tissues can be")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
 
@@ -335,14 +338,15 @@ def network_definition(given: str | Mapping[str, Any] | None) -> Mapping[str, An
 
 
 def check_numbers(settings: object, limits: Mapping[str, tuple[type, float]]) -> None:
-    """Refuses settings that are no finite numbers of their kind, or below their limit; None stands for a default.
+    """Refuses settings that are no finite numbers of their kind, or below their limit; None passes where it may stand.
 
     Raises:
         UsageError: naming the setting.
     """
+    optional = {f.name for f in dataclasses.fields(settings) if "None" in str(f.type)}  # type: ignore[arg-type]
     for name, (kind, low) in limits.items():
         value: Any = getattr(settings, name)
-        if value is None:
+        if value is None and name in optional:
             continue
         number = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
         if not number or not low <= value < math.inf:

@@ -264,7 +264,8 @@ class Joind(Transform):
     def __call__(self, data: Mapping[str, Tensor]) -> Example:
         """One dictionary in, one out."""
         image = torch.cat([torch.as_tensor(data["sequences"]).as_subclass(Tensor), data["depth"]])
-        return {"image": image, **{key: data[key] for key in ("mask", "expected", "seen")}}
+        # What a patient lacks stays 0, whatever noise there is.
+        return {"image": image * data["seen"], **{key: data[key] for key in ("mask", "expected", "seen")}}
 
 
 class Examples(Dataset[Example]):

@@ -6,6 +6,7 @@ A protocol is a YAML file. Two come with the package (``infarct`` and ``brain``)
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -255,6 +256,12 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
     signature = {sequence: level(value) for sequence, value in raw["signature"].items()}
     if set(signature) != set(sequences):
         raise ValueError(f"signature of {raw['name']} for each of {', '.join(sequences)}")
+    levels = {sequence: level(value) for sequence, value in raw.get("level", {}).items()}
+    if set(levels) - set(sequences) or not all(map(math.isfinite, levels.values())):
+        raise ValueError(f"level of {raw['name']}: a number for some of {', '.join(sequences)}")
+    share = float(raw.get("share", 1.0))
+    if not 0 < share < math.inf:
+        raise ValueError(f"share of {raw['name']}: above 0")
     return Tissue(
         name=raw["name"],
         index=int(raw["index"]),
@@ -264,7 +271,7 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         centrality=None if raw.get("centrality") is None else float(raw["centrality"]),
         seen_in=tuple(raw["seen_in"]),
         merges_into=raw.get("merges_into"),
-        level={sequence: level(value) for sequence, value in raw.get("level", {}).items()},
-        share=float(raw.get("share", 1.0)),
+        level=levels,
+        share=share,
         evidence=None if raw.get("evidence") is None else _evidence(raw["evidence"], sequences),
     )

@@ -8,12 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import anatomical, em, tissues
+from monai_deepgmm import anatomical, em, mapem, tissues
 from monai_deepgmm.config import DEEP, Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.mapem import Field, Shape
 from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.spec import CONTEXT
+
+#: How much a network's word counts beside that of the anatomical mixture, where both are heard.
+TRUST = 0.3
 
 
 class Images(NamedTuple):
@@ -58,16 +61,21 @@ def solve(images: Images, config: Config, *, network: nn.Module | None = None) -
         from monai_deepgmm import model  # MONAI's networks take a second to import
 
         loaded = model.load(config.model, config.device) if network is None else network
-        return model.fit(
+        rule = config.solver.labels or config.model.spec.labels
+        found = model.fit(
             loaded,
             config.model.spec,
             image,
             mask,
             spacing_mm=spacing_mm,
-            labels=config.solver.labels,
+            labels="network" if rule == "both" else rule,
             sequences=images.sequences,
             merge=_merge(config.protocol, config.model.spec.sequences, images.sequences),
         )
+        if rule != "both":
+            return found
+        own = _by_anatomy(images, config)
+        return found._replace(resp=TRUST * found.resp + (1 - TRUST) * own.resp)
     if config.method == "anatomy":
         return _by_anatomy(images, config)
     settings = config.solver
@@ -113,7 +121,7 @@ def _by_anatomy(images: Images, config: Config) -> Fit:
         field=Field(sigma_mm=config.solver.sigma_mm, temper=config.solver.temper),
         shape=Shape(dof=config.solver.dof, outliers=config.solver.outliers),
         covariance=config.covariance,
-        tol=config.tol,
+        tol=mapem.TOL if config.solver.tol is None else config.solver.tol,
         max_iter=config.solver.max_iter,
         floor=config.solver.floor,
     )

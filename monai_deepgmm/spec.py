@@ -25,7 +25,7 @@ CONTEXT = 1
 MULTIPLE = 32
 #: The finest and the coarsest voxel size of a network's grid.
 GRID_MM = (0.01, 100.0)
-LabelRule = Literal["posterior", "network"]
+LabelRule = Literal["posterior", "network", "both"]
 LABEL_RULES: tuple[LabelRule, ...] = get_args(LabelRule)
 Teacher = Literal["signature", "anatomy"]
 TEACHERS: tuple[Teacher, ...] = get_args(Teacher)
@@ -46,7 +46,8 @@ class Spec:
         size: of the images that it was trained on, along each axis; an instance norm depends on it.
         spatial: True for deepSVG.
         covariance: the shape of Σ.
-        labels: posterior: the label is the most probable component of Π·g; network: of Π alone.
+        labels: posterior: the label is the most probable component of Π·g; network: of Π alone;
+            both: of a weighted mean of Π and the anatomical mixture's responsibilities.
         teacher: what told it where tissues are expected: the signature map, or the anatomical mixture.
         incomplete: whether it has seen images that lack sequences, and so can segment them.
     """

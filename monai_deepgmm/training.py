@@ -47,7 +47,7 @@ STEPS, EPOCHS = 320, (10, 100)
 #: the final label comes from.
 START_WEIGHT: Mapping[Teacher, float] = {"signature": 0.3, "anatomy": 3.0}
 DROP: Mapping[Teacher, float] = {"signature": 0.0, "anatomy": 0.25}
-LABELS: Mapping[Teacher, LabelRule] = {"signature": "posterior", "anatomy": "network"}
+LABELS: Mapping[Teacher, LabelRule] = {"signature": "posterior", "anatomy": "both"}
 #: Settings that change no weight, so that a training may go on with others.
 INDIFFERENT = ("workers", "tensorboard", "mlflow", "labels")
 
@@ -75,7 +75,7 @@ class Settings:
         tol: the training stops when the validation loss has gained less than this in ``patience`` epochs.
         patience: see ``tol``.
         grid_mm: the voxel size that images are brought to.
-        labels: posterior or network; see ``spec.Spec``; None: as the teacher has it (``LABELS``).
+        labels: posterior, network or both; see ``spec.Spec``; None: as the teacher has it (``LABELS``).
         augment: whether examples are turned, bent and noised.
         workers: processes that make examples.
         amp: whether the network runs in mixed precision on a GPU; the NLL never does.
@@ -114,6 +114,8 @@ class Settings:
         floats = ("lr", "weight_decay", "clip", "start_weight", "mean_weight", "validation", "tol", "grid_mm", "drop")
         whole = {"batch_size": (int, 1), "start_epochs": (int, 0), "patience": (int, 1), "workers": (int, 0)}
         check_numbers(self, whole | dict.fromkeys(floats, (float, 0)))
+        if self.drop is not None and not self.drop <= 1:
+            raise UsageError(f"drop: got {self.drop}, expected a probability")
         if not self.validation < 1 or not GRID_MM[0] <= self.grid_mm <= GRID_MM[1]:
             raise UsageError("validation must be below 1, and grid_mm from {} to {}".format(*GRID_MM))
         for field, choices in (
@@ -257,11 +259,17 @@ def _resolved(settings: Settings, protocol: Protocol, means: object) -> Settings
     teacher = settings.teacher or ("signature" if protocol.anatomy is None or means is not None else "anatomy")
     if teacher == "anatomy" and protocol.anatomy is None:
         raise UsageError(f"teacher=anatomy: protocol {protocol.name} does not say where tissues can be")
+    if settings.labels == "both" and protocol.anatomy is None:
+        raise UsageError(f"labels=both: protocol {protocol.name} does not say where tissues can be")
+    # What a sequence of zeros would spoil: a variance shared by all sequences, and an average over the batch.
+    whole = settings.covariance == "spherical" or settings.mean_over == "batch"
+    if whole and settings.drop:
+        raise UsageError("drop: with covariance=spherical or mean_over=batch every patient needs all sequences")
     return dataclasses.replace(
         settings,
         teacher=teacher,
         start_weight=START_WEIGHT[teacher] if settings.start_weight is None else settings.start_weight,
-        drop=DROP[teacher] if settings.drop is None else settings.drop,
+        drop=settings.drop if settings.drop is not None else 0.0 if whole else DROP[teacher],
         labels=settings.labels or LABELS[teacher],
     )
 
@@ -330,7 +338,7 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
         covariance=plan.covariance,
         labels=settings.labels or LABELS[teacher],
         teacher=teacher,
-        incomplete=bool(settings.drop),
+        incomplete=bool(settings.drop) and settings.augment,
     )
     read = json.dumps([_decisive(plan), [p.inputs for p in patients]], sort_keys=True)
     steps = math.ceil(len(train) / settings.batch_size)

@@ -390,7 +390,6 @@ def test_no_step_is_too_large(weight):
     assert steps(found).max() == MAX_STEP
 
 
-@pytest.mark.xfail(reason="two turns do not close every path", strict=True)
 def test_any_path_closes():
     """Noise without any ridge: from the last angle to the first no step may be larger either."""
     rng = np.random.default_rng(1)

@@ -167,7 +167,6 @@ def test_settings_that_cannot_be(setting, message):
         build(settings=[setting])
 
 
-@pytest.mark.xfail(reason="null passes for the default of any number; some then raise a TypeError", strict=True)
 @pytest.mark.parametrize("name", ["sigma_mm", "temper", "outliers", "max_iter", "floor"])
 def test_null_is_for_settings_that_may_be_none(name):
     with pytest.raises(UsageError, match=name):

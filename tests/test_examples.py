@@ -408,7 +408,6 @@ def test_what_is_not_seen_is_0_to_the_network_but_not_to_the_loss(data):
     assert torch.equal(target[:, :3], batch["image"][:, :3])
 
 
-@pytest.mark.xfail(reason="RandGaussianNoised noises what is not there, too", strict=True)
 def test_what_a_patient_lacks_stays_0_in_the_augmentation(some):
     """Noise there would be a channel of the mixture like any other."""
     made = examples.make(some, INFARCT, grid_mm=1.0)["part"]

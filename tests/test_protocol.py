@@ -352,7 +352,6 @@ def test_a_malformed_anatomy_or_evidence_is_a_usage_error(written, raw, message)
         protocol.load(written(raw))
 
 
-@pytest.mark.xfail(reason="taken as they are: the anatomical mixture fails, or is silently wrong", strict=True)
 @pytest.mark.parametrize(
     ("key", "value"),
     [("share", 0), ("share", -1), ("share", float("nan")), ("level", {"T1": 1.0}), ("level", {"ADC": float("nan")})],

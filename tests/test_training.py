@@ -104,7 +104,7 @@ def test_the_teacher_is_the_anatomy_where_there_is_one_and_no_means(patients, tm
         asked = plan(settings=settings, **options).settings
         return asked.teacher, asked.start_weight, asked.drop, asked.labels
 
-    by_anatomy, by_signature = ("anatomy", 3.0, 0.25, "network"), ("signature", 0.3, 0.0, "posterior")
+    by_anatomy, by_signature = ("anatomy", 3.0, 0.25, "both"), ("signature", 0.3, 0.0, "posterior")
     assert resolved() == by_anatomy
     assert resolved(protocol="brain") == by_signature
     assert resolved(means="cohort") == by_signature
@@ -234,7 +234,7 @@ def test_the_network_is_specified_by_the_cohort_and_the_plan(found):
         size=(64, 64),  # 31 pixels of 1.5 mm and a margin of 4 mm
         spatial=False,
         covariance="tied",
-        labels="network",
+        labels="both",
         teacher="anatomy",
         incomplete=True,
     )
@@ -629,7 +629,7 @@ def test_what_changes_no_weight_may_change(patients, trained, tmp_path):
     assert train(patients, out, "--resume", "--set", "labels=posterior") == 0
     assert (out / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
     assert spec.read(out, INFARCT).spec.labels == "posterior"
-    assert spec.read(trained, INFARCT).spec.labels == "network"
+    assert spec.read(trained, INFARCT).spec.labels == "both"
 
 
 # What a training leaves ----------------------------------------------------------------------------------------------
