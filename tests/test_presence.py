@@ -197,10 +197,10 @@ def test_contrast_by_hand():
     image = bland(1)
     image[0, 0][torch.from_numpy(where)] = 4.5
     image[0, 1][torch.from_numpy(where)] = -2.0
-    image[0, :, R < CAVITY] = 50.0  # blood is not the healthy wall
+    image[0, :, R < CAVITY] = 50.0  # inside is no healthy wall, whatever it is called
     for sequence, contrast in (("LGE", 3.5), ("T2", -3.0)):
         of = tissues(scar=dataclasses.replace(ALWAYS, sequence=sequence))
-        _, regions = run(labels(scar=where), of=of, image=image)
+        _, regions = run(labels(scar=where, myocardium=disc(0, 0, 6)), of=of, image=image)
         assert regions[0].contrast == pytest.approx(contrast, abs=0.01)
 
 
@@ -381,6 +381,14 @@ def test_blood_lies_inside_the_border_and_the_rest_outside():
     torch.testing.assert_close(found.resp[:, :1], inside)
     torch.testing.assert_close(found.resp[:, 1:].sum(1, keepdim=True), mask - inside)
     torch.testing.assert_close(found.mixture.weights.sum(1, keepdim=True), mask)
+    assert (found.mixture.weights - found.resp).abs().max() > 0.1  # maps of the neighbourhood, not of the voxel
+
+
+def test_a_tissue_that_is_not_there_is_no_collapsed_component():
+    image, mask, _ = patient(healthy())
+    bright = dataclasses.replace(INFARCT.tissue("scar"), level=dict.fromkeys(SEQUENCES, 9.0))
+    found = fitted(image, mask, (*INFARCT.tissues[:3], bright))
+    assert found.resp[:, SCAR].sum() < 1
     assert not found.collapsed.any()
 
 
