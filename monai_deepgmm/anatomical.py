@@ -8,7 +8,7 @@ from torch import Tensor
 from monai_deepgmm import anatomy, mapem, presence
 from monai_deepgmm.em import Fit
 from monai_deepgmm.mapem import Field, Shape
-from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, m_step
+from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, Mixture, m_step, nll
 from monai_deepgmm.presence import Region
 from monai_deepgmm.protocol import Anatomy, Tissue
 
@@ -60,15 +60,26 @@ def fit(
     weights = torch.zeros_like(resp)
     fits = []
     for place, members in places:
+        if len(members) == 1:  # nothing to tell apart
+            resp[:, members] = weights[:, members] = place
+            continue
         prior = _prior([tissues[k] for k in members], sequences)
         found = mapem.fit(image, place, prior, spacing_mm, field=field, shape=shape, tol=tol, max_iter=max_iter)
         resp[:, members], weights[:, members] = found.resp, found.mixture.weights
         fits.append(found)
     mixture = m_step(image, resp, mask, covariance=covariance, spatial=True, floor=floor)
-    richest = max(fits, key=lambda f: f.resp.shape[1])
+    richest = max(fits, key=lambda f: f.resp.shape[1]) if fits else _certain(mixture, resp, image, mask)
     # A tissue that the patient does not have leaves its component empty, as it should.
     never = torch.zeros(resp.shape[:2], dtype=torch.bool, device=resp.device)
     return richest._replace(resp=resp, mixture=mixture._replace(weights=weights), collapsed=never)
+
+
+def _certain(mixture: Mixture, resp: Tensor, image: Tensor, mask: Tensor) -> Fit:
+    """The fit where each place has one tissue: there is nothing to iterate."""
+    final = nll(image, mask, mixture)
+    none = torch.zeros(len(image), dtype=torch.long, device=image.device)
+    never = torch.zeros(resp.shape[:2], dtype=torch.bool, device=image.device)
+    return Fit(resp, mixture, final, final[None], none, none == 0, none, never)
 
 
 def _prior(members: list[Tissue], sequences: tuple[str, ...]) -> mapem.Prior:

@@ -67,6 +67,7 @@ class Solver:
         temper: anatomy: what one voxel is worth as an observation, 0 to 1.
         dof: anatomy: degrees of freedom of Student's t, the shape of a component; null: a Gaussian.
         outliers: anatomy: the share of voxels that belong to no component.
+        perturbations: anatomy: how many fits with moved priors show how far volumes depend on them.
         presence: whether a tissue's regions must show the protocol's evidence to be believed; None: as the method has
             it (anatomy does, and a network that it taught).
         labels: deepg, deepsvg, network: posterior (a label is the most probable component of Π·g), network (of Π alone)
@@ -89,6 +90,7 @@ class Solver:
     temper: float = 0.3
     dof: float | None = 10.0
     outliers: float = 0.0
+    perturbations: int = 3
     presence: bool | None = None
     labels: LabelRule | None = None
 
@@ -102,10 +104,10 @@ class Solver:
         _choice("start", self.start, STARTS)
         check_numbers(
             self,
-            {"restarts": (int, 1), "max_iter": (int, 1), "start_steps": (int, 0), "steps": (int, 1)}
-            | dict.fromkeys(
-                ("tol", "floor", "lr", "start_weight", "mean_weight", "sigma_mm", "temper", "outliers"), (float, 0)
-            )
+            dict.fromkeys(("restarts", "max_iter", "steps"), (int, 1))
+            | dict.fromkeys(("start_steps", "perturbations"), (int, 0))
+            | dict.fromkeys(("tol", "floor", "lr", "start_weight", "mean_weight"), (float, 0))
+            | dict.fromkeys(("sigma_mm", "temper", "outliers"), (float, 0))
             | {"dof": (float, 1)},
         )
         if not (self.temper <= 1 and self.outliers < 1):
@@ -387,7 +389,7 @@ def _value(text: str) -> Any:
 
 
 def _choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
+    if value not in choices or (isinstance(value, int) and not isinstance(value, bool)):
         listed = ", ".join(str(c) for c in choices if c is not None)
         raise UsageError(f"{name}: {value!r} is unknown; choose one of {listed}")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from monai_deepgmm.boxes import cut, enclosing, paste
 from monai_deepgmm.em import Fit, collapsed
 from monai_deepgmm.mixture import Mixture, log_density, masked_mean
-from monai_deepgmm.smoothing import smooth
+from monai_deepgmm.smoothing import Smoother
 
 #: A fit has converged when a responsibility changes by less than this on average.
 TOL = 5e-3
@@ -120,7 +120,8 @@ def fit(
     prior = prior._replace(means=prior.means.to(image), shares=prior.shares.to(image))
     box, full = enclosing(place), image.shape[2:]
     image, place = cut(image, box), cut(place.to(image.dtype), box)
-    seen = smooth(standardised(image, place), place, field.denoise_mm, spacing_mm)
+    seen = Smoother(place, field.denoise_mm, spacing_mm)(standardised(image, place))
+    neighbourhood = Smoother(place, field.sigma_mm, spacing_mm)
     n_images, n_sequences = image.shape[:2]
     weights = prior.shares.reshape(1, -1, *[1] * (image.ndim - 2)) * torch.ones_like(place)
     expected = prior.variance * torch.eye(n_sequences).to(image)
@@ -135,10 +136,10 @@ def fit(
     iterations = torch.zeros(n_images, dtype=torch.long, device=image.device)
     active = torch.ones(n_images, dtype=torch.bool, device=image.device)
     while active.any() and len(trace) <= max_iter:
-        updated = _m_step(seen, resp, worth, place, prior, field, spacing_mm)
+        updated = _m_step(seen, resp, worth, place, prior, neighbourhood)
         new, worth, nll = _e_step(seen, place, updated, field.temper, shape)
         change = masked_mean((new - resp).abs().mean(1, keepdim=True), place)
-        # An image that has converged stays as it is, so that no label depends on its neighbours in the batch.
+        # An image that has converged stays as it is, so that its neighbours in the batch change but roundings.
         mixture = Mixture(*(_where(active, a, b) for a, b in zip(updated, mixture, strict=True)))
         resp, last = _where(active, new, resp), torch.where(active, nll, last)
         trace.append(last)
@@ -193,8 +194,7 @@ def _m_step(
     worth: Tensor,
     place: Tensor,
     prior: Prior,
-    field: Field,
-    spacing_mm: tuple[float, ...],
+    neighbourhood: Smoother,
 ) -> Mixture:
     """The modes of the posterior of μ and Σ, and the smooth Π.
 
@@ -208,7 +208,7 @@ def _m_step(
     scatter = (centred * w[:, :, None]) @ centred.mT
     expected = prior.variance * torch.eye(image.shape[1]).to(image)
     covariances = (scatter + nu[..., None, None] * expected) / (count + nu)[..., None, None]
-    return Mixture(smooth(resp, place, field.sigma_mm, spacing_mm), means, covariances)
+    return Mixture(neighbourhood(resp), means, covariances)
 
 
 def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -250,6 +250,18 @@ def write_probabilities(path: Path, probabilities: NDArray[np.float32], *, like:
     _write(path, last, shape=last.shape, like=like)
 
 
+def write_map(path: Path, values: NDArray[np.float32], *, like: Volume) -> None:
+    """Writes one map (X, Y, Z) on a volume's grid, as float32.
+
+    Raises:
+        ValueError: the map has another shape.
+        StudyError: ``E_DISK``, ``E_NAME`` or ``E_WRITE``.
+    """
+    if values.shape != like.data.shape:
+        raise ValueError(f"map: got {values.shape}, expected {like.data.shape}")
+    _write(path, values.astype("<f4"), shape=values.shape, like=like)
+
+
 def _write(path: Path, data: NDArray[Any], *, shape: tuple[int, ...], like: Volume) -> None:
     # The source's header is kept but for what is set here: nibabel would recompute the qform and the voxel sizes.
     kept = like.header.as_byteswapped("<")

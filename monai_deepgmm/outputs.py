@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_deepgmm import files, measure, nifti, report
+from monai_deepgmm import files, measure, nifti, report, uncertainty
 from monai_deepgmm.config import Config
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.protocol import Protocol
@@ -137,7 +137,7 @@ def done(out: Path, study: Study, config: Config) -> Row | None:
     if not row or row.get("status") != "ok":
         return None
     wanted = ["_dseg.nii.gz", "_dseg.json", "_preview.png", "_report.html"]
-    wanted += ["_probseg.nii.gz"] * config.probabilities
+    wanted += ["_probseg.nii.gz", "_entropy.nii.gz"] * config.probabilities
     if not all((place / f"{study.patient}{suffix}").is_file() for suffix in wanted):
         return None
     sidecar = _read(place / f"{study.patient}_dseg.json")
@@ -164,6 +164,8 @@ def write(out: Path, study: Study, segmentation: Segmentation, row: Row, config:
     if config.probabilities:
         maps = place / f"{name}_probseg.nii.gz"
         nifti.write_probabilities(maps, segmentation.probabilities, like=segmentation.reference)
+        doubt = uncertainty.entropy(segmentation.probabilities)
+        nifti.write_map(place / f"{name}_entropy.nii.gz", doubt, like=segmentation.reference)
     files.write_whole(place / f"{name}_preview.png", report.preview(segmentation))
     sidecar = {**segmentation.sidecar, "fingerprint": fingerprint(study, config, _hashes_read(segmentation.sidecar))}
     files.write_whole(place / f"{name}_dseg.json", _json(sidecar))
@@ -192,7 +194,15 @@ def write_failure(out: Path, study: Study, row: Row) -> None:
 def clear(out: Path, study: Study) -> None:
     """Removes a patient's files, row first: without it, none of the others counts."""
     place = folder(out, study)
-    for suffix in ("_row.json", "_dseg.json", "_dseg.nii.gz", "_probseg.nii.gz", "_preview.png", "_report.html"):
+    for suffix in (
+        "_row.json",
+        "_dseg.json",
+        "_dseg.nii.gz",
+        "_probseg.nii.gz",
+        "_entropy.nii.gz",
+        "_preview.png",
+        "_report.html",
+    ):
         with contextlib.suppress(OSError):
             (place / f"{study.patient}{suffix}").unlink()
 

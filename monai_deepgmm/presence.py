@@ -86,7 +86,8 @@ def decide(
         evidence = tissues[k].evidence
         if evidence is None or healthy is None or evidence.sequence not in sequences:
             continue
-        decided = torch.tensor([j >= k and t.evidence is not None for j, t in enumerate(tissues)])[:, None, None]
+        gone = [j >= k and t.evidence is not None for j, t in enumerate(tissues)]
+        decided = torch.tensor(gone, device=resp.device)[:, None, None]
         found = resp.argmax(1).cpu().numpy()
         shares = [_by_angle(f == k, w, a) for f, w, a in zip(found, wall, ring.angle, strict=True)]
         values = image[:, sequences.index(evidence.sequence)].cpu().numpy()

@@ -7,11 +7,12 @@ import math
 import platform
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from monai_deepgmm import uncertainty
 from monai_deepgmm.config import Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.nifti import Volume
@@ -20,8 +21,23 @@ from monai_deepgmm.protocol import Tissue
 from monai_deepgmm.scan import Scan
 from monai_deepgmm.tissues import Naming
 from monai_deepgmm.transforms import Units
+from monai_deepgmm.uncertainty import Interval
 
 DISCLAIMER = "Research use only. Not a medical device."
+
+
+class Evidenced(NamedTuple):
+    """What is known of the tissues beyond the fit.
+
+    Attributes:
+        regions: what spoke for and against each region of those that need evidence.
+        intervals: of each tissue's volume.
+        doubt: the mean entropy inside the mask, 0 to 1.
+    """
+
+    regions: Sequence[Region]
+    intervals: Sequence[Interval]
+    doubt: float
 
 
 def versions() -> dict[str, str]:
@@ -37,7 +53,7 @@ def sidecar(
     visible: tuple[Tissue, ...],
     fit: Fit,
     naming: Naming,
-    regions: Sequence[Region],
+    evidenced: Evidenced,
     large: Tensor,
     config: Config,
     warnings: tuple[str, ...],
@@ -73,7 +89,15 @@ def sidecar(
                 for i in range(len(large))
             ],
         },
-        "presence": _presence(regions, visible, slices) if config.presence else None,
+        "presence": _presence(evidenced.regions, visible, slices) if config.presence else None,
+        "uncertainty": {
+            "entropy": round(evidenced.doubt, 4),
+            "level": uncertainty.LEVEL,
+            "volumes": {
+                name: {key: round(value, 4) for key, value in interval._asdict().items()}
+                for name, interval in zip(names, evidenced.intervals, strict=True)
+            },
+        },
         "fit": {
             "units": [
                 {

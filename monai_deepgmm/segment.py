@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import anatomical, em, provenance, solvers, tissues, transforms
+from monai_deepgmm import anatomical, em, provenance, solvers, tissues, transforms, uncertainty
 from monai_deepgmm.config import Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.errors import StudyError
@@ -17,11 +18,13 @@ from monai_deepgmm.mixture import Mixture, e_step
 from monai_deepgmm.nifti import Volume
 from monai_deepgmm.presence import Region
 from monai_deepgmm.protocol import Protocol, Tissue
+from monai_deepgmm.provenance import Evidenced
 from monai_deepgmm.scan import MIN_VOXELS_PER_TISSUE, Scan
 from monai_deepgmm.solvers import Images
 from monai_deepgmm.study import Study
 from monai_deepgmm.tissues import Naming
 from monai_deepgmm.transforms import Units
+from monai_deepgmm.uncertainty import Interval
 
 #: Names given with less certainty than this are reported.
 CERTAIN = 0.5
@@ -98,11 +101,23 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
     resp = _all_units(fit, image, mask, large)
     probabilities = units.restore(resp.cpu())
     labels = _labels(probabilities, patient.mask, visible)
+    counted = [int((labels == t.index).sum()) * patient.reference.voxel_ml for t in visible]
+    pixel_mm2 = math.prod(s for a, s in enumerate(patient.reference.spacing_mm) if a != units.slice_axis)
+    sure = uncertainty.intervals(
+        counted,
+        probabilities,
+        _restarted(images, config, patient.reference.voxel_ml),
+        voxel_ml=patient.reference.voxel_ml,
+        pixel_mm2=pixel_mm2,
+    )
+    doubt = float(uncertainty.entropy(probabilities)[patient.mask].mean())
+    evidenced = Evidenced(regions, sure, doubt)
     warnings = (
         *patient.warnings,
         *_about_sequences(config.protocol, sequences),
         *_about_order(units, patient, visible),
         *_about_fit(fit, naming, units, large, visible),
+        *_about_doubt(visible, sure),
     )
     return Segmentation(
         patient=study.patient,
@@ -114,9 +129,32 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
         probabilities=probabilities,
         reference=patient.reference,
         slice_axis=units.slice_axis,
-        sidecar=provenance.sidecar(patient, sequences, units, visible, fit, naming, regions, large, config, warnings),
+        sidecar=provenance.sidecar(patient, sequences, units, visible, fit, naming, evidenced, large, config, warnings),
         warnings=warnings,
     )
+
+
+def _restarted(images: Images, config: Config, voxel_ml: float) -> list[list[float]]:
+    """The volumes of each tissue, in ml, that fits with perturbed priors give."""
+    if config.method != "anatomy":
+        return []
+    volumes = []
+    for number in range(config.solver.perturbations):
+        moved, other = _perturbed(images, config, number)
+        fit = solvers.solve(moved, other)
+        if config.presence:
+            fit, _ = _believed(fit, moved, other)
+        labels = fit.resp.argmax(1)[:, None]
+        inside = images.mask > 0
+        volumes.append([float(((labels == k) & inside).sum()) * voxel_ml for k in range(len(images.tissues))])
+    return volumes
+
+
+def _perturbed(images: Images, config: Config, number: int) -> tuple[Images, Config]:
+    """The same task with priors as plausible as the protocol's own."""
+    protocol = uncertainty.perturbed(config.protocol, config.seed, number)
+    tissues_ = tuple(protocol.tissue(t.name) for t in images.tissues)
+    return images._replace(tissues=tissues_), replace(config, protocol=protocol)
 
 
 def _believed(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region]]:
@@ -215,6 +253,15 @@ def _about_order(units: Units, patient: Scan, visible: tuple[Tissue, ...]) -> li
         return []
     order = ", ".join(f"{a} like {b}" for a, b in zip(patient.sequences, swapped, strict=True) if a != b)
     return [f"W_SWAPPED: the sequences look exchanged ({order}); check which file is which"]
+
+
+def _about_doubt(visible: tuple[Tissue, ...], sure: list[Interval]) -> list[str]:
+    wide = [
+        f"{tissue.name} {found.low_ml:.1f} to {found.high_ml:.1f} ml"
+        for tissue, found in zip(visible, sure, strict=True)
+        if found.high_ml - found.low_ml > uncertainty.UNSURE * max(found.volume_ml, uncertainty.LEAST_ML)
+    ]
+    return [f"W_UNSURE: volumes are uncertain ({', '.join(wide)}); check the page with care"] if wide else []
 
 
 def _about_fit(fit: Fit, naming: Naming, units: Units, large: Tensor, visible: tuple[Tissue, ...]) -> list[str]:
