@@ -58,6 +58,8 @@ def page(
             picture=base64.b64encode(preview_png).decode("ascii") if preview_png else None,
             ramp=", ".join(UNCERTAINTY_COLORS),
             measurements=measurements,
+            intervals=_map(_map(facts.get("uncertainty")).get("volumes")),
+            presence={name: _map(found) for name, found in _map(facts.get("presence")).items()},
             percent_of=next((m["percent_of"] for m in measurements if m.get("percent_of")), "the mask"),
             colors=colors,
             bar=_bar([m for m in measurements if m.get("percent") not in (None, "")], "percent", 100.0),

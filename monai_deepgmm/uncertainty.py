@@ -26,9 +26,9 @@ PATCH_MM2 = 88.0
 #: Standard deviations by which a restart moves each level of the protocol, and the usual radius of the inner border.
 LEVEL_PERTURBATION, RADIUS_PERTURBATION = 0.2, 0.04
 #: What the estimated standard deviation is multiplied by.
-CALIBRATION = 1.0
+CALIBRATION = 3.2
 #: A patient is flagged where a tissue's interval is wider than so many times its volume (or that of 1 ml).
-UNSURE, LEAST_ML = 1.5, 1.0
+UNSURE, LEAST_ML = 4.0, 1.0
 
 Floats = NDArray[np.floating]
 
