@@ -1,18 +1,15 @@
-#!/usr/bin/env python3
 """Figures for the documentation, from results of ``deepgmm segment`` and manual labels, as Markdown tables.
 
 ``absent`` tells what was painted in slices that lack a tissue, ``thresholds`` compares the scar with the classical
-infarct thresholds, ``incomplete`` tells what fewer sequences cost, and ``hide`` links a cohort without a sequence, to be
-segmented for the latter. The exit code is 1 if a patient was left out, 2 if nothing could be done.
+infarct thresholds, ``incomplete`` tells what fewer sequences cost, and ``hide`` links a cohort without a sequence, to
+be segmented for the latter. The exit code is 1 if a patient was left out, 2 if nothing could be done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -21,14 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from monai_deepgmm import cohort, metrics, nifti, protocol, truth
+from monai_deepgmm import metrics, nifti, protocol, truth
+from monai_deepgmm.cohort import Cohort, Study, find
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.study import Cohort, Study
 
 Labels = npt.NDArray[np.int64]
 Values = npt.NDArray[np.floating[Any]]
 
+#: Of a labelled slice: tissue that it lacks → share of the wall painted so, mean Dice of those present, all there.
+Slice = tuple[dict[str, float], float, bool]
 SCAR = "scar"
 
 
@@ -39,14 +37,6 @@ class Run(NamedTuple):
     labels: Labels
     sequences: tuple[str, ...]
     axis: int
-
-
-class Slice(NamedTuple):
-    """A slice labelled by hand: tissues it lacks → share of the wall painted so, mean Dice of those present, all there."""
-
-    painted: dict[str, float]
-    dice: float
-    complete: bool
 
 
 def fwhm(values: Values) -> float:
@@ -63,12 +53,10 @@ def five_sd(values: Values) -> float:
 def otsu(values: Values) -> float:
     """The greatest intensity of the lower of two classes with the greatest variance between them; values ``(N,)``."""
     levels, counts = np.unique(values.astype(np.float64), return_counts=True)
-    if levels.size == 1:
-        return float(levels[0])
     below, sums = np.cumsum(counts)[:-1], np.cumsum(counts * levels)
     above = values.size - below
     between = below * above * ((sums[-1] - sums[:-1]) / above - sums[:-1] / below) ** 2
-    return float(levels[int(between.argmax())])
+    return float(levels[int(np.append(between, 0.0).argmax())])  # a single level cannot be parted
 
 
 THRESHOLDS: dict[str, Callable[[Values], float]] = {"5SD": five_sd, "FWHM": fwhm, "Otsu": otsu}
@@ -77,10 +65,8 @@ THRESHOLDS: dict[str, Callable[[Values], float]] = {"5SD": five_sd, "FWHM": fwhm
 def brighter(image: Values, wall: npt.NDArray[np.bool_], threshold: Callable[[Values], float], axis: int) -> Labels:
     """1 where the wall ``(X, Y, Z)`` is brighter than its slice's threshold, 0 elsewhere."""
     found = np.zeros(wall.shape, dtype=np.int64)
-    slices = (np.moveaxis(array, axis, 0) for array in (image, wall, found))
-    for values, inside, painted in zip(*slices, strict=True):
-        if inside.any():
-            painted[inside & (values > threshold(values[inside]))] = 1
+    for values, painted, inside in labelled(axis, image, found, wall):
+        painted[inside & (values > threshold(values[inside]))] = 1
     return found
 
 
@@ -95,41 +81,42 @@ def read(out: Path, study: Study) -> Run:
     # With one of these, a folder in OUT may belong to someone else.
     if problem := next((p for p in study.problems if p.code in ("E_ID", "E_DUPLICATE")), None):
         raise StudyError(problem.code, problem.message, problem.remedy)
-    folder, remedy = out / study.patient, "See summary.tsv, or run deepgmm segment"
-    volume = nifti.read(folder / f"{study.patient}_dseg.nii.gz", dtype=np.float64)
-    sidecar = f"{study.patient}_dseg.json"
+    sidecar = out / study.patient / f"{study.patient}_dseg.json"
+    volume = nifti.read(sidecar.with_suffix(".nii.gz"), dtype=np.float64)
     try:
-        content = json.loads((folder / sidecar).read_text(encoding="utf-8"))
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
         sequences, axis = tuple(content["sequences"]), range(3)[content.get("slice_axis", 2)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise StudyError("E_FILE", f"{sidecar} cannot be read ({type(error).__name__})", remedy) from error
+        raise StudyError(
+            "E_FILE", f"{sidecar.name} cannot be read ({type(error).__name__})", "Segment again"
+        ) from error
     return Run(volume, np.rint(volume.data).astype(np.int64), sequences, axis)
 
 
-def labelled(axis: int, *volumes: Labels) -> Iterator[tuple[Labels, ...]]:
-    """The slices of volumes ``(X, Y, Z)``, where the last of them, the truth, holds anything."""
+def labelled(axis: int, *volumes: npt.NDArray[Any]) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+    """The slices of volumes ``(X, Y, Z)``, as views, where the last of the volumes holds anything."""
     for slices in zip(*(np.moveaxis(volume, axis, 0) for volume in volumes), strict=True):
         if slices[-1].any():
             yield slices
 
 
-def absent(out: Path, study: Study, wanted: Protocol) -> list[Slice]:
+def absent(out: Path, study: Study, wanted: protocol.Protocol) -> list[Slice]:
     """What was painted in each labelled slice of a patient."""
     run = read(out, study)
     true = truth.read(study, wanted, run.sequences, like=run.volume).labels
     tissues = wanted.visible(run.sequences)
     wall = [t.index for t in tissues if t.name in wanted.percent_of]
-    rows = []
+    rows: list[Slice] = []
     for found, real in labelled(run.axis, run.labels, true):
         scores = dice(found, real, [t.index for t in tissues])
         size = max(int(np.isin(found, wall).sum()), 1)
         missing = [t for t, score in zip(tissues, scores, strict=True) if t.index in wall and np.isnan(score)]
         painted = {t.name: int((found == t.index).sum()) / size for t in missing if t.merges_into is not None}
-        rows.append(Slice(painted, float(np.nanmean(scores)), not np.isnan(scores).any()))
+        rows.append((painted, float(np.nanmean(scores)), not np.isnan(scores).any()))
     return rows
 
 
-def scars(out: Path, study: Study, wanted: Protocol) -> dict[str, tuple[float, float]]:
+def scars(out: Path, study: Study, wanted: protocol.Protocol) -> dict[str, tuple[float, float]]:
     """Dice in 3-D (NaN without a true scar) and share of the wall of the scar, as segmented and by each threshold."""
     run, scar = read(out, study), wanted.tissue(SCAR)
     sequence = next((s for s in scar.seen_in if s in run.sequences and s in study.images), None)
@@ -142,20 +129,17 @@ def scars(out: Path, study: Study, wanted: Protocol) -> dict[str, tuple[float, f
     found = {"ours": (run.labels == scar.index).astype(np.int64)}
     found |= {name: brighter(bright, wall, threshold, run.axis) for name, threshold in THRESHOLDS.items()}
     size = max(int(wall.sum()), 1)
-    return {way: (float(dice(labels, true, [1])[0]), int(labels.sum()) / size) for way, labels in found.items()}
+    return {way: (float(dice(labels, true, [1])[0]), labels.sum() / size) for way, labels in found.items()}
 
 
-def incomplete(full: Path, part: Path, study: Study, wanted: Protocol) -> list[tuple[str, float, float]]:
+def incomplete(full: Path, part: Path, study: Study, wanted: protocol.Protocol) -> list[tuple[str, float, float]]:
     """Each tissue of each labelled slice, where the truth holds it, with its Dice in both runs, merged alike."""
     more, fewer = read(full, study), read(part, study)
     if strangers := set(fewer.sequences) - set(more.sequences):
         raise StudyError("E_FILE", f"OUT_PART used {', '.join(sorted(strangers))}, OUT_FULL did not", "Swap the two")
     true = truth.read(study, wanted, fewer.sequences, like=fewer.volume).labels
-    same = nifti.grids_equal(more.volume, fewer.volume)
-    labels = more.labels if same else nifti.resample(more.volume, fewer.volume, nearest=True)
-    merged = np.zeros(true.shape, dtype=np.int64)
-    for index, target in wanted.merged(fewer.sequences).items():
-        merged[np.rint(labels) == index] = target
+    labels, merging = nifti.resample(more.volume, fewer.volume, nearest=True), wanted.merged(fewer.sequences)
+    merged: Labels = np.sum([target * (np.rint(labels) == index) for index, target in merging.items()], axis=0)
     tissues = wanted.visible(fewer.sequences)
     rows = []
     for first, second, real in labelled(fewer.axis, merged, fewer.labels, true):
@@ -164,12 +148,16 @@ def incomplete(full: Path, part: Path, study: Study, wanted: Protocol) -> list[t
     return rows
 
 
-def hide(studies: Sequence[Study], folder: Path, new: Path, sequence: str) -> None:
-    """Links the files of patients, but for a sequence, into a new folder; a UsageError before anything is made."""
-    if os.path.lexists(new) or new.resolve().is_relative_to(folder.resolve()):
+def hide(arguments: argparse.Namespace, wanted: protocol.Protocol, patients: Cohort) -> int:
+    """Links the files of patients, but for a sequence, into a new folder, and lists what is there now."""
+    sequence, new = arguments.sequence, arguments.NEW
+    if patients.layout not in ("myops", "folder") or sequence not in wanted.sequences:
+        choices = ", ".join(wanted.sequences)
+        raise UsageError(f"hide: needs layout myops or folder, not {patients.layout}, and a sequence of {choices}")
+    if new.is_symlink() or new.exists() or new.resolve().is_relative_to(arguments.DIR.resolve()):
         raise UsageError(f"NEW: {new.name} exists or lies within DIR; name a folder that does not")
     links: dict[Path, Path] = {}
-    for study in studies:
+    for study in patients.studies:
         images = [path for name, path in study.images.items() if name != sequence]
         for path in dict.fromkeys([*images, *(p for p in (study.mask, study.truth) if p is not None)]):
             if images and links.setdefault(new / study.patient / path.name, path) != path:
@@ -179,6 +167,9 @@ def hide(studies: Sequence[Study], folder: Path, new: Path, sequence: str) -> No
     for link, path in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
+    rows = [[study.patient, ", ".join(study.images)] for study in find(new, wanted).studies]
+    print(table(["patient", "sequences left"], rows))
+    return int(len(rows) < len(patients.studies))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -195,12 +186,13 @@ def shown(value: float) -> str:
 def absent_tables(found: Mapping[str, Sequence[Slice]]) -> str:
     """Quartiles of what was painted where nothing is, and the mean Dice of the tissues present."""
     rows = list(chain(*found.values()))
-    painted = {name: [row.painted[name] for row in rows if name in row.painted] for row in rows for name in row.painted}
-    quartiles = [[n, str(len(s)), *map(shown, np.quantile(s, (0.25, 0.5, 0.75)))] for n, s in sorted(painted.items())]
-    kinds = {"all": [row.dice for row in rows], "complete": [row.dice for row in rows if row.complete]}
+    lacking = [painted for painted, _, _ in rows]
+    shares = {name: [one[name] for one in lacking if name in one] for name in sorted(set(chain(*lacking)))}
+    quartiles = [[n, str(len(s)), *map(shown, np.quantile(s, (0.25, 0.5, 0.75)))] for n, s in shares.items()]
+    kinds = {"all": [score for _, score, _ in rows], "complete": [score for _, score, complete in rows if complete]}
     scores = [[kind, str(len(s)), shown(float(np.mean(s)) if s else np.nan)] for kind, s in kinds.items()]
-    head = ["tissue absent", "slices", "share of the wall painted, 25 %", "50 %", "75 %"]
-    return table(head, quartiles) + "\n" + table(["slices", "n", "mean Dice of the tissues present"], scores)
+    first = table(["tissue absent", "slices", "share of the wall painted, 25 %", "50 %", "75 %"], quartiles)
+    return first + "\n" + table(["slices", "n", "mean Dice of the tissues present"], scores)
 
 
 def scar_table(found: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
@@ -217,19 +209,6 @@ def incomplete_table(found: Mapping[str, Sequence[tuple[str, float, float]]]) ->
         first, second = (float(score) for score in scores.mean(0))
         cells.append([name, str(len(scores)), *map(shown, (first, second, first - second))])
     return table(["tissue", "slices", "Dice, full", "Dice, fewer sequences", "loss"], cells)
-
-
-def gather(studies: Sequence[Study], measured: Callable[[Study], Any]) -> dict[str, Any]:
-    """Patient → what was measured; who could not be is named on stderr."""
-    found = {}
-    for study in studies:
-        try:
-            found[study.patient] = measured(study)
-        except StudyError as error:
-            print(f"left out: {study.patient}: {error.code}: {error}", file=sys.stderr)
-    if not found:
-        raise UsageError("no patient could be measured")
-    return found
 
 
 #: Command → the runs it reads, what it measures of a patient, and the table of it.
@@ -254,30 +233,24 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def hidden(arguments: argparse.Namespace, wanted: Protocol, patients: Cohort) -> int:
-    """Does ``hide``, says what is there now, and returns the exit code."""
-    if patients.layout not in ("myops", "folder") or arguments.sequence not in wanted.sequences:
-        known = ", ".join(wanted.sequences)
-        raise UsageError(f"hide: needs layout myops or folder (DIR: {patients.layout}) and one sequence of {known}")
-    hide(patients.studies, arguments.DIR, arguments.NEW, arguments.sequence)
-    left = Counter(", ".join(s.images) for s in cohort.find(arguments.NEW, wanted).studies)
-    print(table(["sequences", "patients"], [[names, str(n)] for names, n in left.items()]))
-    return int(left.total() < len(patients.studies))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, does one command and returns the exit code."""
-    arguments = parser().parse_args(argv)
+    arguments, found = parser().parse_args(argv), {}
     try:
         wanted = protocol.load(arguments.protocol)
-        patients = cohort.find(arguments.DIR, wanted)
+        patients = find(arguments.DIR, wanted)
         if arguments.command == "hide":
-            return hidden(arguments, wanted, patients)
+            return hide(arguments, wanted, patients)
         if arguments.command == "thresholds" and SCAR not in wanted.percent_of:
             raise UsageError(f"thresholds: protocol {wanted.name} has no {SCAR} in a wall; choose another --protocol")
         runs, measured, tables = COMMANDS[arguments.command]
-        outs = [getattr(arguments, name) for name in runs]
-        found = gather(patients.studies, lambda study: measured(*outs, study, wanted))
+        for study in patients.studies:
+            try:
+                found[study.patient] = measured(*(getattr(arguments, name) for name in runs), study, wanted)
+            except StudyError as error:
+                print(f"left out: {study.patient}: {error.code}: {error}", file=sys.stderr)
+        if not found:
+            raise UsageError("no patient could be measured; was this OUT made from this DIR?")
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
