@@ -87,9 +87,7 @@ def read(out: Path, study: Study) -> Run:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
         sequences, axis = tuple(content["sequences"]), range(3)[content.get("slice_axis", 2)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise StudyError(
-            "E_FILE", f"{sidecar.name} cannot be read ({type(error).__name__})", "Segment again"
-        ) from error
+        raise StudyError("E_FILE", f"{sidecar.name} cannot be read: {error!r}", "Segment again") from error
     return Run(volume, np.rint(volume.data).astype(np.int64), sequences, axis)
 
 
