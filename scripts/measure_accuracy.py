@@ -126,8 +126,7 @@ def scars(out: Path, study: Study, wanted: protocol.Protocol) -> dict[str, tuple
     wall = np.isin(run.labels, [wanted.tissue(name).index for name in wanted.percent_of])
     found = {"ours": (run.labels == scar.index).astype(np.int64)}
     found |= {name: brighter(bright, wall, threshold, run.axis) for name, threshold in THRESHOLDS.items()}
-    size = max(int(wall.sum()), 1)
-    return {way: (float(dice(labels, true, [1])[0]), labels.sum() / size) for way, labels in found.items()}
+    return {way: (float(dice(one, true, [1])[0]), one.sum() / max(wall.sum(), 1)) for way, one in found.items()}
 
 
 def incomplete(full: Path, part: Path, study: Study, wanted: protocol.Protocol) -> list[tuple[str, float, float]]:
