@@ -77,10 +77,11 @@ def run(cohort: Cohort, out: Path, config: Config, plan: Plan, *, progress: Prog
     studies = select(cohort, plan)
     outputs.check(out, cohort)
     _check_cohort(config, plan)
+    work = _work(studies, out, config, plan)
     if config.method == "cohort" and config.model is None:
         outputs.prepare(out, config.protocol)
         config = selftaught.taught(cohort, out, config)
-    work = _work(studies, out, config, plan)
+        work = _work(studies, out, config, plan)
     outputs.prepare(out, config.protocol)
     with _log_file(out):
         return _run(studies, work, out, config, plan, progress)
@@ -155,6 +156,7 @@ def dry_run(cohort: Cohort, out: Path, config: Config, plan: Plan) -> Iterator[R
         Rows with the status ``done``, ``ready`` or ``failed``.
     """
     outputs.check(out, cohort)
+    _check_cohort(config, plan)
     for study in select(cohort, plan):
         row = _row(study, config)
         if not plan.overwrite and outputs.done(out, study, config):

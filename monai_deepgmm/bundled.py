@@ -96,8 +96,8 @@ def begin(folder: str | Path, prepared: Prepared, plan: Plan, *, resume: bool, w
     place = Path(folder)
     if not writes:
         return
-    _check_folder(place, prepared.fingerprint, resume=resume)
     network = model.tried(prepared.spec)
+    _check_folder(place, prepared.fingerprint, resume=resume)
     if (place / CHECKPOINT).is_file():
         _load_best(place, network)
     for part in ("", "configs", "models"):

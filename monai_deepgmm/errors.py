@@ -45,6 +45,10 @@ class UsageError(Exception):
     """A command cannot start: bad option, no patient, or an output folder that is refused (exit code 2)."""
 
 
+class NobodyError(UsageError):
+    """There is not one patient to train on."""
+
+
 class ChangedError(UsageError):
     """What was begun cannot be gone on with, since the patients, their files or the options have changed."""
 

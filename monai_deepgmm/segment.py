@@ -106,7 +106,7 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
     sure = uncertainty.intervals(
         counted,
         probabilities,
-        _restarted(images, config, patient.reference.voxel_ml),
+        _restarted(images, config, patient.reference.voxel_ml, image, mask, large),
         voxel_ml=patient.reference.voxel_ml,
         pixel_mm2=pixel_mm2,
     )
@@ -134,7 +134,9 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
     )
 
 
-def _restarted(images: Images, config: Config, voxel_ml: float) -> list[list[float]]:
+def _restarted(
+    images: Images, config: Config, voxel_ml: float, image: Tensor, mask: Tensor, large: Tensor
+) -> list[list[float]]:
     """The volumes of each tissue, in ml, that fits with perturbed priors give."""
     if config.method != "anatomy":
         return []
@@ -144,8 +146,8 @@ def _restarted(images: Images, config: Config, voxel_ml: float) -> list[list[flo
         fit = solvers.solve(moved, other)
         if config.presence:
             fit, _ = _believed(fit, moved, other)
-        labels = fit.resp.argmax(1)[:, None]
-        inside = images.mask > 0
+        labels = _all_units(fit, image, mask, large).argmax(1)[:, None]
+        inside = mask > 0
         volumes.append([float(((labels == k) & inside).sum()) * voxel_ml for k in range(len(images.tissues))])
     return volumes
 

@@ -7,17 +7,20 @@ results' folder as any other trained model does, and can segment patients who co
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from pathlib import Path
 
 from monai_deepgmm import spec
 from monai_deepgmm.config import Config
-from monai_deepgmm.errors import ChangedError
+from monai_deepgmm.errors import ChangedError, NobodyError
 from monai_deepgmm.study import Cohort
 
 #: Where in the results' folder the network lies.
 MODEL = "model"
+#: Lies in the results' folder where that network was trained by this method, and may be trained anew by it.
+MARKER = ".cohort"
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +36,11 @@ def taught(cohort: Cohort, out: Path, config: Config) -> Config:
         config: with the method cohort; its seed is the training's.
 
     Returns:
-        The configuration with that model.
+        The configuration with that model; without one if nobody can be trained on, and then nobody can be segmented
+        either.
 
     Raises:
-        UsageError: no patient can be trained on.
+        UsageError: the model's folder holds another training.
         StudyError: ``E_DISK`` or ``E_WRITE``.
     """
     from monai_deepgmm import bundled  # MONAI's engine takes seconds to import
@@ -46,16 +50,26 @@ def taught(cohort: Cohort, out: Path, config: Config) -> Config:
         "cohort": cohort,
         "model_dir": str(folder),
         "protocol": config.protocol,
-        "network": None if config.network is None else dict(config.network),
+        # As text: the configuration's parser would make a network of the mapping.
+        "network": None if config.network is None else json.dumps(dict(config.network)),
+        "set": {} if config.solver.covariance is None else {"covariance": config.solver.covariance},
         "seed": config.seed,
         "frame": config.frame,
         "max_voxels": config.max_voxels,
         "device": config.device,
         "resume": True,
     }
+    marker = out / MARKER
+    ours = marker.exists()
+    if not folder.exists():
+        marker.touch()
     try:
         bundled.train(options)
+    except NobodyError:
+        return config
     except ChangedError:
+        if not ours:
+            raise
         logger.info("the cohort has changed: its network is trained anew")
         shutil.rmtree(folder)
         bundled.train(options)

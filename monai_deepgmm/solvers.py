@@ -76,7 +76,7 @@ def solve(images: Images, config: Config, *, network: nn.Module | None = None) -
             return found
         own = _by_anatomy(images, config)
         return found._replace(resp=TRUST * found.resp + (1 - TRUST) * own.resp)
-    if config.method == "anatomy":
+    if config.method in ("anatomy", "cohort"):
         return _by_anatomy(images, config)
     settings = config.solver
     if settings.start == "kmeans" and means is None:

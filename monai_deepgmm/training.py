@@ -30,7 +30,7 @@ from monai_deepgmm.config import (
     network_definition,
     read_means,
 )
-from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.errors import NobodyError, StudyError, UsageError
 from monai_deepgmm.examples import Example
 from monai_deepgmm.mixture import COVARIANCES, Covariance
 from monai_deepgmm.networks import DEFAULT, finest
@@ -316,7 +316,7 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
     )
     if not patients:
         reasons = "; ".join(f"{who}: {why}" for who, why in list(failed.items())[:3])
-        raise UsageError(f"no patient can be trained on ({reasons or 'none found'})")
+        raise NobodyError(f"no patient can be trained on ({reasons or 'none found'})")
     sequences = examples.channels(patients, protocol)
     means, source = _means(plan, patients, sequences)
     made = examples.make(patients, protocol, grid_mm=settings.grid_mm, teacher=teacher)
@@ -324,7 +324,7 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
     train = [e for who, own in made.items() if who not in held for e in own]
     validation = [e for who, own in made.items() if who in held for e in own]
     if not train:
-        raise UsageError("no image of the cohort has enough voxels inside the mask to be trained on")
+        raise NobodyError("no image of the cohort has enough voxels inside the mask to be trained on")
     spec = Spec(
         protocol=protocol.name,
         normalisation=protocol.normalisation,

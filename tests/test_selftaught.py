@@ -147,7 +147,6 @@ def test_the_seed_is_the_trainings(patients, run, tmp_path):
     assert (tmp_path / "model" / WEIGHTS).read_bytes() != (run / "model" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="the configuration's parser makes a network of the definition")
 def test_a_network_can_be_asked_for(patients, run, tmp_path):
     text = "{_target_: monai_deepgmm.networks.UNet, filters: [3, 6]}"
     assert taught(patients, tmp_path, "--network", text) == 0
@@ -289,7 +288,6 @@ def test_options_that_a_cohort_does_not_use_are_refused(patients, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="the old training is removed before the new network is tried")
 def test_a_refused_network_leaves_the_trained_one(patients, run, tmp_path, monkeypatch, capsys):
     out = Path(shutil.copytree(run, tmp_path / "out"))
     monkeypatch.setattr(training, "DEFAULT", {**TINY, "fitlers": [4, 8]})
