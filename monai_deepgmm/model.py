@@ -45,8 +45,13 @@ def complete(spec: Spec) -> dict[str, Any]:
     return networks.complete(spec.network, **_shape(spec))
 
 
-def _shape(spec: Spec) -> dict[str, int]:
-    return {"spatial_dims": spec.spatial_dims, "in_channels": spec.channels, "out_channels": len(spec.tissues)}
+def _shape(spec: Spec) -> dict[str, Any]:
+    return {
+        "spatial_dims": spec.spatial_dims,
+        "in_channels": spec.channels,
+        "out_channels": len(spec.tissues),
+        "size": spec.size,
+    }
 
 
 @functools.lru_cache(maxsize=2)
@@ -155,16 +160,24 @@ def _weights(network: nn.Module, spec: Spec, image: Tensor, mask: Tensor, *, spa
     # As large as in training, since an instance norm counts the surroundings; larger only where the mask is.
     needed = view.around(mask, spacing_mm, spec.grid_mm).size
     size = tuple(max(sides) for sides in zip(needed, spec.size, strict=True))
+    if size != tuple(spec.size) and networks.SIZE in complete(spec):
+        message = f"the mask needs an image of {_sides(size)} voxels, the network is made for {_sides(spec.size)}"
+        remedy = "Train with a network for images of any size, such as unet, or on patients as large (this one can be"
+        raise StudyError("E_MODEL", message, f"{remedy} among them, as no labels are needed)")
     seen = view.around(mask, spacing_mm, spec.grid_mm, size)
     try:
         inside = view.look(mask.float(), seen, nearest=True)
         given = view.inputs(view.look(image.float(), seen), inside, spec.grid_mm)
         output = _checked(networks.logits(network, given), given, len(spec.tissues)).softmax(1)
     except Exception as error:  # whatever a network of the user's own, or too large an image, raises
-        message = f"the network cannot be run on an image of {'×'.join(map(str, size))} voxels ({reason(error)})"
+        message = f"the network cannot be run on an image of {_sides(size)} voxels ({reason(error)})"
         raise StudyError("E_MODEL", message, "Train another network, or use a method that needs none") from error
     w = view.back(output, seen).to(image).clamp_min(0)
     return w / w.sum(1, keepdim=True)
+
+
+def _sides(size: tuple[int, ...]) -> str:
+    return "×".join(map(str, size))
 
 
 def _checked(output: Tensor, given: Tensor, tissues: int) -> Tensor:

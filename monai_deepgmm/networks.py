@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import pydoc
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,10 @@ FILTERS = (32, 64, 128, 256, 512)
 #: In 3-D, where a voxel of the finest level costs a hundred times as much, a quarter of them.
 FILTERS_3D = tuple(n // 4 for n in FILTERS)
 DEFAULT: Mapping[str, Any] = {"_target_": "monai_deepgmm.networks.UNet"}
-#: What the two networks of MONAI that users ask for most need besides channels; others are given in full.
+#: How MONAI's classes call the size of images that a network is made for.
+SIZE = "img_size"
+#: What networks of MONAI that users ask for need besides channels; others are given in full. Those with attention are
+#: much smaller than their classes' defaults: a cohort without labels is small, and its images are crops.
 NAMED: Mapping[str, Mapping[str, Any]] = {
     "unet": DEFAULT,
     "basicunet": {"_target_": "monai.networks.nets.BasicUNet"},
@@ -34,6 +38,20 @@ NAMED: Mapping[str, Mapping[str, Any]] = {
         "upsample_kernel_size": [2, 2, 2, 2],
     },
     "segresnet": {"_target_": "monai.networks.nets.SegResNet", "init_filters": 32},
+    "modifiedunet": {"_target_": "monai_deepgmm.modified_unet.ModifiedUNet"},
+    "basicunetplusplus": {"_target_": "monai.networks.nets.BasicUNetPlusPlus"},
+    "attentionunet": {
+        "_target_": "monai.networks.nets.AttentionUnet",
+        "channels": list(FILTERS),
+        "strides": [2, 2, 2, 2],
+    },
+    "unetr": {"_target_": "monai.networks.nets.UNETR", "hidden_size": 192, "mlp_dim": 384, "num_heads": 6},
+    "swinunetr": {"_target_": "monai.networks.nets.SwinUNETR", "feature_size": 24, "window_size": 4},
+}
+#: What the class of a network takes unless it is given, in 3-D.
+IN_3D: Mapping[str, Mapping[str, Any]] = {
+    "monai_deepgmm.networks.UNet": {"filters": list(FILTERS_3D)},
+    "monai_deepgmm.modified_unet.ModifiedUNet": {"filters": list(FILTERS_3D)},
 }
 
 
@@ -92,33 +110,45 @@ class UNet(nn.Module):
 
 
 def complete(
-    definition: str | Mapping[str, Any] | None, *, spatial_dims: int, in_channels: int, out_channels: int
+    definition: str | Mapping[str, Any] | None,
+    *,
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    size: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """A network's class and all its arguments, from its name, its class's full name, or a mapping with ``_target_``.
 
     The mapping's values are plain data: unlike in a bundle's JSON, nothing in it is evaluated, and its target must be
-    a class of networks. ``spatial_dims``, ``in_channels`` and ``out_channels`` are filled in where the class has them.
+    a class of networks. ``spatial_dims``, ``in_channels`` and ``out_channels`` are filled in where the class has them,
+    and ``img_size`` where it is made for images of one size.
 
     Args:
         definition: one of ``NAMED``, a dotted name, or a mapping; None: the paper's U-Net.
         spatial_dims: 2 or 3.
         in_channels: C.
         out_channels: K.
+        size: of the images, along each axis of ``*S``; None: it varies.
 
     Returns:
         A mapping with ``_target_``, as a bundle's JSON holds it.
 
     Raises:
-        UsageError: no such network.
+        UsageError: no such network, or one for images of one size where the size varies.
     """
     given = dict({"_target_": definition} if isinstance(definition, str) else definition or DEFAULT)
     if str(given.get("_target_")).lower() in NAMED:
         preset = NAMED[str(given["_target_"]).lower()]
         given = {**preset, **given, "_target_": preset["_target_"]}
     takes = inspect.signature(_class(given.get("_target_"))).parameters
-    ours = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
-    if given["_target_"] == DEFAULT["_target_"] and spatial_dims == 3:
-        given = {"filters": list(FILTERS_3D), **given}
+    ours: dict[str, Any] = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
+    if SIZE in takes:
+        if size is None:
+            hint = "train it on a cohort (deepgmm train), or name another"
+            raise UsageError(f"--network {given['_target_']}: it is made for images of one size; {hint}")
+        ours[SIZE] = list(size)
+    if spatial_dims == 3:
+        given = {**IN_3D.get(given["_target_"], {}), **given}
     return {**given, **{name: value for name, value in ours.items() if name in takes}}
 
 
@@ -131,20 +161,31 @@ def _class(target: object) -> type[nn.Module]:
 
 
 def build(
-    definition: str | Mapping[str, Any] | None, *, spatial_dims: int, in_channels: int, out_channels: int
+    definition: str | Mapping[str, Any] | None,
+    *,
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    size: Sequence[int] | None = None,
 ) -> nn.Module:
     """A network as ``complete`` describes it, its weights drawn from the global generator.
 
     Raises:
         UsageError: no such network, or arguments that it does not take.
     """
-    given = complete(definition, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels)
+    given = complete(
+        definition, spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, size=size
+    )
     return _made(given.pop("_target_"), given)
 
 
 def _made(target: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         return _class(target)(**arguments)
+    except ImportError as error:  # MONAI imports what only some of its networks need when they are made
+        missing = re.search(r"No module named '(\w+)", str(error))
+        name = missing[1] if missing else str(error).partition("\n")[0]
+        raise UsageError(f"--network {target}: needs a package that is not installed: pip install {name}") from error
     except (TypeError, ValueError, LookupError, RuntimeError, AssertionError) as error:
         raise UsageError(f"--network {target}: {error}") from error
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel as nib
@@ -81,6 +82,35 @@ def test_the_network_is_described_in_full():
     wanted = {**TINY, "spatial_dims": 2, "in_channels": 4, "out_channels": 4}
     assert model.complete(SPECIFIED) == wanted
     assert SPECIFIED.channels == 4
+
+
+@pytest.mark.skipif(find_spec("einops") is None, reason="needs einops")
+def test_a_network_for_images_of_one_size_takes_smaller_patients_and_refuses_larger_ones():
+    unetr = {"_target_": "unetr", "hidden_size": 12, "mlp_dim": 12, "feature_size": 2}
+    of = dataclasses.replace(SPECIFIED, network=unetr, size=(64, 32))
+    network = model.build(of).eval()
+    small, large = (torch.zeros(1, 1, 80, 40) for _ in range(2))
+    small[:, :, 10:30, 10:30] = large[:, :, 8:72, 10:30] = 1
+    found = model.weights(network, of, torch.randn(1, 3, 80, 40), small, spacing_mm=(1.0, 1.0))
+    assert found.shape == (1, 4, 80, 40)
+    with pytest.raises(StudyError, match=r"needs an image of 96×32 voxels, .* made for 64×32") as caught:
+        model.weights(network, of, torch.randn(1, 3, 80, 40), large, spacing_mm=(1.0, 1.0))
+    assert caught.value.code == "E_MODEL"
+    assert "unet" in caught.value.remedy
+
+
+@pytest.mark.skipif(find_spec("einops") is None, reason="needs einops")
+@pytest.mark.parametrize("size", [(64, 32), (32, 32, 64)])
+@pytest.mark.parametrize("name", ["unetr", "swinunetr"])
+def test_networks_with_attention_can_be_trained_in_2d_and_3d(name, size):
+    small = {
+        "unetr": {"hidden_size": 12, "mlp_dim": 12, "feature_size": 2},
+        "swinunetr": {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
+    }
+    network = {"_target_": name, **small[name]}
+    sides = (64,) * len(size) if name == "swinunetr" else size
+    of = dataclasses.replace(SPECIFIED, network=network, spatial_dims=len(size), size=sides)
+    assert model.tried(of).training
 
 
 def test_a_model_is_read_back_as_it_was_written(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +14,12 @@ from monai_deepgmm import networks
 from monai_deepgmm.errors import UsageError
 
 SIZES = {"in_channels": 2, "out_channels": 3}
+PRESETS = [
+    pytest.param(name, marks=pytest.mark.skipif(find_spec("einops") is None, reason="needs einops"))
+    if name in ("unetr", "swinunetr")
+    else name
+    for name in networks.NAMED
+]
 TINY = {"_target_": "unet", "filters": [4, 8]}
 
 
@@ -24,12 +31,12 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def build(definition, *, spatial_dims=2) -> nn.Module:
-    return networks.build(definition, spatial_dims=spatial_dims, **SIZES)
+def build(definition, *, spatial_dims=2, size=None) -> nn.Module:
+    return networks.build(definition, spatial_dims=spatial_dims, size=size, **SIZES)
 
 
-def complete(definition, *, spatial_dims=2) -> dict:
-    return networks.complete(definition, spatial_dims=spatial_dims, **SIZES)
+def complete(definition, *, spatial_dims=2, size=None) -> dict:
+    return networks.complete(definition, spatial_dims=spatial_dims, size=size, **SIZES)
 
 
 def state(network: nn.Module) -> torch.Tensor:
@@ -58,12 +65,39 @@ def test_parameters_of_a_tiny_unet_by_hand():
     assert sum(p.numel() for p in build(TINY).parameters()) == stem + down + up + head
 
 
-@pytest.mark.parametrize("name", networks.NAMED)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_named_network_keeps_the_images_shape(name):
-    output = look_at(build(name), 32, 48)
-    assert output.shape == (2, 3, 32, 48)
+    output = look_at(build(name, size=(32, 64)), 32, 64)
+    assert output.shape == (2, 3, 32, 64)
     assert output.isfinite().all()
     assert (output < 0).any()  # logits, not probabilities
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_named_network_keeps_the_shape_of_a_volume(name):
+    """Small ones: what is tried is that the definition is one for three dimensions."""
+    tiny = {
+        "unet": {"filters": [2, 4]},
+        "modifiedunet": {"filters": [2, 4, 8, 16, 32]},
+        "basicunet": {"features": [2, 2, 4, 8, 16, 2]},
+        "basicunetplusplus": {"features": [2, 2, 4, 8, 16, 2]},
+        "attentionunet": {"channels": [2, 4, 8, 16, 32]},
+        "dynunet": {"filters": [2, 4, 8, 16, 32]},
+        "segresnet": {"init_filters": 8},
+        "unetr": {"hidden_size": 12, "mlp_dim": 12, "feature_size": 2},
+        "swinunetr": {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
+    }
+    size = (32, 32, 64)
+    network = build({"_target_": name, **tiny[name]}, spatial_dims=3, size=size)
+    assert look_at(network, *size).shape == (2, 3, *size)
+
+
+def test_a_dynunet_has_a_kernel_size_for_each_of_its_levels_in_2d_and_3d():
+    for dims in (2, 3):
+        network = build({"_target_": "dynunet", "filters": [2] * 5}, spatial_dims=dims)
+        kernels = {m.kernel_size for n, m in network.named_modules() if n.endswith("conv1.conv")}
+        assert kernels == {(3,) * dims}
+        assert len(network.downsamples) == 3  # between the input block and the bottleneck: four halvings
 
 
 def test_a_network_in_3d_keeps_the_images_shape_with_fewer_filters():
@@ -120,13 +154,14 @@ def test_a_name_in_any_case_is_the_default(name):
     assert complete(name) == complete(None) == {**networks.DEFAULT, "spatial_dims": 2, **SIZES}
 
 
-@pytest.mark.parametrize("definition", [None, *networks.NAMED, TINY], ids=str)
+@pytest.mark.parametrize("definition", [None, *PRESETS, TINY])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_the_complete_definition_survives_json_and_builds_the_same_network(definition, spatial_dims):
-    written = json.loads(json.dumps(complete(definition, spatial_dims=spatial_dims)))
-    assert complete(written, spatial_dims=spatial_dims) == written
+    size = (32, 64, 32)[:spatial_dims]
+    written = json.loads(json.dumps(complete(definition, spatial_dims=spatial_dims, size=size)))
+    assert complete(written, spatial_dims=spatial_dims, size=size) == written
     if spatial_dims == 2:
-        there, here = (networks.fresh(lambda d=d: build(d), 0) for d in (written, definition))
+        there, here = (networks.fresh(lambda d=d: build(d, size=size), 0) for d in (written, definition))
         assert repr(there) == repr(here)
         assert torch.equal(state(there), state(here))
 
@@ -141,6 +176,18 @@ def test_completing_leaves_the_mapping_as_it_was():
 
 def test_filters_that_are_given_are_kept_in_3d():
     assert complete(TINY, spatial_dims=3)["filters"] == [4, 8]
+
+
+def test_the_modified_unet_has_a_quarter_of_its_filters_in_3d():
+    assert "filters" not in complete("modifiedunet")
+    assert complete("modifiedunet", spatial_dims=3)["filters"] == [8, 16, 32, 64, 128]
+    assert complete({"_target_": "modifiedunet", "filters": [2, 4]}, spatial_dims=3)["filters"] == [2, 4]
+
+
+def test_a_network_for_images_of_one_size_is_made_for_that_of_the_training_whatever_the_mapping_says():
+    given = {"_target_": "unetr", "img_size": [96, 96]}
+    assert complete(given, size=(32, 64))["img_size"] == [32, 64]
+    assert "img_size" not in complete("swinunetr", size=(32, 64))
 
 
 def test_a_named_networks_arguments_can_be_changed():
@@ -174,6 +221,21 @@ def test_what_is_no_network_is_refused_with_the_choices(definition):
 def test_arguments_that_a_network_does_not_take_are_named(definition, message):
     with pytest.raises(UsageError, match=rf"--network \S+Net: .*{message}"):
         build(definition)
+
+
+def test_a_network_for_images_of_one_size_is_refused_where_sizes_vary():
+    with pytest.raises(UsageError, match=r"--network \S+UNETR: .*one size.*deepgmm train"):
+        build("unetr")
+
+
+def test_a_package_that_only_some_networks_need_is_named(monkeypatch):
+    class Needy(nn.Module):
+        def __init__(self, in_channels: int) -> None:
+            raise ImportError("from einops import rearrange (No module named 'einops').\n\nA long story")
+
+    monkeypatch.setattr(networks, "_class", lambda target: Needy)
+    with pytest.raises(UsageError, match=r"--network needy: .*: pip install einops$"):
+        build("needy")
 
 
 def test_a_bundles_network_reports_bad_arguments_alike():
