@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import json
 import logging
@@ -176,13 +177,28 @@ def report(arguments: argparse.Namespace) -> int:
 
 def phantom(arguments: argparse.Namespace) -> int:
     """Writes synthetic patients."""
-    from monai_deepgmm import phantom as synthetic
+    from monai_deepgmm import phantom as infarcts
+    from monai_deepgmm import phantom_brain as brains
 
     if arguments.number < 1:
         raise UsageError(f"-n: got {arguments.number}, expected at least 1")
-    patients = synthetic.write_cohort(arguments.directory, arguments.number, seed=arguments.seed)
+    makers: dict[str, tuple[type[Any], Callable[..., list[str]]]] = {
+        "infarct": (infarcts.PhantomConfig, infarcts.write_cohort),
+        "brain": (brains.BrainConfig, brains.write_cohort),
+    }
+    kind, write = makers[arguments.protocol]
+    config = infarcts.configured(kind, _phantom_settings(arguments.set, kind))
+    patients = write(arguments.directory, arguments.number, seed=arguments.seed, config=config)
     print(f"{len(patients)} synthetic patients in {arguments.directory}")
     return OK
+
+
+def _phantom_settings(given: Sequence[str], kind: type[Any]) -> dict[str, Any]:
+    if not given:
+        return {}  # without the wait for torch, which the module of settings needs
+    from monai_deepgmm import config
+
+    return config.chosen(given, [f.name for f in dataclasses.fields(kind)])
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -322,6 +338,8 @@ def _add_phantom(commands: Any) -> None:
     made.add_argument("directory", metavar="DIR", type=Path, help="the folder to write to")
     made.add_argument("-n", "--number", type=int, default=10, metavar="N", help="how many patients")
     made.add_argument("--seed", type=int, default=0, help="of every random draw")
+    made.add_argument("--protocol", choices=["infarct", "brain"], default="infarct", help="what kind of patients")
+    made.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as shading=0.35")
 
 
 def _add_demo(commands: Any) -> None:

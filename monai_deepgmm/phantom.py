@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -23,6 +24,9 @@ from monai_deepgmm.phantom_shapes import Floats, draw, labels
 #: Sequence → what its file's name ends in.
 SUFFIXES: Mapping[str, str] = MappingProxyType({"LGE": "LGE", "T2": "T2", "bSSFP": "C0"})
 SEQUENCES = tuple(SUFFIXES)
+
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ class PhantomConfig:
             raise UsageError(f"phantom: shading {self.shading} must be at least 0 and less than 1")
         if self.shift_mm < 0:
             raise UsageError(f"phantom: shift_mm {self.shift_mm} must not be negative")
-        if not 1 <= self.slices[0] <= self.slices[1]:
+        if len(self.slices) != 2 or not 1 <= self.slices[0] <= self.slices[1]:
             raise UsageError(f"phantom: slices {self.slices} must be the fewest and the most, at least 1")
-        if not 0 < self.spacing_mm[0] <= self.spacing_mm[1]:
+        if len(self.spacing_mm) != 2 or not 0 < self.spacing_mm[0] <= self.spacing_mm[1]:
             raise UsageError(f"phantom: spacing_mm {self.spacing_mm} must be the smallest and the largest, above 0")
         if (self.size - 12) * self.spacing_mm[0] < CROP_MM + 24:
             raise UsageError(f"phantom: size {self.size} leaves no room for a heart; take 210 or more")
@@ -151,10 +155,39 @@ def write_cohort(root: Path, n: int, *, seed: int, config: PhantomConfig | None 
         folder = Path(root) / patient.patient
         folder.mkdir(parents=True, exist_ok=True)
         for sequence, image in patient.images.items():
-            _write(folder / f"{patient.patient}_{SUFFIXES[sequence]}.nii.gz", image, patient.affine)
-        _write(folder / f"{patient.patient}_gd.nii.gz", patient.labels, patient.affine)
+            write_nifti(folder / f"{patient.patient}_{SUFFIXES[sequence]}.nii.gz", image, patient.affine)
+        write_nifti(folder / f"{patient.patient}_gd.nii.gz", patient.labels, patient.affine)
         written.append(patient.patient)
     return written
+
+
+def configured(kind: type[Config], values: Mapping[str, object]) -> Config:
+    """A configuration with some fields set, as a user typed them.
+
+    Args:
+        kind: ``PhantomConfig``, or the class of another kind of patients; every field has a default.
+        values: by field; a list stands for a tuple, and so does text with commas.
+
+    Raises:
+        UsageError: a value is of another kind than the default, or out of range.
+    """
+    chosen = {}
+    for name, value in values.items():
+        default = getattr(kind(), name)
+        if isinstance(default, tuple) and isinstance(value, str):
+            value = value.split(",")
+        chosen[name] = tuple(value) if isinstance(value, list) else value
+        if not _fits(chosen[name], default):
+            raise UsageError(f"phantom: {name}: got {value!r}, expected something like {default!r}")
+    return kind(**chosen)
+
+
+def _fits(value: object, default: object) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and len(value) > 0 and all(_fits(v, default[0]) for v in value)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return default is None or type(value) is type(default)
 
 
 def _contrast(seed: int, number: int) -> Floats:
@@ -207,7 +240,7 @@ def _affine(rng: np.random.Generator, extent: tuple[int, ...], spacing: float, n
     return affine
 
 
-def _write(path: Path, data: NDArray[np.int16], affine: Floats) -> None:
+def write_nifti(path: Path, data: NDArray[np.generic], affine: Floats) -> None:
     """Writes NIfTI as the scanner's converter does: qform only, mm; gzip without a time stamp or a name."""
     image = nib.Nifti1Image(data, affine)
     image.set_qform(affine, code=1)
