@@ -6,11 +6,13 @@ another method's output) is a function that returns them. Several restarts are o
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from monai_deepgmm import bias
 from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, Mixture, log_joint, m_step, masked_mean
 
 #: A component that explains fewer voxels than this has collapsed.
@@ -169,7 +171,7 @@ def reseed(image: Tensor, mask: Tensor, mixture: Mixture, evidence: Tensor, coll
     weights = mixture.weights
     equal = torch.full_like(weights, 1 / weights.shape[1])
     hit = collapsed.any(1).reshape(-1, *[1] * (weights.ndim - 1))
-    return Mixture(torch.where(hit, equal, weights), means, covariances)
+    return mixture._replace(weights=torch.where(hit, equal, weights), means=means, covariances=covariances)
 
 
 # Loop ------------------------------------------------------------------------------------------------------------
@@ -185,8 +187,11 @@ def fit(
     tol: float = 1e-6,
     max_iter: int = 1000,
     floor: float = VARIANCE_FLOOR,
+    degree: int = 0,
 ) -> Fit:
     """Fits a mixture to each image of a batch by expectation-maximisation (S Alg. 1, Alg. 2 when ``spatial``).
+
+    With a degree, the means are shaded by a bias field, which is found along with them (M eq. 3.6-3.8).
 
     Images that have converged are left alone, so that an image's result does not depend on its neighbours in the
     batch. A component that collapses is moved to where the image is explained worst, at most ``MAX_RESEEDS`` times
@@ -202,6 +207,8 @@ def fit(
         tol: stop when the NLL per voxel gains less than this in one iteration.
         max_iter: stop then, converged or not.
         floor: the variance floor, as a fraction of each sequence's variance inside the mask.
+        degree: P, the highest degree of the field's polynomials; 0: no field. With a field, 0 in the image must be no
+            signal.
 
     Returns:
         The fit; nothing in it is NaN.
@@ -215,6 +222,7 @@ def fit(
         every,
         _pack(start, where.repeat(restarts, 1), every),
         _Options(spatial, covariance, tol, max_iter, floor),
+        _pack(bias.basis(mask.to(image.dtype), degree), where, inside).repeat(restarts, 1, 1) if degree else None,
     )
     return _unpack(_best(packed, restarts), where, inside, image.shape[2:])
 
@@ -227,18 +235,21 @@ class _Options(NamedTuple):
     floor: float
 
 
-def _loop(image: Tensor, mask: Tensor, start: Tensor, options: _Options) -> Fit:
+def _loop(image: Tensor, mask: Tensor, start: Tensor, options: _Options, basis: Tensor | None = None) -> Fit:
     """The iterations, on packed voxels: image ``(B, M, N)``, mask ``(B, 1, N)``, start ``(B, K, N)``."""
     batch = len(image)
     floor = options.floor * _variance(image, mask)  # (B, M)
 
-    def maximise(rows: Tensor, resp: Tensor) -> Mixture:
-        return m_step(
-            image[rows], resp, mask[rows], covariance=options.covariance, spatial=options.spatial, floor=floor[rows]
-        )
+    def maximise(rows: Tensor, resp: Tensor, previous: Mixture | None = None) -> Mixture:
+        shape = {"covariance": options.covariance, "spatial": options.spatial, "floor": floor[rows]}
+        if basis is None or previous is None:
+            return m_step(image[rows], resp, mask[rows], **shape)  # type: ignore[arg-type]  # of the right kinds
+        return bias.m_step(image[rows], resp, mask[rows], previous, basis[rows], **shape)  # type: ignore[arg-type]
 
     active = torch.arange(batch, device=image.device)
     mixture = maximise(active, start.to(image.dtype))
+    if basis is not None:
+        mixture = mixture._replace(field=torch.ones_like(image))
     if options.spatial:
         # Π_k(x) = 0 never changes again, so an SVGMM that began with hard responsibilities would end there. Only a
         # component without any voxel keeps 0: its mean is arbitrary, and it is moved in the first iteration.
@@ -251,16 +262,16 @@ def _loop(image: Tensor, mask: Tensor, start: Tensor, options: _Options) -> Fit:
     reseeded = torch.zeros_like(iterations)
     converged = torch.zeros(batch, dtype=torch.bool, device=image.device)
     for _ in range(options.max_iter):
-        updated = maximise(active, resp[active])
+        updated = maximise(active, resp[active], mixture.rows(active))
         lost = collapsed(resp[active], mask[active]) & (reseeded[active] < MAX_RESEEDS)[:, None]
         moved = lost.any(1)
         if moved.any():
             updated = reseed(image[active], mask[active], updated, evidence[active], lost)
         new_resp, new_nll, new_evidence = step(image[active], mask[active], updated)
         gain = last[active] - new_nll
-        mixture = Mixture(*(_put(old, active, new) for old, new in zip(mixture, updated, strict=True)))
-        resp, last = _put(resp, active, new_resp), _put(last, active, new_nll)
-        evidence = _put(evidence, active, new_evidence)
+        mixture = mixture.updated(updated, functools.partial(_put, active))
+        resp, last = _put(active, resp, new_resp), _put(active, last, new_nll)
+        evidence = _put(active, evidence, new_evidence)
         trace.append(last.clone())
         iterations[active] += 1
         reseeded[active] += moved.long()
@@ -288,7 +299,7 @@ def _variance(image: Tensor, mask: Tensor) -> Tensor:
     return torch.where(high > low, variance, 1.0)
 
 
-def _put(old: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+def _put(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
     return new if len(rows) == len(old) else old.index_copy(0, rows, new)
 
 
@@ -302,9 +313,8 @@ def _best(fits: Fit, restarts: int) -> Fit:
     rows = len(fits.nll) // restarts
     choice = fits.nll.reshape(restarts, rows).argmin(0)
     index = choice * rows + torch.arange(rows, device=choice.device)
-    mixture = Mixture(*(parameter[index] for parameter in fits.mixture))
     rest = {name: getattr(fits, name)[index] for name in ("resp", "nll", "iterations", "converged", "reseeded")}
-    return Fit(mixture=mixture, trace=fits.trace[:, index], collapsed=fits.collapsed[index], **rest)
+    return Fit(mixture=fits.mixture.rows(index), trace=fits.trace[:, index], collapsed=fits.collapsed[index], **rest)
 
 
 def _pack_index(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,4 +344,6 @@ def _unpack(fits: Fit, where: Tensor, inside: Tensor, spatial_shape: torch.Size)
     mixture = fits.mixture
     if mixture.weights.ndim == 3:
         mixture = mixture._replace(weights=spread(mixture.weights, 1 / mixture.weights.shape[1]))
+    if mixture.field is not None:
+        mixture = mixture._replace(field=spread(mixture.field, 1.0))
     return fits._replace(resp=spread(fits.resp, 0.0), mixture=mixture)

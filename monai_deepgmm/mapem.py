@@ -140,7 +140,7 @@ def fit(
         new, worth, nll = _e_step(seen, place, updated, field.temper, shape)
         change = masked_mean((new - resp).abs().mean(1, keepdim=True), place)
         # An image that has converged stays as it is, so that its neighbours in the batch change but roundings.
-        mixture = Mixture(*(_where(active, a, b) for a, b in zip(updated, mixture, strict=True)))
+        mixture = mixture.updated(updated, lambda old, new: _where(active, new, old))  # noqa: B023
         resp, last = _where(active, new, resp), torch.where(active, nll, last)
         trace.append(last)
         iterations = iterations + active

@@ -10,6 +10,7 @@ Symbols: B images, K components, M sequences, ``*S`` any spatial shape, N voxels
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ VARIANCE_FLOOR = 1e-6
 
 
 class Mixture(NamedTuple):
-    """The parameters (π, μ, Σ) of B mixtures of K Gaussians over M sequences.
+    """The parameters (π, μ, Σ) of B mixtures of K Gaussians over M sequences, and what shades them.
 
     The shapes say which model it is, and all of them broadcast against each other:
 
@@ -32,11 +33,24 @@ class Mixture(NamedTuple):
         means: μ ``(B, K, M)``.
         covariances: Σ. Variances ``(B, K, M)`` (diag) or ``(B, K, 1)`` (spherical); matrices ``(B, K, M, M)`` (full)
             or ``(B, 1, M, M)`` (tied).
+        field: b ``(B, M, *S)``, the bias field that multiplies the means (Ma 2022, eq. 2.8), or None.
     """
 
     weights: Tensor
     means: Tensor
     covariances: Tensor
+    field: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Mixture:
+        """The mixtures of some of the images."""
+        parts = (None if part is None else part[index] for part in self)
+        return Mixture(*parts)  # type: ignore[arg-type]  # only the field may be None, before and after
+
+    def updated(self, new: Mixture, put: Callable[[Tensor, Tensor], Tensor]) -> Mixture:
+        """``put(old, new)`` of each parameter; both have a field, or neither."""
+        pairs = zip(self, new, strict=True)
+        parts = (None if old is None or fresh is None else put(old, fresh) for old, fresh in pairs)
+        return Mixture(*parts)  # type: ignore[arg-type]
 
 
 def m_step(
@@ -74,9 +88,23 @@ def m_step(
     safe = count.clamp_min(torch.finfo(w.dtype).tiny ** 0.5)
     means = w @ voxels.mT / safe[..., None]
     centred = voxels[:, None] - means[..., None]  # (B, K, M, N)
-    floor = torch.as_tensor(floor, dtype=image.dtype, device=image.device)
-    floor = floor.expand(image.shape[:2])[:, None]  # (B, 1, M)
-    covariances = _covariances(centred, w, safe, covariance)
+    covariances = floored_covariances(centred, w, covariance, floor)
+    weights = resp if spatial else count / count.sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+    return Mixture(weights, means, covariances)
+
+
+def floored_covariances(centred: Tensor, w: Tensor, covariance: Covariance, floor: float | Tensor) -> Tensor:
+    """Σ of the M-step, of any of the shapes in ``COVARIANCES``.
+
+    Args:
+        centred: intensities minus each component's mean ``(B, K, M, N)``.
+        w: responsibilities ``(B, K, N)``, 0 outside the mask.
+        covariance: the shape of Σ.
+        floor: as in ``m_step``.
+    """
+    floor = torch.as_tensor(floor, dtype=w.dtype, device=w.device)
+    floor = floor.expand(centred.shape[0], centred.shape[2])[:, None]  # (B, 1, M)
+    covariances = _covariances(centred, w, w.sum(-1).clamp_min(torch.finfo(w.dtype).tiny ** 0.5), covariance)
     if covariance == "spherical":
         covariances = covariances + floor.mean(-1, keepdim=True)
     elif covariance == "diag":
@@ -85,8 +113,7 @@ def m_step(
         # Sequences that depend on each other leave Σ singular to rounding, and the Cholesky factor would not exist.
         rounding = 32 * torch.finfo(w.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
         covariances = covariances + torch.diag_embed(torch.maximum(floor, rounding))
-    weights = resp if spatial else count / count.sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    return Mixture(weights, means, covariances)
+    return covariances
 
 
 def _covariances(centred: Tensor, w: Tensor, count: Tensor, covariance: Covariance) -> Tensor:
@@ -103,17 +130,20 @@ def _covariances(centred: Tensor, w: Tensor, count: Tensor, covariance: Covarian
 
 
 def log_density(image: Tensor, mixture: Mixture) -> Tensor:
-    """The log density of every voxel under every component: log g(I(x) | μ_k, Σ_k) (S §2).
+    """The log density of every voxel under every component: log g(I(x) | b(x) μ_k, Σ_k), b = 1 without a field (S §2).
 
     Args:
-        image: ``(B, M, *S)``.
-        mixture: its means and covariances are used, its weights are not.
+        image: ``(B, M, *S)``; with a field, on a scale where 0 is no signal.
+        mixture: its means, covariances and field are used, its weights are not.
 
     Returns:
         ``(B, K, *S)``.
     """
     n_sequences = image.shape[1]
-    centred = image.flatten(2)[:, None] - mixture.means[..., None]  # (B, K, M, N)
+    means = mixture.means[..., None]  # (B, K, M, 1)
+    if mixture.field is not None:
+        means = mixture.field.flatten(2)[:, None] * means
+    centred = image.flatten(2)[:, None] - means  # (B, K, M, N)
     if mixture.covariances.ndim == 3:  # diag, spherical
         variances = mixture.covariances.expand_as(mixture.means)
         distance = (1 / variances)[:, :, None] @ centred.square()  # (B, K, 1, N)

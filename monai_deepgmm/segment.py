@@ -225,7 +225,8 @@ def _all_units(fit: Fit, image: Tensor, mask: Tensor, large: Tensor) -> Tensor:
     for index in sorted(set(range(len(image))) - set(large.tolist())):
         near = int((large - index).abs().argmin())
         weights = fit.resp[near].flatten(1).mean(1)
-        borrowed = Mixture((weights / weights.sum())[None], *(p[near][None] for p in fit.mixture[1:]))
+        means, covariances = fit.mixture.means[near][None], fit.mixture.covariances[near][None]
+        borrowed = Mixture((weights / weights.sum())[None], means, covariances)
         resp[index] = e_step(image[index][None], mask[index][None], borrowed)[0]
     return resp
 

@@ -17,7 +17,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from monai_deepgmm.em import Fit
-from monai_deepgmm.mixture import Mixture
 from monai_deepgmm.protocol import Tissue
 
 #: How far a voxel may stray from its tissue's signature: in standard deviations inside the mask, and in relative depth.
@@ -149,7 +148,11 @@ def reorder(fit: Fit, order: Tensor) -> Fit:
     mixture = fit.mixture
     covariances = mixture.covariances
     tied = covariances.shape[1] < order.shape[1]
-    named = Mixture(pick(mixture.weights), pick(mixture.means), covariances if tied else pick(covariances))
+    named = mixture._replace(
+        weights=pick(mixture.weights),
+        means=pick(mixture.means),
+        covariances=covariances if tied else pick(covariances),
+    )
     return fit._replace(resp=pick(fit.resp), mixture=named, collapsed=pick(fit.collapsed))
 
 

@@ -59,11 +59,11 @@ def soft_start(image: Tensor, mask: Tensor, *, seed=0) -> Tensor:
 
 
 def is_finite(fit: em.Fit) -> bool:
-    return all(part.isfinite().all() for part in (fit.resp, fit.nll, fit.trace, *fit.mixture))
+    return all(part.isfinite().all() for part in (fit.resp, fit.nll, fit.trace, *fit.mixture[:3]))
 
 
 def assert_same(a: em.Fit, b: em.Fit, **tolerance) -> None:
-    for one, other in zip((a.resp, a.nll, *a.mixture), (b.resp, b.nll, *b.mixture), strict=True):
+    for one, other in zip((a.resp, a.nll, *a.mixture[:3]), (b.resp, b.nll, *b.mixture[:3]), strict=True):
         torch.testing.assert_close(one, other, **tolerance)
 
 
@@ -168,7 +168,7 @@ def test_a_batch_is_its_images_one_by_one(covariance, spatial):
         assert alone.iterations[0] == together.iterations[b]
         torch.testing.assert_close(alone.resp[0], together.resp[b])
         torch.testing.assert_close(alone.nll[0], together.nll[b])
-        for one, many in zip(alone.mixture, together.mixture, strict=True):
+        for one, many in zip(alone.mixture[:3], together.mixture[:3], strict=True):
             torch.testing.assert_close(one[0], many[b])
 
 
@@ -208,7 +208,7 @@ def test_the_dtype_follows_the_image(spatial, dtype, mask_dtype):
     start = em.kmeans_start(image, mask, K, generator=seeded())
     assert start.dtype == em.means_start(image, mask.to(dtype), CENTRES).dtype == dtype
     fit = em.fit(image, mask, start, spatial=spatial)
-    assert {part.dtype for part in (fit.resp, fit.nll, fit.trace, *fit.mixture)} == {dtype}
+    assert {part.dtype for part in (fit.resp, fit.nll, fit.trace, *fit.mixture[:3])} == {dtype}
 
 
 def test_float32_agrees_with_float64_even_far_from_zero():

@@ -71,7 +71,7 @@ def two(*means: float, **strengths: float) -> Prior:
 
 
 def parts(found: Fit) -> list[Tensor]:
-    return [found.resp, found.nll, *found.mixture]
+    return [found.resp, found.nll, *found.mixture[:3]]
 
 
 def is_finite(found: Fit) -> bool:

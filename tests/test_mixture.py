@@ -114,7 +114,7 @@ def test_one_gaussian_by_hand():
     image = torch.tensor([[[0.0, 2.0, 7.0]]])
     mask = torch.tensor([[[1.0, 1.0, 0.0]]])
     mixture = m_step(image, torch.ones(1, 1, 3), mask, floor=0.0)
-    assert [part.item() for part in mixture] == [1.0, 1.0, 1.0]
+    assert [part.item() for part in mixture[:3]] == [1.0, 1.0, 1.0]
     # Two voxels one standard deviation from the mean: ½ log 2π + ½.
     assert nll(image, mask, mixture).item() == pytest.approx(0.5 * np.log(2 * np.pi) + 0.5)
 
@@ -293,7 +293,7 @@ def test_a_batch_is_its_images_one_by_one(covariance, spatial, shape):
     for b in range(3):
         alone_image, alone_mask, logits = (part[b : b + 1] for part in scene(shape, batch=3))
         alone = m_step(alone_image, logits.softmax(1), alone_mask, covariance=covariance, spatial=spatial)
-        for one, many in zip(alone, mixture, strict=True):
+        for one, many in zip(alone[:3], mixture[:3], strict=True):
             torch.testing.assert_close(one[0], many[b])
         torch.testing.assert_close(nll(alone_image, alone_mask, alone)[0], values[b])
         torch.testing.assert_close(e_step(alone_image, alone_mask, alone)[0], resp[b])
@@ -338,7 +338,7 @@ def test_arguments_are_left_as_they_were(covariance, spatial):
 @each_covariance
 def test_the_dtype_follows_the_image(covariance, spatial, dtype):
     image, mask, mixture = fitted((5, 6), covariance, spatial, dtype=dtype)
-    parts = [*mixture, nll(image, mask, mixture), e_step(image, mask, mixture), log_density(image, mixture)]
+    parts = [*mixture[:3], nll(image, mask, mixture), e_step(image, mask, mixture), log_density(image, mixture)]
     assert {part.dtype for part in parts} == {dtype}
 
 
