@@ -87,7 +87,7 @@ def load(
             failed[patient.name] = StudyError("E_MODEL", message, "Train another network for such patients")
             continue
         channels = [patient.sequences.index(s) for s in common]
-        units = patient.units._replace(image=patient.units.image[:, channels])
+        units = patient.units._replace(image=patient.units.image[:, channels], zero=patient.units.zero[:, channels])
         kept.append(patient._replace(sequences=common, units=units))
     return kept, failed
 

@@ -37,6 +37,7 @@ class Units(NamedTuple):
         slice_axis: the array axis of the scan along which slices are stacked.
         corners: (B, 3) where each image's first voxel lies in the scan; may be negative.
         scan_shape: (X, Y, Z).
+        zero: (B, M) what the scan's 0 has become: no signal, which a field that multiplies intensities leaves alone.
     """
 
     image: Tensor
@@ -46,6 +47,7 @@ class Units(NamedTuple):
     slice_axis: int
     corners: NDArray[np.int64]
     scan_shape: tuple[int, int, int]
+    zero: Tensor
 
     def cut(self, volume: NDArray[Any]) -> NDArray[Any]:
         """Cuts any other array (X, Y, Z) on the scan's grid as the image was cut: (B, *S), 0 beyond the scan."""
@@ -103,9 +105,9 @@ def units(patient: Scan, protocol: Protocol) -> Units:
     cut = torch.stack([_cut(whole, corner, size) for corner in corners]).double()
     cut = cut.squeeze(2 + axis) if by_slice else cut
     image, mask, covered = cut[:, :-2], cut[:, -2:-1], cut[:, -1:]
-    image = _zscore(image, mask if protocol.crop_mm is None else covered) * covered
+    image, zero = _zscore(image, mask if protocol.crop_mm is None else covered)
     kept = tuple(s for i, s in enumerate(spacing) if i not in stack)
-    return Units(image, mask, kept, tuple(int(i) for i in found), axis, corners, patient.mask.shape)
+    return Units(image * covered, mask, kept, tuple(int(i) for i in found), axis, corners, patient.mask.shape, zero)
 
 
 def _box(mask: NDArray[np.bool_], axis: int | None, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -150,13 +152,15 @@ def _cut(whole: Tensor, corner: NDArray[np.int64], size: NDArray[np.int64]) -> T
     return out
 
 
-def _zscore(image: Tensor, over: Tensor) -> Tensor:
-    """Each sequence of each image brought to mean 0 and standard deviation 1 over ``over`` (B, 1, *S)."""
+def _zscore(image: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sequence of each image with mean 0 and deviation 1 over ``over`` (B, 1, *S); where its 0 is then (B, M)."""
     axes = tuple(range(2, image.ndim))
     count = over.sum(axes, keepdim=True).clamp_min(1)
-    centred = image - (image * over).sum(axes, keepdim=True) / count
+    mean = (image * over).sum(axes, keepdim=True) / count
+    centred = image - mean
     deviation = ((centred.square() * over).sum(axes, keepdim=True) / count).sqrt()
-    return centred / torch.where(deviation > 0, deviation, 1.0)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    return centred / deviation, (-mean / deviation).flatten(1)
 
 
 class LoadStudyd(Transform):

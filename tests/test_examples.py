@@ -73,6 +73,7 @@ def test_what_most_patients_have_decides_and_the_surplus_is_dropped(tmp_path, ma
     assert [(p.name, p.sequences) for p in found] == [(n, ("LGE", "bSSFP")) for n in ("part1", "part2", "whole")]
     (alone,), _ = load(tmp_path, "whole")
     assert torch.equal(found[2].units.image, alone.units.image[:, [0, 2]])
+    assert torch.equal(found[2].units.zero, alone.units.zero[:, [0, 2]])
 
 
 def test_a_tie_goes_to_the_larger_set(tmp_path, make_patient):

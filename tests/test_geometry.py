@@ -1,5 +1,7 @@
 """Load, crop, restore, write: masks come back bit by bit, whatever the geometry."""
 
+import dataclasses
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -58,6 +60,24 @@ def test_each_slice_is_z_scored_over_its_crop(tmp_path):
     for image, where in zip(units.image[:, 0], covered, strict=True):
         assert image[where].mean().item() == pytest.approx(0, abs=1e-9)
         assert image[where].std(correction=0).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("crop_mm", [60.0, None])
+@pytest.mark.parametrize("unit", ["slice", "volume"])
+def test_zero_is_where_the_scans_0_lies_after_the_z_score(tmp_path, unit, crop_mm):
+    study, _ = random_patient(tmp_path, np.random.default_rng(6))
+    loaded = scan.load(study, INFARCT)
+    images = np.concatenate([loaded.image, 3 * loaded.image + 100])  # two sequences with other gains and offsets
+    loaded = dataclasses.replace(loaded, image=images)
+    units = transforms.units(loaded, dataclasses.replace(INFARCT, unit=unit, crop_mm=crop_mm))
+    assert units.zero.shape == units.image.shape[:2]
+    covered = units.cut(np.ones_like(loaded.mask))
+    for channel, raw in enumerate(images):
+        rows = zip(units.image[:, channel], units.zero[:, channel], units.cut(raw), covered, strict=True)
+        for image, zero, cut, where in rows:
+            signal, cut = (image - zero).numpy()[where], cut[where].astype(float)
+            gain = np.linalg.norm(signal) / np.linalg.norm(cut)
+            assert signal == pytest.approx(gain * cut, abs=1e-9)  # one positive factor, and no offset
 
 
 @pytest.mark.parametrize("sequences", [("LGE", "T2", "bSSFP"), ("LGE",), ("LGE", "T2"), ("bSSFP",)])
