@@ -23,7 +23,7 @@ DEPENDENT = 1e-6
 NOTABLE, ENTANGLED = 0.05, 0.5
 
 
-def basis(mask: Tensor, degree: int) -> Tensor:
+def basis(mask: Tensor, degree: int, *, beyond: bool = False) -> Tensor:
     """Products of Legendre polynomials of total degree at most P, orthonormal over each image's mask (M eq. 3.6).
 
     ``(1/|Ω|) Σ_{x∈Ω} g_i(x) g_j(x) = δ_ij``, and ``g_0 = 1``. There are (P+1)(P+2)/2 of them in 2-D and
@@ -32,15 +32,16 @@ def basis(mask: Tensor, degree: int) -> Tensor:
     Args:
         mask: Ω ``(B, 1, *S)``.
         degree: P, at least 0.
+        beyond: whether the polynomials go on outside the mask.
 
     Returns:
-        g ``(B, J, *S)``, 0 outside the mask.
+        g ``(B, J, *S)``, 0 outside the mask unless ``beyond``.
     """
     raw = torch.stack([_raw(m[0], degree) for m in mask])  # (B, J, *S)
-    flat, count = raw.flatten(2), mask.flatten(1).sum(1).clamp_min(1)
-    gram = (flat @ flat.mT) / count[:, None, None]
-    out = _orthonormal(gram.double()).to(raw) @ flat
-    return out.reshape(raw.shape)
+    flat, inside = raw.flatten(2), mask.flatten(2).to(raw.dtype)
+    gram = (flat * inside) @ flat.mT / inside.sum(-1, keepdim=True).clamp_min(1)
+    out = (_orthonormal(gram) @ flat).reshape(raw.shape).to(mask.dtype)
+    return out if beyond else out * mask
 
 
 def m_step(
@@ -151,13 +152,13 @@ def terms(degree: int, dimensions: int) -> int:
 
 
 def _raw(mask: Tensor, degree: int) -> Tensor:
-    """Legendre products ``(J, *S)`` over the box around one mask ``(*S)``, 0 outside the mask; low degrees first."""
+    """Legendre products ``(J, *S)``, −1 to 1 being the box around one mask ``(*S)``; low degrees first."""
     inside = mask > 0
     axes = [_legendre(inside, axis, degree) for axis in range(mask.ndim)]  # each (P + 1, n)
     powers = [p for p in product(range(degree + 1), repeat=mask.ndim) if sum(p) <= degree]
     out = []
     for power in sorted(powers, key=lambda p: (sum(p), p)):
-        value = mask
+        value = torch.ones_like(mask, dtype=torch.float64)
         for axis, p in enumerate(power):
             shape = [-1 if i == axis else 1 for i in range(mask.ndim)]
             value = value * axes[axis][p].reshape(shape)
