@@ -39,7 +39,8 @@ class BrainConfig:
         spacing_mm: one number, or one for each axis. None: 1.5, with ibsr 0.94, 1.5, 0.94.
         sequences: some of T1, T2 and FLAIR, T1 among them.
         shading: amplitude of a smooth field that multiplies each sequence: 0.35 is ±35 %; 0 is none.
-        noise: its standard deviation, as a share of the contrast between grey and white matter.
+        noise: its standard deviation on T1, as a share of the contrast between grey and white matter; T2 and FLAIR
+            have more.
         partial_volume: False gives each voxel to the one tissue that it holds most of.
         fractions: also write ``fractions.nii.gz``: the share of GM, WM and CSF along a fourth axis.
 
@@ -52,7 +53,7 @@ class BrainConfig:
     spacing_mm: float | tuple[float, float, float] | None = None
     sequences: tuple[str, ...] = SEQUENCES
     shading: float = 0.0
-    noise: float = 0.12
+    noise: float = 0.14
     partial_volume: bool = True
     fractions: bool = False
 
@@ -134,7 +135,8 @@ def make_patient(config: BrainConfig, seed: int, number: int) -> BrainPatient:
     images = {}
     for sequence in config.sequences:
         stream = [np.random.default_rng([seed, number, p, SEQUENCES.index(sequence)]) for p in (1, 2, 3, 4)]
-        signal = paint(stream[0], stream[1], sequence, shares, axes, noise=config.noise)
+        tissue = np.random.default_rng([seed, number, 5])  # begun anew for each sequence: they share it
+        signal = paint(tissue, stream[0], stream[1], sequence, shares, axes, noise=config.noise)
         signal *= 1 + config.shading * shading(stream[2], axes, brain.half_mm, mask)
         images[sequence] = scanned(signal, UNIT * float(np.exp(0.3 * stream[3].standard_normal())), mask)
     name = f"IBSR_{number:02d}" if config.naming == "ibsr" else f"Brain{number:03d}"

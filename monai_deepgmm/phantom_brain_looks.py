@@ -24,9 +24,13 @@ MEANS: Mapping[str, Floats] = MappingProxyType(
 )
 SEQUENCES = tuple(MEANS)
 #: Standard deviation of the texture within each part.
-TEXTURE: Floats = np.array([0.26, 0.24, 0.14, 0.25])
+TEXTURE: Floats = np.array([0.26, 0.24, 0.18, 0.28])
 #: The texture's wavelengths in mm, and their shares of its variance.
 TEXTURE_SCALES: tuple[tuple[float, float], ...] = ((10.0, 0.6), (45.0, 0.4))
+#: The share of its variance that all sequences have in common: what looks more like white matter does so on each.
+SHARED = 0.5
+#: Texture and noise again, by sequence: T2 and FLAIR tell grey from white matter less well.
+SPREAD: Mapping[str, float] = MappingProxyType({"T1": 1.0, "T2": 1.5, "FLAIR": 1.8})
 #: How far a part's mean lies off from patient to patient.
 BETWEEN = 0.05
 #: The scanner's unit, about.
@@ -34,6 +38,7 @@ UNIT = 700.0
 
 
 def paint(
+    tissue: np.random.Generator,
     rng: np.random.Generator,
     noisy: np.random.Generator,
     sequence: str,
@@ -44,22 +49,29 @@ def paint(
     """One sequence in units of ``MEANS``, ``(X, Y, Z)``: a voxel's signal is the mean of what it holds.
 
     Args:
-        rng: where the texture comes from.
+        tissue: where the texture comes from that all sequences share.
+        rng: where the texture comes from that is this sequence's own.
         noisy: where the noise comes from.
         sequence: one of ``SEQUENCES``.
         shares: of each ``Part`` in each voxel, ``(4, X, Y, Z)``.
         axes: the voxels' centres in mm.
         noise: standard deviation of the noise, as a share of the contrast.
     """
-    contrast = abs(MEANS[sequence][Part.CORTEX] - MEANS[sequence][Part.WHITE])
+    contrast = MEANS[sequence][Part.WHITE] - MEANS[sequence][Part.CORTEX]
     mean = MEANS[sequence] + BETWEEN * contrast * rng.standard_normal(len(Part))
-    grain = sum(np.sqrt(share) * Waves.draw(rng, length).on(*axes) for length, share in TEXTURE_SCALES)
+    grain = np.sqrt(SHARED) * _texture(tissue, axes) + np.sqrt(1 - SHARED) * _texture(rng, axes)
     signal = np.einsum("pxyz,p->xyz", shares, mean.astype(np.float32))
-    signal += contrast * np.einsum("pxyz,p->xyz", shares, TEXTURE.astype(np.float32)) * grain
+    signal += SPREAD[sequence] * contrast * np.einsum("pxyz,p->xyz", shares, TEXTURE.astype(np.float32)) * grain
     # A magnitude image: noise in the real and in the imaginary channel.
-    real, imaginary = noise * contrast * noisy.standard_normal((2, *signal.shape), dtype=np.float32)
+    real, imaginary = SPREAD[sequence] * noise * contrast * noisy.standard_normal((2, *signal.shape), dtype=np.float32)
     magnitude: Singles = np.hypot(signal + real, imaginary)
     return magnitude
+
+
+def _texture(rng: np.random.Generator, axes: Sequence[Floats]) -> Singles:
+    """A field of variance 1 on several scales, ``(X, Y, Z)``."""
+    fields = [np.sqrt(share) * Waves.draw(rng, length).on(*axes) for length, share in TEXTURE_SCALES]
+    return np.asarray(sum(fields), np.float32)
 
 
 def shading(rng: np.random.Generator, axes: Sequence[Floats], half_mm: Floats, mask: NDArray[np.bool_]) -> Singles:
