@@ -115,8 +115,10 @@ def field(
     else:
         omega = _block(image.flatten(2), w, mixture.means, precision, g)
     # g_0 = 1 and the others have mean 0, so that the first coefficient is the field's mean.
-    omega = omega / torch.where(omega[..., :1].abs() > DEPENDENT, omega[..., :1], 1)
-    b = (omega @ g).reshape(image.shape)
+    scale = omega[..., :1]
+    there = scale.abs() > DEPENDENT
+    omega = torch.where(there, omega / torch.where(there, scale, 1), 0)
+    b = torch.where(there, omega @ g, 1).reshape(image.shape)  # a sequence without signal tells of no field
     return torch.where(mask > 0, b, 1)
 
 
