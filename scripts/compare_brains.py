@@ -48,6 +48,8 @@ SEQUENCE = "T1"
 #: In the order of the table's columns; the last is the mean of grey and white matter.
 TISSUES = ("CSF", "GM", "WM")
 PARENCHYMA = ("GM", "WM")
+#: The quantiles at which ANTs' own pipelines truncate intensities by default; here inside the mask.
+TRUNCATION = (0.025, 0.975)
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
 
@@ -128,15 +130,22 @@ def sklearn(covariance: str) -> Segment:
     return by_intensity(components)
 
 
-def atropos(corrected: str) -> Segment:
-    """ANTs' mixture with a Markov random field, weight 0.1 on the 26 neighbours, perhaps after one N4."""
+def atropos(before: str) -> Segment:
+    """ANTs' mixture with a Markov random field, weight 0.1 on the 26 neighbours.
+
+    Args:
+        before: what is done to the image first: ``truncate``, ``N4``, both or nothing. Its k-means start reaches up to
+            the brightest voxel, so that without truncation a few bright vessels can take a component for themselves.
+    """
     import ants
 
     def components(found: scan.Scan) -> Labels:
-        spacing = found.reference.spacing_mm
-        image = ants.from_numpy(found.image[0], spacing=spacing)
+        spacing, values = found.reference.spacing_mm, found.image[0]
+        if "truncate" in before:
+            values = values.clip(*np.quantile(values[found.mask], TRUNCATION).astype(values.dtype))
+        image = ants.from_numpy(values, spacing=spacing)
         mask = ants.from_numpy(found.mask.astype(np.float32), spacing=spacing)
-        if corrected:
+        if "N4" in before:
             image = ants.n4_bias_field_correction(image, mask=mask)
         fitted = ants.atropos(a=image, x=mask, i=f"KMeans[{len(TISSUES)}]", m="[0.1,1x1x1]", c="[5,0]")
         labels: Labels = np.rint(fitted["segmentation"].numpy()).astype(np.int64)
@@ -172,6 +181,8 @@ RIVALS: Mapping[str, Rival] = {
     "sklearn-full": Rival(sklearn, "full", "sklearn", "scikit-learn"),
     "atropos": Rival(atropos, "", "ants", "antspyx"),
     "n4+atropos": Rival(atropos, "N4", "ants", "antspyx"),
+    "truncate+atropos": Rival(atropos, "truncate", "ants", "antspyx"),
+    "truncate+n4+atropos": Rival(atropos, "truncate N4", "ants", "antspyx"),
     "dipy-hmrf": Rival(dipy, "0.1", "dipy", "dipy"),
 }
 

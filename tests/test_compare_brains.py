@@ -99,7 +99,9 @@ def test_both_segment_a_brain_and_a_second_run_measures_nothing(
     assert [again[method][2:6] for method in methods] == [["0.100", "0.200", "0.400", "0.300"]] * 2
 
 
-@pytest.mark.parametrize(("method", "module"), [("atropos", "ants"), ("n4+atropos", "ants"), ("dipy-hmrf", "dipy")])
+@pytest.mark.parametrize(
+    ("method", "module"), [("atropos", "ants"), ("truncate+n4+atropos", "ants"), ("dipy-hmrf", "dipy")]
+)
 def test_rivals_that_are_installed_segment_it_too(
     script: ModuleType, data: Path, tmp_path: Path, method: str, module: str
 ) -> None:
