@@ -186,6 +186,7 @@ def finish(
             "values": None if prepared.means_source == "none" else prepared.means.tolist(),
         },
         "patients": {"trained_on": prepared.patients[0], "validation": prepared.patients[1]},
+        "labels": list(prepared.labelled),
         "images": {"trained_on": len(prepared.train), "validation": held},
         "not_used": {who: {"code": why.code, "message": why.message} for who, why in prepared.failed.items()},
         "fingerprint": prepared.fingerprint,
@@ -221,9 +222,11 @@ def _training_keys(prepared: Prepared, plan: Plan) -> dict[str, Any]:
         "model_dir": "@bundle_root",
         "protocol": "$@bundle_root + '/" + PROTOCOL + "'",
         "method": plan.method,
+        "loss": plan.loss,
         # As text: the configuration's parser would make a network of the mapping.
         "network": json.dumps(dict(plan.network)),
         "means": known,
+        "labels": list(plan.labels) or None,
         "epochs": plan.epochs,
         "set": settings,
         "seed": plan.seed,
@@ -252,12 +255,13 @@ def _metadata_keys(prepared: Prepared) -> dict[str, Any]:
     spec = prepared.spec
     shape = ["32*n"] * spec.spatial_dims
     seen = [*spec.sequences, "relative depth"]
+    known = f"(of which {len(prepared.labelled)} labelled)" if prepared.labelled else "unlabelled"
     return {
         "version": metadata.version("monai-deepgmm"),
         "monai_version": metadata.version("monai"),
         "pytorch_version": metadata.version("torch"),
         "numpy_version": metadata.version("numpy"),
-        "data_source": f"{sum(prepared.patients)} unlabelled patients of the user's own",
+        "data_source": f"{sum(prepared.patients)} {known} patients of the user's own",
         "network_data_format#inputs#image#num_channels": spec.channels,
         "network_data_format#inputs#image#spatial_shape": shape,
         "network_data_format#inputs#image#channel_def": {str(i): name for i, name in enumerate(seen)},

@@ -28,7 +28,7 @@ logger = logging.getLogger("monai_deepgmm")
 #: The options of ``deepgmm train`` that the bundle's ``train.json`` takes as they are.
 TRAIN_KEYS = (
     *("protocol", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
-    *("seed", "device"),
+    *("labels", "seed", "device"),
 )
 
 OK, SOME_FAILED, USAGE, ALL_FAILED, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -308,14 +308,17 @@ def _add_means(commands: Any) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    made = _command(commands, train, "train one network on a cohort without labels")
+    made = _command(commands, train, "train one network on a cohort with few labels or none")
     _add_cohort(made)
     made.add_argument("model_dir", metavar="MODEL_DIR", type=Path, help="the folder for the network and its bundle")
     group = made.add_argument_group("what to train")
     group.add_argument("--method", choices=["deepg", "deepsvg"], help="the mixture; deepsvg, or what --loss says")
-    group.add_argument("--loss", choices=["nll", "nll_v"], help="the loss; that of the method")
+    losses = ["nll", "nll_v", "gmm", "gmm_tv", "gmm_bias"]
+    group.add_argument("--loss", choices=losses, help="the loss; that of the method, or with --labels gmm_tv")
     group.add_argument("--network", metavar="NETWORK", help="a name, a class, or a file; the paper's U-Net")
     group.add_argument("--means", metavar="FILE", help="known class means, or the word cohort to estimate them from it")
+    labels = "learn from these patients' truth too: all, ids, a file of ids, or a share such as 1/4 drawn by --seed"
+    group.add_argument("--labels", nargs="+", metavar="WHOSE", help=labels)
     group.add_argument("--epochs", type=_positive, metavar="N", help="how many; by the cohort's size")
     group.add_argument("--resume", action="store_true", help="go on with the training that MODEL_DIR holds")
 

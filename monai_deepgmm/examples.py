@@ -3,14 +3,18 @@
 An example is ``{"image": (M + 1, *S), "mask": (1, *S), "expected": (K, *S), "seen": (M + 1, 1, …)}``: the sequences and
 the relative depth, where the mask is, where each tissue is expected, and which channels the network is shown. Nothing
 in it is a label: what is expected comes from a teacher that has seen none, the protocol's signatures or the anatomical
-mixture. A sequence that a patient lacks is 0 everywhere. Since it then has the same density under every component, it
-cancels in every responsibility: the mixture is that of the other sequences.
+mixture. Where it is asked for, there are two more: ``"zero": (M, 1, …)``, what no signal has become, and
+``"labels": (1, *S)``, manual labels 1 … K, and 0 where none is known.
+
+A sequence that a patient lacks is 0 everywhere. Since it then has the same density under every component, it cancels
+in every responsibility: the mixture is that of the other sequences.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +31,7 @@ from monai.transforms import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from monai_deepgmm import anatomical, scan, tissues, transforms, view
+from monai_deepgmm import anatomical, scan, tissues, transforms, truth, view
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.mixture import m_step
 from monai_deepgmm.protocol import Protocol
@@ -37,6 +41,8 @@ from monai_deepgmm.study import Study
 from monai_deepgmm.transforms import Units
 
 Example = dict[str, Tensor]
+#: What an example holds where it is asked for.
+OPTIONAL = ("zero", "labels")
 
 
 class Patient(NamedTuple):
@@ -47,16 +53,24 @@ class Patient(NamedTuple):
         sequences: the names of the channels.
         units: its images.
         inputs: SHA-256 of each file, by what it holds.
+        labels: manual labels (B, *S), the protocol's indices and 0, where they may be used; else None.
     """
 
     name: str
     sequences: tuple[str, ...]
     units: Units
     inputs: Mapping[str, str]
+    labels: Tensor | None = None
 
 
 def load(
-    studies: Sequence[Study], protocol: Protocol, *, frame: int | None, max_voxels: int, incomplete: bool = False
+    studies: Sequence[Study],
+    protocol: Protocol,
+    *,
+    frame: int | None,
+    max_voxels: int,
+    incomplete: bool = False,
+    labelled: Collection[str] = (),
 ) -> tuple[list[Patient], dict[str, StudyError]]:
     """Loads every patient that can be used, and says of the others why not.
 
@@ -69,13 +83,19 @@ def load(
     loaded: list[Patient] = []
     failed: dict[str, StudyError] = {}
     for study in studies:
+        wanted = study.patient in labelled
         try:
             found = scan.load(study, protocol, frame=frame, max_voxels=max_voxels)
+            known = truth.read(study, protocol, protocol.sequences, like=found.reference) if wanted else None
         except StudyError as error:
             failed[study.patient] = error
             continue
         hashes = {name: facts["sha256"] for name, facts in found.inputs.items() if "sha256" in facts}
-        loaded.append(Patient(study.patient, found.sequences, transforms.units(found, protocol), hashes))
+        units, labels = transforms.units(found, protocol), None
+        if known is not None:
+            labels = torch.from_numpy(units.cut(known.labels))
+            hashes["labels"] = hashlib.sha256(known.labels.tobytes()).hexdigest()
+        loaded.append(Patient(study.patient, found.sequences, units, hashes, labels))
     if incomplete:
         return loaded, failed
     counts = Counter(p.sequences for p in loaded)
@@ -112,7 +132,13 @@ def cohort_means(patients: Sequence[Patient], protocol: Protocol) -> Tensor:
 
 
 def make(
-    patients: Sequence[Patient], protocol: Protocol, *, grid_mm: float, teacher: Teacher = "signature"
+    patients: Sequence[Patient],
+    protocol: Protocol,
+    *,
+    grid_mm: float,
+    teacher: Teacher = "signature",
+    shaded: bool = False,
+    labelled: bool = False,
 ) -> dict[str, list[Example]]:
     """The examples of each patient, all of one size; images too small for a mixture are left out.
 
@@ -121,6 +147,8 @@ def make(
         protocol: the tissues.
         grid_mm: the voxel size of the network's grid.
         teacher: what says where tissues are expected.
+        shaded: whether examples say what no signal has become, as a loss with a bias field needs.
+        labelled: whether examples hold labels, as far as patients have them.
     """
     size, sequences = _size(patients, grid_mm), channels(patients, protocol)
     visible = protocol.visible(sequences)
@@ -140,12 +168,26 @@ def make(
         image = view.inputs(view.look(given, seen), mask, grid_mm)
         expected = normalised(view.look(where, seen), mask)
         large = mask.flatten(1).sum(1) >= MIN_VOXELS_PER_TISSUE * len(mine)
-        out[patient.name] = [
-            {"image": i, "mask": m, "expected": e, "seen": shown}
-            for i, m, e, enough in zip(image, mask, expected, large, strict=True)
-            if enough
-        ]
+        parts = {"image": image, "mask": mask, "expected": expected, "seen": shown.expand(len(image), *shown.shape)}
+        if shaded:
+            zero = torch.zeros(len(image), len(sequences), *[1] * len(size))
+            zero[:, own] = units.zero.reshape(len(image), len(own), *[1] * len(size)).float()
+            parts["zero"] = zero
+        if labelled:
+            parts["labels"] = view.look(_marked(patient, protocol, sequences), seen, nearest=True) * mask
+        rows = range(len(image))
+        out[patient.name] = [{key: part[row] for key, part in parts.items()} for row in rows if large[row]]
     return out
+
+
+def _marked(patient: Patient, protocol: Protocol, sequences: tuple[str, ...]) -> Tensor:
+    """A patient's labels as 1 … K of the tissues that the sequences show ``(B, 1, *S)``; 0 where none is known."""
+    marked = torch.zeros_like(patient.units.mask, dtype=torch.float32)
+    if patient.labels is not None:
+        shown = [t.index for t in protocol.visible(sequences)]
+        for index, merged in protocol.merged(sequences).items():
+            marked[:, 0][patient.labels == index] = shown.index(merged) + 1 if merged in shown else 0
+    return marked
 
 
 def _expected(patient: Patient, protocol: Protocol, teacher: Teacher) -> Tensor:
@@ -190,26 +232,19 @@ def augmentation(spatial_dims: int, drop: float = 0.0) -> Compose:
         spatial_dims: 2 or 3; a volume is turned by less than a slice, which has no upright.
         drop: the probability that one of an example's sequences is not shown to the network.
     """
-    keys, modes = ("image", "mask", "expected"), ("bilinear", "nearest", "bilinear")
+    keys, modes = ("image", "mask", "expected", "labels"), ("bilinear", "nearest", "bilinear", "nearest")
+    common: dict[str, Any] = {"mode": modes, "padding_mode": "zeros", "allow_missing_keys": True}
     turn = torch.pi if spatial_dims == 2 else torch.pi / 12
     elastic = (
-        Rand2DElasticd(keys, spacing=(24, 24), magnitude_range=(0.5, 1.5), prob=0.25, mode=modes, padding_mode="zeros")
+        Rand2DElasticd(keys, spacing=(24, 24), magnitude_range=(0.5, 1.5), prob=0.25, **common)
         if spatial_dims == 2
-        else Rand3DElasticd(
-            keys, sigma_range=(4, 6), magnitude_range=(20, 60), prob=0.25, mode=modes, padding_mode="zeros"
-        )
+        else Rand3DElasticd(keys, sigma_range=(4, 6), magnitude_range=(20, 60), prob=0.25, **common)
     )
+    rotate = (turn,) if spatial_dims == 2 else (turn,) * 3
     return Compose(
         [
-            RandAxisFlipd(keys, prob=0.5),
-            RandAffined(
-                keys,
-                prob=0.8,
-                rotate_range=(turn,) if spatial_dims == 2 else (turn,) * 3,
-                scale_range=(0.15,) * spatial_dims,
-                mode=modes,
-                padding_mode="zeros",
-            ),
+            RandAxisFlipd(keys, prob=0.5, allow_missing_keys=True),
+            RandAffined(keys, prob=0.8, rotate_range=rotate, scale_range=(0.15,) * spatial_dims, **common),
             elastic,
             Tidyd(),
             RandGaussianNoised(("sequences",), prob=0.5, std=0.1),
@@ -245,7 +280,7 @@ class Tidyd(Transform):
     """Repairs what interpolation did to an example, and splits its sequences from the depth, which bears no noise."""
 
     def __call__(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``image``, ``mask``, ``expected`` → ``sequences``, ``depth``, ``mask``, ``expected``; ``seen`` stays."""
+        """``image``, ``mask``, ``expected`` → ``sequences``, ``depth``, ``mask``, ``expected``; the rest stays."""
         image, mask, expected = (
             torch.as_tensor(data[key]).as_subclass(Tensor) for key in ("image", "mask", "expected")
         )
@@ -255,6 +290,7 @@ class Tidyd(Transform):
             "mask": mask,
             "expected": normalised(expected, mask),
             "seen": data["seen"],
+            **{key: torch.as_tensor(data[key]).as_subclass(Tensor) for key in OPTIONAL if key in data},
         }
 
 
@@ -265,7 +301,8 @@ class Joind(Transform):
         """One dictionary in, one out."""
         image = torch.cat([torch.as_tensor(data["sequences"]).as_subclass(Tensor), data["depth"]])
         # What a patient lacks stays 0, whatever noise there is.
-        return {"image": image * data["seen"], **{key: data[key] for key in ("mask", "expected", "seen")}}
+        rest = {key: value for key, value in data.items() if key not in ("sequences", "depth")}
+        return {"image": image * data["seen"], **rest}
 
 
 class Examples(Dataset[Example]):
@@ -313,9 +350,11 @@ def prepare_batch(
 
     Returns:
         ``(B, M + 1, *S)`` with 0 for the sequences that are not shown, and ``cat([sequences, mask, expected], 1)`` with
-        all that the patient has.
+        all that the patient has, on a scale where 0 is no signal if the examples say what that is. If they hold labels,
+        these follow as one channel, 0 … K−1 or −1: the target of ``gmm_loss.TotalLoss``.
     """
-    image, mask, expected, seen = (
-        batch[k].to(device, non_blocking=non_blocking) for k in ("image", "mask", "expected", "seen")
-    )
-    return image * seen, torch.cat([image[:, :-CONTEXT], mask, expected], 1)
+    there = {key: value.to(device, non_blocking=non_blocking) for key, value in batch.items()}
+    image, sequences = there["image"], there["image"][:, :-CONTEXT]
+    signal = sequences - there["zero"] if "zero" in there else sequences
+    labels = [there["labels"] - 1] if "labels" in there else []
+    return image * there["seen"], torch.cat([signal, there["mask"], there["expected"], *labels], 1)

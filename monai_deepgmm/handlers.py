@@ -19,6 +19,7 @@ from torch.utils.data import DistributedSampler
 from monai_deepgmm import files, model
 from monai_deepgmm.errors import ChangedError, UsageError
 from monai_deepgmm.examples import Example, Examples
+from monai_deepgmm.gmm_loss import TotalLoss
 from monai_deepgmm.losses import Staged
 from monai_deepgmm.spec import WEIGHTS
 
@@ -44,7 +45,7 @@ class Epochs:
     """
 
     def __init__(
-        self, loss: Staged, dataset: Examples, sampler: DistributedSampler[Example] | None, *, seed: int
+        self, loss: Staged | TotalLoss, dataset: Examples, sampler: DistributedSampler[Example] | None, *, seed: int
     ) -> None:
         self.loss, self.dataset, self.sampler, self.seed = loss, dataset, sampler, seed
 

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import examples
+from monai_deepgmm import examples, labelled
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.config import (
     DEFAULT_COVARIANCE,
@@ -32,6 +32,8 @@ from monai_deepgmm.config import (
 )
 from monai_deepgmm.errors import NobodyError, StudyError, UsageError
 from monai_deepgmm.examples import Example
+from monai_deepgmm.gmm_loss import GMMLoss, TotalLoss
+from monai_deepgmm.losses import MixtureNLL, Staged, Term
 from monai_deepgmm.mixture import COVARIANCES, Covariance
 from monai_deepgmm.networks import DEFAULT, finest
 from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
@@ -41,6 +43,18 @@ from monai_deepgmm.study import Cohort
 from monai_deepgmm.tissues import name
 
 METHODS: Mapping[str, str] = {"deepg": "nll", "deepsvg": "nll_v"}
+#: Each loss's method: Ma's have one π per image, as deepG has.
+LOSSES: Mapping[str, str] = {
+    "nll": "deepg",
+    "nll_v": "deepsvg",
+    **dict.fromkeys(("gmm", "gmm_tv", "gmm_bias"), "deepg"),
+}
+#: The loss beside a few labels where none is asked for.
+WITH_LABELS = "gmm_tv"
+#: What Ma's losses begin with where nothing is asked for: γ of the total variation, P of the field's polynomials.
+GAMMA: Mapping[str, float] = {"gmm": 0.0, "gmm_tv": 0.3, "gmm_bias": 0.0}
+DEGREE: Mapping[str, int] = {"gmm": 0, "gmm_tv": 0, "gmm_bias": 3}
+ALPHA, BETA = 1.0, 0.1
 #: Epochs where none are asked for: as many as give this number of gradient steps, but within these bounds.
 STEPS, EPOCHS = 320, (10, 100)
 #: What a teacher's word is worth beside the likelihood (as ``start_weight``), how often a sequence is hidden, and where
@@ -69,6 +83,11 @@ class Settings:
             where the protocol has one and no means are given.
         drop: the probability that one of an example's sequences is hidden from the network. Above 0, patients who lack
             a sequence are trained on too, and can be segmented. None: as the teacher has it (``DROP``).
+        gamma: gmm_tv, gmm_bias: γ of the total variation per voxel; None: the loss's own (``GAMMA``).
+        degree: gmm_bias: the highest degree of the field's polynomials; None: ``DEGREE``.
+        rounds: gmm_bias: how many times the field and the mixture are found in turn.
+        alpha: with labels: the weight of their cross-entropy; None: ``ALPHA``.
+        beta: with labels: the weight of the label-free loss, that of the teacher included; None: ``BETA``.
         mean_weight: λ of ‖μ − μ_data‖², where μ_data is known.
         mean_over: image, or batch (as the paper's code has it).
         validation: the share of patients that is not trained on; 0: the loss on all of them is watched instead.
@@ -92,6 +111,11 @@ class Settings:
     start_weight: float | None = None
     teacher: Teacher | None = None
     drop: float | None = None
+    gamma: float | None = None
+    degree: int | None = None
+    rounds: int = 2
+    alpha: float | None = None
+    beta: float | None = None
     mean_weight: float = 1.0
     mean_over: Literal["image", "batch"] = "image"
     validation: float = 0.1
@@ -113,7 +137,8 @@ class Settings:
         """
         floats = ("lr", "weight_decay", "clip", "start_weight", "mean_weight", "validation", "tol", "grid_mm", "drop")
         whole = {"batch_size": (int, 1), "start_epochs": (int, 0), "patience": (int, 1), "workers": (int, 0)}
-        check_numbers(self, whole | dict.fromkeys(floats, (float, 0)))
+        check_numbers(self, whole | dict.fromkeys(("degree", "rounds"), (int, 1)))
+        check_numbers(self, dict.fromkeys((*floats, "gamma", "alpha", "beta"), (float, 0)))
         if self.drop is not None and not self.drop <= 1:
             raise UsageError(f"drop: got {self.drop}, expected a probability")
         if not self.validation < 1 or not GRID_MM[0] <= self.grid_mm <= GRID_MM[1]:
@@ -144,8 +169,10 @@ class Plan:
     Attributes:
         protocol: what to look for.
         method: deepg or deepsvg.
+        loss: one of ``LOSSES``.
         network: the definition that ``networks.build`` takes.
         means: a file's μ_data; "cohort": estimated from the unlabelled cohort; None: none.
+        labels: whose manual labels are used, as ``labelled.asked`` gives it; empty: nobody's.
         epochs: how many; None: enough.
         settings: the rest.
         seed: of the weights, the order and the augmentation.
@@ -155,8 +182,10 @@ class Plan:
 
     protocol: Protocol
     method: str
+    loss: str
     network: Mapping[str, Any]
     means: Means | Literal["cohort"] | None
+    labels: tuple[str, ...]
     epochs: int | None
     settings: Settings
     seed: int
@@ -167,6 +196,11 @@ class Plan:
     def spatial(self) -> bool:
         """True for deepSVG."""
         return METHODS[self.method] == "nll_v"
+
+    @property
+    def shaded(self) -> bool:
+        """Whether the loss finds a bias field."""
+        return bool(DEGREE.get(self.loss))
 
     @property
     def covariance(self) -> Covariance:
@@ -181,8 +215,10 @@ class Plan:
             "protocol": self.protocol.name,
             "normalisation": self.protocol.normalisation,
             "method": self.method,
+            "loss": self.loss,
             "network": dict(self.network),
             "means": means,
+            "labels": list(self.labels),
             "epochs": self.epochs,
             "settings": {**dataclasses.asdict(self.settings), "covariance": self.covariance, "mlflow": mlflow},
             "seed": self.seed,
@@ -197,6 +233,7 @@ def plan(
     loss: str | None = None,
     network: str | Mapping[str, Any] | None = None,
     means: str | Path | None = None,
+    labels: str | Sequence[str] | None = None,
     epochs: int | None = None,
     settings: Sequence[str] | Mapping[str, Any] = (),
     seed: int = 0,
@@ -209,9 +246,11 @@ def plan(
     Args:
         protocol: a name, a YAML file, or one that was read.
         method: deepg or deepsvg; None: what the loss says, or else deepsvg.
-        loss: nll (deepg) or nll_v (deepsvg); None: the method's own.
+        loss: nll_v (deepsvg), or nll, gmm, gmm_tv, gmm_bias (deepg); None: the method's own, or with labels
+            ``WITH_LABELS``.
         network: what ``config.network_definition`` takes; None: the paper's U-Net.
         means: a file written by ``deepgmm means``, or "cohort".
+        labels: what ``labelled.asked`` takes; None: no label is read.
         epochs: how many.
         settings: ``key=value`` strings, or a mapping, for the fields of ``Settings``.
         seed: of every random draw.
@@ -224,33 +263,72 @@ def plan(
     """
     check_device(device)
     found = protocol if isinstance(protocol, Protocol) else protocols.load(protocol)
-    by_loss = {own: name for name, own in METHODS.items()}
-    if loss is not None and loss not in by_loss:
-        raise UsageError(f"--loss: {loss!r} is unknown; choose one of {', '.join(by_loss)}")
-    method = method or (by_loss[loss] if loss else "deepsvg")
-    if method not in METHODS:
-        raise UsageError(f"--method: {method!r} trains no network; choose one of {', '.join(METHODS)}")
-    if loss not in (None, METHODS[method]):
-        raise UsageError(f"--loss {loss} is not the loss of --method {method}, which is {METHODS[method]}")
+    words = labelled.asked(labels)
+    method, loss = _method_and_loss(method, loss, semi_supervised=bool(words))
     if epochs is not None and epochs < 1:
         raise UsageError(f"--epochs: got {epochs}, expected at least 1")
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"--seed: got {seed}, expected a whole number from 0 to 2^63 - 1")
     known = None if means is None else "cohort" if means == "cohort" else read_means(Path(means), found)
+    if known is not None and DEGREE.get(loss):
+        raise UsageError(f"--means: --loss {loss} has means on another scale, where 0 is no signal; use another loss")
+    given = Settings(**chosen(settings, [f.name for f in dataclasses.fields(Settings)]))
     return Plan(
         protocol=found,
         method=method,
+        loss=loss,
         network=dict(network_definition(network) or DEFAULT),
         means=known,  # type: ignore[arg-type]  # mypy widens the literal
+        labels=words,
         epochs=epochs,
-        settings=_resolved(Settings(**chosen(settings, [f.name for f in dataclasses.fields(Settings)])), found, known),
+        settings=_of_loss(_resolved(given, found, known, loss), loss, semi_supervised=bool(words)),
         seed=seed,
         frame=frame,
         max_voxels=max_voxels,
     )
 
 
-def _resolved(settings: Settings, protocol: Protocol, means: object) -> Settings:
+def _method_and_loss(method: str | None, loss: str | None, *, semi_supervised: bool) -> tuple[str, str]:
+    """Both, from what was asked for of either.
+
+    Raises:
+        UsageError: one of them is unknown, or they do not belong together.
+    """
+    if loss is not None and loss not in LOSSES:
+        raise UsageError(f"--loss: {loss!r} is unknown; choose one of {', '.join(LOSSES)}")
+    if method is None and loss is None and semi_supervised:
+        loss = WITH_LABELS
+    method = method or (LOSSES[loss] if loss else "deepsvg")
+    if method not in METHODS:
+        raise UsageError(f"--method: {method!r} trains no network; choose one of {', '.join(METHODS)}")
+    if loss is not None and LOSSES[loss] != method:
+        own = ", ".join(name for name, whose in LOSSES.items() if whose == method)
+        raise UsageError(f"--loss {loss} is not a loss of --method {method}, which has {own}")
+    return method, loss or METHODS[method]
+
+
+def _of_loss(settings: Settings, loss: str, *, semi_supervised: bool) -> Settings:
+    """The settings with the loss's own in place of None.
+
+    Raises:
+        UsageError: a setting was given that the loss has no use for.
+    """
+    for field, used in (
+        ("gamma", loss in ("gmm_tv", "gmm_bias")),
+        ("degree", bool(DEGREE.get(loss))),
+        ("alpha", semi_supervised),
+        ("beta", semi_supervised),
+    ):
+        if getattr(settings, field) is not None and not used:
+            where = "--labels" if field in ("alpha", "beta") else "--loss gmm_bias"
+            where = "--loss gmm_tv or gmm_bias" if field == "gamma" else where
+            raise UsageError(f"{field}: goes with {where}; leave it out, or choose that")
+    own: dict[str, Any] = {"gamma": GAMMA[loss], "degree": DEGREE[loss] or None} if loss in GAMMA else {}
+    own |= {"alpha": ALPHA, "beta": BETA} if semi_supervised else {}
+    return dataclasses.replace(settings, **{key: own[key] for key in own if getattr(settings, key) is None})
+
+
+def _resolved(settings: Settings, protocol: Protocol, means: object, loss: str) -> Settings:
     """The settings with the teacher's own in place of None.
 
     Raises:
@@ -270,7 +348,44 @@ def _resolved(settings: Settings, protocol: Protocol, means: object) -> Settings
         teacher=teacher,
         start_weight=START_WEIGHT[teacher] if settings.start_weight is None else settings.start_weight,
         drop=settings.drop if settings.drop is not None else 0.0 if whole else DROP[teacher],
-        labels=settings.labels or LABELS[teacher],
+        # Ma's s is the posterior itself.
+        labels=settings.labels or ("network" if loss in GAMMA else LABELS[teacher]),
+    )
+
+
+def mixture_loss(plan: Plan, *, terms: Sequence[Term] = ()) -> nn.Module:
+    """The label-free loss of a plan, called with ``cat([image, mask], 1)``.
+
+    Args:
+        plan: what was asked for.
+        terms: regularisers with their weights.
+    """
+    if plan.loss not in GAMMA:
+        return MixtureNLL(spatial=plan.spatial, covariance=plan.covariance, terms=terms)
+    settings = plan.settings
+    return GMMLoss(
+        gamma=settings.gamma or 0.0,
+        degree=settings.degree or 0,
+        rounds=settings.rounds,
+        covariance=plan.covariance,
+        terms=terms,
+    )
+
+
+def whole_loss(loss: Staged, plan: Plan) -> nn.Module:
+    """A plan's loss as the engine calls it, with the target of ``examples.prepare_batch``.
+
+    Args:
+        loss: the label-free one.
+        plan: what was asked for.
+    """
+    if not plan.labels:
+        return loss
+    settings = plan.settings
+    return TotalLoss(
+        loss,
+        alpha=ALPHA if settings.alpha is None else settings.alpha,
+        beta=BETA if settings.beta is None else settings.beta,
     )
 
 
@@ -290,6 +405,7 @@ class Prepared(NamedTuple):
         patients: how many were trained on, and how many kept for validation.
         failed: patient → why it was not used.
         fingerprint: of the plan and of all that was read.
+        labelled: the patients whose labels were used.
     """
 
     train: list[Example]
@@ -301,26 +417,42 @@ class Prepared(NamedTuple):
     patients: tuple[int, int]
     failed: dict[str, StudyError]
     fingerprint: str
+    labelled: tuple[str, ...] = ()
 
 
 def prepare(cohort: Cohort, plan: Plan) -> Prepared:
     """Loads a cohort and makes its examples.
 
     Raises:
-        UsageError: no patient can be used, or the means lack a tissue or a sequence.
+        UsageError: no patient can be used, the means lack a tissue or a sequence, or labels are asked for that are not
+            there.
     """
     protocol, settings = plan.protocol, plan.settings
+    allowed = labelled.of(cohort.studies, plan.labels, seed=plan.seed) if plan.labels else frozenset()
     teacher = settings.teacher or "signature"
     patients, failed = examples.load(
-        cohort.studies, protocol, frame=plan.frame, max_voxels=plan.max_voxels, incomplete=bool(settings.drop)
+        cohort.studies,
+        protocol,
+        frame=plan.frame,
+        max_voxels=plan.max_voxels,
+        incomplete=bool(settings.drop),
+        labelled=allowed,
     )
     if not patients:
         reasons = "; ".join(f"{who}: {why}" for who, why in list(failed.items())[:3])
         raise NobodyError(f"no patient can be trained on ({reasons or 'none found'})")
     sequences = examples.channels(patients, protocol)
     means, source = _means(plan, patients, sequences)
-    made = examples.make(patients, protocol, grid_mm=settings.grid_mm, teacher=teacher)
-    held = _held_out(list(made), settings.validation, plan.seed)
+    made = examples.make(
+        patients,
+        protocol,
+        grid_mm=settings.grid_mm,
+        teacher=teacher,
+        shaded=plan.shaded,
+        labelled=bool(plan.labels),
+    )
+    with_labels = [p.name for p in patients if p.labels is not None]
+    held = _held_out_with_labels(list(made), with_labels, settings.validation, plan.seed)
     train = [e for who, own in made.items() if who not in held for e in own]
     validation = [e for who, own in made.items() if who in held for e in own]
     if not train:
@@ -350,6 +482,7 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
         means_source=source,
         epochs=plan.epochs or min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1]),
         patients=(len(patients) - len(held), len(held)),
+        labelled=tuple(with_labels),
         failed=failed,
         fingerprint=hashlib.sha256(read.encode()).hexdigest(),
     )
@@ -383,6 +516,14 @@ def _held_out(names: list[str], share: float, seed: int) -> set[str]:
     count = math.floor(len(names) * share) or (1 if share and len(names) >= 5 else 0)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     return {names[i] for i in order[:count]}
+
+
+def _held_out_with_labels(names: list[str], labelled: Collection[str], share: float, seed: int) -> set[str]:
+    """The same share of those with labels as of those without; nobody, if that leaves no label to validate with."""
+    if not labelled:
+        return _held_out(names, share, seed)
+    known = _held_out([n for n in names if n in labelled], share, seed)
+    return known | _held_out([n for n in names if n not in labelled], share, seed) if known else set()
 
 
 def agreement(network: nn.Module, prepared: Prepared, *, device: torch.device | str) -> list[bool]:

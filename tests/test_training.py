@@ -127,7 +127,7 @@ def test_a_protocol_without_anatomy_has_no_such_teacher():
     [
         ({"loss": "dice"}, "choose one of nll, nll_v"),
         ({"method": "gmm"}, "trains no network; choose one of deepg, deepsvg"),
-        ({"method": "deepg", "loss": "nll_v"}, "is not the loss of --method deepg, which is nll"),
+        ({"method": "deepg", "loss": "nll_v"}, "is not a loss of --method deepg, which has nll, gmm"),
         ({"epochs": 0}, "--epochs: got 0, expected at least 1"),
         ({"seed": -1}, "--seed: got -1"),
         ({"seed": 1 << 63}, "--seed"),
