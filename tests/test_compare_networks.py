@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -215,6 +216,21 @@ def test_without_data_phantoms_are_made_once(script, tmp_path, monkeypatch):
     first = script.phantoms(tmp_path, "train", "infarct")
     assert script.phantoms(tmp_path, "train", "infarct") == first == tmp_path / "train"
     assert made == [("phantom", first, "-n", 8, "--seed", 1, "--protocol", "infarct")]
+
+
+def test_options_reach_the_training_and_the_tables_names_their_networks(script, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(script, "step", lambda *words: steps.append(list(map(str, words))))
+    monkeypatch.setattr(script, "told", lambda folder, wanted: {})
+    asked = ["D", str(tmp_path), "--labels", "1/4", "--epochs", "3", "--set", "lr=0.01", "--loss", "gmm"]
+    script.measured("mtunet", 7, Path("D"), Path("E"), script.parser().parse_args(asked))
+    (train, segment, evaluate) = steps
+    pairs = dict(itertools.pairwise(train))
+    given = {"--network": "mtunet.MTUNet", "--labels": "1/4", "--epochs": "3", "--loss": "gmm", "--seed": "7"}
+    assert given.items() <= pairs.items()
+    assert train[-3:] == ["--set", "labels=network", "lr=0.01"]
+    assert (train[1], segment[1], evaluate[2]) == ("D", "E", "E")
+    assert segment[segment.index("--model") + 1] == train[2]
 
 
 def test_its_own_networks_are_known_by_short_names(script):

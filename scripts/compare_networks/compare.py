@@ -1,11 +1,12 @@
-"""Trains networks on the same patients in the same way, without labels, and tells in one table how well each does.
+"""Trains networks on the same patients in the same way, and tells in one table how well each does.
 
     python scripts/compare_networks/compare.py [DATA] OUT
 
 Each network is trained as by ``deepgmm train DATA … --network NETWORK --set labels=network``, and segments and is
 evaluated as by ``deepgmm segment`` and ``deepgmm evaluate``: on the patients of ``--test``, or on those of DATA, whose
-labels no training has seen. Without DATA, phantoms are made in OUT. What is done is kept: interrupt it and run it
-again, or ask for more networks. The exit code is 1 if a network could not be trained, 2 if nothing could be done.
+labels no training has seen (but for those that ``--labels`` names). Without DATA, phantoms are made in OUT. What is
+done is kept: interrupt it and run it again, or ask for more networks. The exit code is 1 if a network could not be
+trained, 2 if nothing could be done.
 
 The networks of Ma 2022 (M §4.2) that MONAI does not have stand beside this file, small and after the papers' ideas.
 """
@@ -64,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("out", metavar="OUT", type=Path, help="the folder for models, labels and the table")
     made.add_argument("--test", type=Path, metavar="DIR", help="other patients to segment and to evaluate")
     made.add_argument("--networks", nargs="+", default=NETWORKS, metavar="NETWORK", help="names, classes or files")
-    made.add_argument("--loss", default="nll_v", help="as of deepgmm train (default: %(default)s)")
+    made.add_argument("--loss", default="gmm_tv", help="as of deepgmm train (default: %(default)s)")
+    made.add_argument(
+        "--labels", nargs="+", metavar="WHOSE", help="as of deepgmm train, such as 1/4: learn from these too"
+    )
     made.add_argument("--epochs", type=int, help="as of deepgmm train")
     made.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one training for each")
     made.add_argument("--protocol", default="infarct", help="as of deepgmm train (default: %(default)s)")
@@ -114,7 +118,7 @@ def measured(network: str, seed: int, data: Path, test: Path, arguments: argpars
         FailedError: a step failed.
     """
     folder = arguments.out / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', title(network))}-seed{seed}"
-    options = {"loss": arguments.loss, "epochs": arguments.epochs, "set": sorted(arguments.set)}
+    options = {key: getattr(arguments, key) for key in ("loss", "labels", "epochs", "set")}
     asked = {"network": network, "seed": seed, "protocol": arguments.protocol, **options}
     asked |= {"data": data.name, "test": test.name}
     if (record := folder / "row.json").is_file():
@@ -125,6 +129,7 @@ def measured(network: str, seed: int, data: Path, test: Path, arguments: argpars
     own = ["--protocol", arguments.protocol, "--seed", seed]
     training = ["--network", OWN.get(network, network), "--loss", arguments.loss, "--resume"]
     training += ["--epochs", arguments.epochs] if arguments.epochs else []
+    training += ["--labels", *arguments.labels] if arguments.labels else []
     with cpu_seconds(folder / "seconds"):
         step("train", data, folder / "model", *own, *training, "--set", "labels=network", *arguments.set)
     step("segment", test, folder / "labels", *own, "--model", folder / "model")
