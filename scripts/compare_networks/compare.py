@@ -222,7 +222,7 @@ def table(rows: Sequence[Row], tissues: Sequence[str]) -> Iterator[str]:
     if rows:
         sizes = ", ".join(sorted({"×".join(map(str, row["size"])) for row in rows}))
         yield ""
-        yield f"Images of {sizes} voxels; {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}."
+        yield f"Images of {sizes} voxels; {processor()}, threads: {torch.get_num_threads()}, torch {torch.__version__}."
 
 
 def cell(value: float | None) -> str:
