@@ -177,7 +177,7 @@ def test_the_fit_is_one_m_step_from_the_output(network, scan, spatial):
     w = model.weights(network, SPECIFIED, image, mask, spacing_mm=(1.0, 1.0)) * mask
     expected = m_step(image, w, mask, covariance="diag", spatial=spatial)
     fit = model.fit(network, of, image, mask, spacing_mm=(1.0, 1.0))
-    assert all(torch.equal(a, b) for a, b in zip(fit.mixture, expected, strict=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(fit.mixture, expected, strict=True))
     by_hand = (w[0, 2] * image[0, 1]).sum() / w[0, 2].sum()
     torch.testing.assert_close(fit.mixture.means[0, 2, 1], by_hand)
     assert fit.converged.all()
