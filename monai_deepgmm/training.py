@@ -54,6 +54,11 @@ WITH_LABELS = "gmm_tv"
 #: What Ma's losses begin with where nothing is asked for: γ of the total variation, P of the field's polynomials.
 GAMMA: Mapping[str, float] = {"gmm": 0.0, "gmm_tv": 0.3, "gmm_bias": 0.0}
 DEGREE: Mapping[str, int] = {"gmm": 0, "gmm_tv": 0, "gmm_bias": 3}
+#: P where tissues lie around each other: a bowl, of degree 2, would be both a coil's and theirs.
+DEGREE_OF_RINGS = 1
+#: The share of the epochs that the teacher has alone. A field fitted to a network that knows no tissues yet is the
+#: whole image, and no contrast is left to learn from.
+START_SHARE: Mapping[str, float] = {"gmm": 1 / 3, "gmm_tv": 1 / 3, "gmm_bias": 1 / 3}
 ALPHA, BETA = 1.0, 0.1
 #: Epochs where none are asked for: as many as give this number of gradient steps, but within these bounds.
 STEPS, EPOCHS = 320, (10, 100)
@@ -76,7 +81,8 @@ class Settings:
         lr: AdamW's learning rate; it decays polynomially (power 0.9) to 0.
         weight_decay: AdamW's.
         clip: the largest norm of a gradient.
-        start_epochs: epochs of the cross-entropy to the expected map alone.
+        start_epochs: epochs of the cross-entropy to the expected map alone; None: the loss's own share of them
+            (``START_SHARE``).
         start_weight: how much of that cross-entropy is kept afterwards, as a prior on Π; None: as the teacher deserves
             (``START_WEIGHT``).
         teacher: what says where tissues are expected: signature, or anatomy (the anatomical mixture); None: anatomy
@@ -84,7 +90,8 @@ class Settings:
         drop: the probability that one of an example's sequences is hidden from the network. Above 0, patients who lack
             a sequence are trained on too, and can be segmented. None: as the teacher has it (``DROP``).
         gamma: gmm_tv, gmm_bias: γ of the total variation per voxel; None: the loss's own (``GAMMA``).
-        degree: gmm_bias: the highest degree of the field's polynomials; None: ``DEGREE``.
+        degree: gmm_bias: the highest degree of the field's polynomials; None: ``DEGREE``, or where the protocol has an
+            anatomy ``DEGREE_OF_RINGS``.
         rounds: gmm_bias: how many times the field and the mixture are found in turn.
         alpha: with labels: the weight of their cross-entropy; None: ``ALPHA``.
         beta: with labels: the weight of the label-free loss, that of the teacher included; None: ``BETA``.
@@ -107,7 +114,7 @@ class Settings:
     lr: float = 1e-3
     weight_decay: float = 1e-3
     clip: float = 12.0
-    start_epochs: int = 0
+    start_epochs: int | None = None
     start_weight: float | None = None
     teacher: Teacher | None = None
     drop: float | None = None
@@ -204,7 +211,9 @@ class Plan:
 
     @property
     def covariance(self) -> Covariance:
-        """The shape of Σ: as asked for, or the method's own."""
+        """The shape of Σ: as asked for, or the method's own; Ma's losses have a full one for each tissue."""
+        if self.loss in GAMMA:
+            return self.settings.covariance or "full"
         return self.settings.covariance or DEFAULT_COVARIANCE[self.method]  # type: ignore[index]
 
     def as_json(self) -> dict[str, Any]:
@@ -281,7 +290,7 @@ def plan(
         means=known,  # type: ignore[arg-type]  # mypy widens the literal
         labels=words,
         epochs=epochs,
-        settings=_of_loss(_resolved(given, found, known, loss), loss, semi_supervised=bool(words)),
+        settings=_of_loss(_resolved(given, found, known, loss), found, loss, semi_supervised=bool(words)),
         seed=seed,
         frame=frame,
         max_voxels=max_voxels,
@@ -307,7 +316,7 @@ def _method_and_loss(method: str | None, loss: str | None, *, semi_supervised: b
     return method, loss or METHODS[method]
 
 
-def _of_loss(settings: Settings, loss: str, *, semi_supervised: bool) -> Settings:
+def _of_loss(settings: Settings, protocol: Protocol, loss: str, *, semi_supervised: bool) -> Settings:
     """The settings with the loss's own in place of None.
 
     Raises:
@@ -323,7 +332,8 @@ def _of_loss(settings: Settings, loss: str, *, semi_supervised: bool) -> Setting
             where = "--labels" if field in ("alpha", "beta") else "--loss gmm_bias"
             where = "--loss gmm_tv or gmm_bias" if field == "gamma" else where
             raise UsageError(f"{field}: goes with {where}; leave it out, or choose that")
-    own: dict[str, Any] = {"gamma": GAMMA[loss], "degree": DEGREE[loss] or None} if loss in GAMMA else {}
+    degree = DEGREE_OF_RINGS if DEGREE.get(loss) and protocol.anatomy is not None else DEGREE.get(loss) or None
+    own: dict[str, Any] = {"gamma": GAMMA[loss], "degree": degree} if loss in GAMMA else {}
     own |= {"alpha": ALPHA, "beta": BETA} if semi_supervised else {}
     return dataclasses.replace(settings, **{key: own[key] for key in own if getattr(settings, key) is None})
 
@@ -406,6 +416,7 @@ class Prepared(NamedTuple):
         failed: patient → why it was not used.
         fingerprint: of the plan and of all that was read.
         labelled: the patients whose labels were used.
+        start_epochs: epochs that the teacher has alone.
     """
 
     train: list[Example]
@@ -418,6 +429,7 @@ class Prepared(NamedTuple):
     failed: dict[str, StudyError]
     fingerprint: str
     labelled: tuple[str, ...] = ()
+    start_epochs: int = 0
 
 
 def prepare(cohort: Cohort, plan: Plan) -> Prepared:
@@ -474,13 +486,16 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
     )
     read = json.dumps([_decisive(plan), [p.inputs for p in patients]], sort_keys=True)
     steps = math.ceil(len(train) / settings.batch_size)
+    epochs = plan.epochs or min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
+    start = math.floor(START_SHARE.get(plan.loss, 0.0) * epochs)
     return Prepared(
         train=train,
         validation=validation or train,
         spec=spec,
         means=means,
         means_source=source,
-        epochs=plan.epochs or min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1]),
+        epochs=epochs,
+        start_epochs=start if settings.start_epochs is None else settings.start_epochs,
         patients=(len(patients) - len(held), len(held)),
         labelled=tuple(with_labels),
         failed=failed,

@@ -24,10 +24,11 @@ from monai_deepgmm.bundled import curves
 from monai_deepgmm.cli import main
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.examples import Examples
+from monai_deepgmm.gmm_loss import GMMLoss, TotalLoss
 from monai_deepgmm.handlers import CHECKPOINT, HISTORY, Checkpoint, Clip, Epochs, read_checkpoint, read_history
 from monai_deepgmm.losses import MeanPrior, MixtureNLL, Staged
 from monai_deepgmm.spec import WEIGHTS
-from monai_deepgmm.training import Settings, plan, prepare
+from monai_deepgmm.training import ALPHA, BETA, GAMMA, Settings, plan, prepare
 
 INFARCT = protocol.load("infarct")
 TINY = "{_target_: monai_deepgmm.networks.UNet, filters: [4, 8]}"
@@ -99,6 +100,74 @@ def test_the_loss_and_the_method_name_each_other():
     )
 
 
+def test_mas_losses_have_one_weight_per_image_and_their_own_settings():
+    for loss, gamma, degree in (("gmm", 0.0, None), ("gmm_tv", GAMMA["gmm_tv"], None), ("gmm_bias", 0.0, 1)):
+        asked = plan(loss=loss)
+        assert (asked.method, asked.loss, asked.spatial, asked.covariance) == ("deepg", loss, False, "full")
+        assert (asked.settings.gamma, asked.settings.degree, asked.settings.labels) == (gamma, degree, "network")
+        assert asked.shaded == (loss == "gmm_bias")
+        assert plan(method="deepg", loss=loss) == asked
+    assert plan(loss="gmm_bias", protocol="brain").settings.degree == 3
+    assert plan(loss="gmm_bias", settings={"degree": 2, "gamma": 0.5}).settings.degree == 2
+    bare = plan().settings
+    assert [bare.gamma, bare.degree, bare.alpha, bare.beta] == [None] * 4
+
+
+def test_with_labels_the_loss_is_the_papers_unless_another_is_named():
+    asked = plan(labels="1/4")
+    assert (asked.method, asked.loss, asked.labels) == ("deepg", "gmm_tv", ("1/4",))
+    assert (asked.settings.alpha, asked.settings.beta) == (ALPHA, BETA)
+    assert plan(labels="all", method="deepsvg").loss == "nll_v"
+    assert plan(labels=["a", "b"], loss="gmm_bias", settings={"beta": 0}).settings.beta == 0
+
+
+def test_the_loss_is_the_plans():
+    terms = [(0.5, MeanPrior(torch.zeros(4, 3)))]
+    for loss, kind, gamma, degree in (
+        ("nll", MixtureNLL, 0, 0),
+        ("gmm_tv", GMMLoss, 0.7, 0),
+        ("gmm_bias", GMMLoss, 0.7, 2),
+    ):
+        settings = {k: v for k, v in (("gamma", gamma), ("degree", degree)) if v}
+        made = training.mixture_loss(plan(loss=loss, settings=settings), terms=terms)
+        assert type(made) is kind
+        assert [t.weight for t in made.terms] == [0.5]
+        assert (getattr(made, "gamma", 0), getattr(made, "degree", 0)) == (gamma, degree)
+        staged = Staged(made)
+        assert training.whole_loss(staged, plan(loss=loss, settings=settings)) is staged
+    few = plan(labels="all", settings={"alpha": 2.0, "beta": 0.25})
+    total = training.whole_loss(staged, few)
+    assert isinstance(total, TotalLoss)
+    assert (total.loss, total.alpha, total.beta) == (staged, 2.0, 0.25)
+
+
+def test_the_teacher_begins_alone_with_mas_losses(found):
+    assert prepare(found, plan(loss="gmm_tv", network=TINY, epochs=9)).start_epochs == 3
+    assert prepare(found, plan(loss="gmm_tv", network=TINY, epochs=9, settings={"start_epochs": 0})).start_epochs == 0
+    assert prepare(found, plan(network=TINY, epochs=9)).start_epochs == 0
+
+
+@pytest.mark.parametrize("loss", ["gmm", "gmm_tv", "gmm_bias"])
+def test_mas_losses_train(patients, tmp_path, loss):
+    out = tmp_path / "model"
+    assert train(patients, out, "--loss", loss, "--set", "start_epochs=1") == 0
+    assert all(np.isfinite(row["loss"]) for row in read_history(out / HISTORY))
+    content = json.loads((out / "provenance.json").read_text())
+    assert content["plan"]["loss"] == loss
+    assert spec.read(out, INFARCT).spec.labels == "network"
+
+
+def test_labels_are_validated_where_they_are_many_and_all_are_watched_where_they_are_few(found):
+    def asked(labels):
+        return prepare(found, plan(labels=labels, network=TINY, settings={"validation": 0.2}))
+
+    everyone, one = asked("all"), asked(["pat1"])
+    assert everyone.patients == (4, 1)
+    assert all((e["labels"] > 0).any() for e in everyone.validation)
+    assert one.patients == (5, 0)
+    assert one.labelled == ("pat1",)
+
+
 def test_the_teacher_is_the_anatomy_where_there_is_one_and_no_means(patients, tmp_path):
     def resolved(*settings: str, **options) -> tuple:
         asked = plan(settings=settings, **options).settings
@@ -153,6 +222,13 @@ def test_a_protocol_without_anatomy_has_no_such_teacher():
         ({"settings": {"teacher": "me"}}, "teacher: 'me' is unknown; choose one of None, signature, anatomy"),
         ({"settings": {"drop": -0.5}}, "drop: got -0.5, expected a number of at least 0"),
         ({"settings": {"drop": "often"}}, "drop: got 'often'"),
+        ({"settings": {"gamma": 1}}, "gamma: goes with --loss gmm_tv or gmm_bias"),
+        ({"loss": "gmm", "settings": {"gamma": 1}}, "gamma: goes with"),
+        ({"loss": "gmm_tv", "settings": {"degree": 2}}, "degree: goes with --loss gmm_bias"),
+        ({"loss": "gmm_bias", "settings": {"degree": 0}}, "degree: got 0"),
+        ({"settings": {"beta": 1}}, "beta: goes with --labels"),
+        ({"labels": "5/4"}, "--labels 5/4"),
+        ({"loss": "gmm_bias", "means": "cohort"}, "another scale"),
         ({"settings": {"augment": "much"}}, "choose one of True, False"),
     ],
 )
