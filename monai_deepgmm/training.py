@@ -52,19 +52,21 @@ LOSSES: Mapping[str, str] = {
 #: The loss beside a few labels where none is asked for.
 WITH_LABELS = "gmm_tv"
 #: What Ma's losses begin with where nothing is asked for: γ of the total variation, P of the field's polynomials.
-GAMMA: Mapping[str, float] = {"gmm": 0.0, "gmm_tv": 0.3, "gmm_bias": 0.0}
+GAMMA: Mapping[str, float] = {"gmm": 0.0, "gmm_tv": 0.03, "gmm_bias": 0.0}
 DEGREE: Mapping[str, int] = {"gmm": 0, "gmm_tv": 0, "gmm_bias": 3}
 #: P where tissues lie around each other: a bowl, of degree 2, would be both a coil's and theirs.
 DEGREE_OF_RINGS = 1
 #: The share of the epochs that the teacher has alone. A field fitted to a network that knows no tissues yet is the
 #: whole image, and no contrast is left to learn from.
 START_SHARE: Mapping[str, float] = {"gmm": 1 / 3, "gmm_tv": 1 / 3, "gmm_bias": 1 / 3}
-ALPHA, BETA = 1.0, 0.1
+ALPHA, BETA = 1.0, 0.3
 #: Epochs where none are asked for: as many as give this number of gradient steps, but within these bounds.
 STEPS, EPOCHS = 320, (10, 100)
 #: What a teacher's word is worth beside the likelihood (as ``start_weight``), how often a sequence is hidden, and where
 #: the final label comes from.
 START_WEIGHT: Mapping[Teacher, float] = {"signature": 0.3, "anatomy": 3.0}
+#: The same beside labels, where β takes its share of it.
+START_WEIGHT_WITH_LABELS: Mapping[Teacher, float] = {"signature": 1.0, "anatomy": 3.0}
 DROP: Mapping[Teacher, float] = {"signature": 0.0, "anatomy": 0.25}
 LABELS: Mapping[Teacher, LabelRule] = {"signature": "posterior", "anatomy": "both"}
 #: Settings that change no weight, so that a training may go on with others.
@@ -290,7 +292,12 @@ def plan(
         means=known,  # type: ignore[arg-type]  # mypy widens the literal
         labels=words,
         epochs=epochs,
-        settings=_of_loss(_resolved(given, found, known, loss), found, loss, semi_supervised=bool(words)),
+        settings=_of_loss(
+            _resolved(given, found, known, loss, semi_supervised=bool(words)),
+            found,
+            loss,
+            semi_supervised=bool(words),
+        ),
         seed=seed,
         frame=frame,
         max_voxels=max_voxels,
@@ -338,7 +345,7 @@ def _of_loss(settings: Settings, protocol: Protocol, loss: str, *, semi_supervis
     return dataclasses.replace(settings, **{key: own[key] for key in own if getattr(settings, key) is None})
 
 
-def _resolved(settings: Settings, protocol: Protocol, means: object, loss: str) -> Settings:
+def _resolved(settings: Settings, protocol: Protocol, means: object, loss: str, *, semi_supervised: bool) -> Settings:
     """The settings with the teacher's own in place of None.
 
     Raises:
@@ -353,10 +360,11 @@ def _resolved(settings: Settings, protocol: Protocol, means: object, loss: str) 
     whole = settings.covariance == "spherical" or settings.mean_over == "batch"
     if whole and settings.drop:
         raise UsageError("drop: with covariance=spherical or mean_over=batch every patient needs all sequences")
+    weights = START_WEIGHT_WITH_LABELS if semi_supervised else START_WEIGHT
     return dataclasses.replace(
         settings,
         teacher=teacher,
-        start_weight=START_WEIGHT[teacher] if settings.start_weight is None else settings.start_weight,
+        start_weight=weights[teacher] if settings.start_weight is None else settings.start_weight,
         drop=settings.drop if settings.drop is not None else 0.0 if whole else DROP[teacher],
         # Ma's s is the posterior itself.
         labels=settings.labels or ("network" if loss in GAMMA else LABELS[teacher]),
