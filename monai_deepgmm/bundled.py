@@ -253,7 +253,7 @@ def _inference_keys(prepared: Prepared) -> dict[str, Any]:
 
 def _metadata_keys(prepared: Prepared) -> dict[str, Any]:
     spec = prepared.spec
-    shape = ["32*n"] * spec.spatial_dims
+    shape = model.sides(spec)
     seen = [*spec.sequences, "relative depth"]
     known = f"(of which {len(prepared.labelled)} labelled)" if prepared.labelled else "unlabelled"
     return {

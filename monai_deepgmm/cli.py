@@ -292,6 +292,7 @@ def _add_segment(commands: Any) -> None:
     group.add_argument("--network", metavar="NETWORK", help="of deepg and deepsvg: a name, a class, or a file")
     group.add_argument("--model", type=Path, metavar="MODEL_DIR", help="a network from deepgmm train")
     group.add_argument("--probabilities", action="store_true", help="also write one probability map per tissue")
+    group.add_argument("--fields", action="store_true", help="also write bias fields, and images without them")
     group = made.add_argument_group("how to work through the patients")
     group.add_argument("--jobs", type=_positive, default=1, metavar="N", help="patients at the same time")
     group.add_argument("--dask", metavar="ADDRESS", help="address of a Dask scheduler that does the work")
@@ -395,6 +396,7 @@ def _config(arguments: argparse.Namespace) -> Any:
         frame=arguments.frame,
         max_voxels=arguments.max_voxels,
         probabilities=arguments.probabilities,
+        fields=arguments.fields,
         device=arguments.device,
     )
 

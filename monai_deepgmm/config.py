@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from monai_deepgmm import mapem, spec
+from monai_deepgmm import mapem, pvgmm, spec
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.mixture import COVARIANCES, VARIANCE_FLOOR, Covariance
@@ -21,10 +21,12 @@ from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.spec import LABEL_RULES, LabelRule, Reference
 
-Method = Literal["gmm", "svgmm", "deepg", "deepsvg", "anatomy", "network", "cohort"]
+Method = Literal["gmm", "svgmm", "deepg", "deepsvg", "anatomy", "pvgmm", "network", "cohort"]
 METHODS: tuple[Method, ...] = get_args(Method)
-#: The method where none is asked for: of a protocol that knows where tissues can be, and of any other.
+#: The method where none is asked for: of a protocol that knows where tissues can be, of one that knows which of them
+#: touch, and of any other.
 WITH_ANATOMY: Method = "anatomy"
+WITH_BORDERS: Method = "pvgmm"
 DEFAULT_METHOD: Method = "svgmm"
 STARTS = ("signature", "kmeans")
 #: The shape of Σ where none is asked for. The paper's is diag; for the SVGMM one shared matrix is clearly better.
@@ -34,8 +36,13 @@ DEFAULT_COVARIANCE: Mapping[Method, Covariance] = {
     "deepg": "tied",
     "deepsvg": "tied",
     "anatomy": "full",
+    "pvgmm": "full",
     "cohort": "tied",
 }
+#: The methods that can find a bias field, and the degree of its polynomials where none is asked for.
+DEFAULT_DEGREE: Mapping[Method, int] = {"gmm": 0, "svgmm": 0, "pvgmm": 2}
+#: A bias field of a higher degree is no longer smooth.
+MAX_DEGREE = 6
 #: The methods that fit a network to the image itself.
 DEEP: tuple[Method, ...] = ("deepg", "deepsvg")
 #: Their tolerance (S §4.1) where none is asked for: NLL per voxel that a gradient step gains.
@@ -67,6 +74,11 @@ class Solver:
         temper: anatomy: what one voxel is worth as an observation, 0 to 1.
         dof: anatomy: degrees of freedom of Student's t, the shape of a component; null: a Gaussian.
         outliers: anatomy: the share of voxels that belong to no component.
+        degree: gmm, svgmm, pvgmm: of the bias field's polynomials, 0 for no field; None: the method's own
+            (``DEFAULT_DEGREE``), and pvgmm drops a field that explains less than it costs.
+        n4: whether SimpleITK's N4 takes the shading off before anything else; then no field is fitted.
+        pooling: pvgmm: how far each tissue's covariance is drawn towards the average of all.
+        coupling: pvgmm: how strongly neighbouring voxels agree.
         perturbations: anatomy: how many fits with moved priors show how far volumes depend on them.
         presence: whether a tissue's regions must show the protocol's evidence to be believed; None: as the method has
             it (anatomy does, and a network that it taught).
@@ -90,6 +102,10 @@ class Solver:
     temper: float = 0.3
     dof: float | None = 10.0
     outliers: float = 0.0
+    degree: int | None = None
+    n4: bool = False
+    pooling: float = 0.1
+    coupling: float = 3.0
     perturbations: int = 3
     presence: bool | None = None
     labels: LabelRule | None = None
@@ -105,13 +121,18 @@ class Solver:
         check_numbers(
             self,
             dict.fromkeys(("restarts", "max_iter", "steps"), (int, 1))
-            | dict.fromkeys(("start_steps", "perturbations"), (int, 0))
+            | dict.fromkeys(("start_steps", "perturbations", "degree"), (int, 0))
             | dict.fromkeys(("tol", "floor", "lr", "start_weight", "mean_weight"), (float, 0))
-            | dict.fromkeys(("sigma_mm", "temper", "outliers"), (float, 0))
+            | dict.fromkeys(("sigma_mm", "temper", "outliers", "pooling", "coupling"), (float, 0))
             | {"dof": (float, 1)},
         )
         if not (self.temper <= 1 and self.outliers < 1):
             raise UsageError("temper must be at most 1, and outliers below 1")
+        if self.degree is not None and self.degree > MAX_DEGREE:
+            raise UsageError(f"degree: got {self.degree}, expected at most {MAX_DEGREE}")
+        if self.n4 and self.degree:
+            raise UsageError("n4 and degree: the shading is taken off once; choose one of them")
+        _choice("n4", self.n4, (True, False))
         _choice("together", self.together, (True, False))
         _choice("presence", self.presence, (None, True, False))
         _choice("labels", self.labels, (None, *LABEL_RULES))
@@ -149,6 +170,7 @@ class Config:
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: larger images are refused.
         probabilities: also write one probability map per tissue.
+        fields: also write each sequence's bias field, and the image without it.
         device: where tensors live: cpu, cuda, cuda:1 …
     """
 
@@ -162,6 +184,7 @@ class Config:
     frame: int | None = None
     max_voxels: int = DEFAULT_MAX_VOXELS
     probabilities: bool = False
+    fields: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -179,7 +202,19 @@ class Config:
             raise UsageError(f"--network: --method {self.method} fits no network; use {', '.join(DEEP)} or cohort")
         if self.method == "anatomy" and self.protocol.anatomy is None:
             raise UsageError(f"--method anatomy: protocol {self.protocol.name} does not say where tissues can be")
-        if self.method in ("anatomy", "cohort") and self.means is not None:
+        if self.method == "pvgmm" and not self.protocol.borders:
+            raise UsageError(
+                f"--method pvgmm: protocol {self.protocol.name} does not say which tissues touch (borders)"
+            )
+        if self.method == "pvgmm" and self.solver.covariance not in (None, "full"):
+            raise UsageError(f"covariance: pvgmm has one matrix per tissue (full), not {self.solver.covariance}")
+        if self.solver.degree and self.method not in DEFAULT_DEGREE:
+            raise UsageError(
+                f"degree: --method {self.method} fits no bias field; use {', '.join(DEFAULT_DEGREE)} or n4"
+            )
+        if self.fields and not (self.degree or self.solver.n4):
+            raise UsageError("--fields: no bias field is looked for; use --set n4=true, or degree with gmm or svgmm")
+        if self.method in ("anatomy", "cohort", "pvgmm") and self.means is not None:
             raise UsageError(f"--means: --method {self.method} has the protocol's own priors; use another with means")
         learnt = self.model is not None or self.method == "cohort"
         if self.solver.labels == "both" and (self.protocol.anatomy is None or not learnt):
@@ -199,9 +234,16 @@ class Config:
         """The tolerance: as asked for, or the method's and unit's own."""
         if self.solver.tol is not None:
             return self.solver.tol
-        if self.method == "anatomy":
-            return mapem.TOL
+        if self.method in ("anatomy", "pvgmm"):
+            return mapem.TOL if self.method == "anatomy" else pvgmm.TOL
         return DEEP_TOL if self.method in DEEP else DEFAULT_TOL[self.protocol.unit]
+
+    @property
+    def degree(self) -> int:
+        """The degree of the bias field: as asked for, or the method's own; 0: no field."""
+        if self.solver.degree is not None or self.solver.n4:
+            return self.solver.degree or 0
+        return DEFAULT_DEGREE.get(self.method, 0)
 
     @property
     def presence(self) -> bool:
@@ -220,7 +262,12 @@ class Config:
             "protocol_sha256": hashlib.sha256(protocol.encode()).hexdigest(),
             "normalisation": self.protocol.normalisation,
             "method": self.method,
-            "solver": {**dataclasses.asdict(self.solver), "covariance": self.covariance, "tol": self.tol},
+            "solver": {
+                **dataclasses.asdict(self.solver),
+                "covariance": self.covariance,
+                "tol": self.tol,
+            },
+            "bias_degree": self.degree,
             "network": None if self.network is None else dict(self.network),
             "model": None if self.model is None else self.model.as_json(),
             "means": None if self.means is None else dataclasses.asdict(self.means),
@@ -241,6 +288,7 @@ def build(
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
     probabilities: bool = False,
+    fields: bool = False,
     device: str = "cpu",
 ) -> Config:
     """A configuration from what a user typed, on the command line or in the bundle's JSON.
@@ -256,6 +304,7 @@ def build(
         frame: which frame of a 4-D file.
         max_voxels: larger images are refused.
         probabilities: also write probability maps.
+        fields: also write bias fields and the images without them.
         device: cpu, cuda, cuda:1 …
 
     Raises:
@@ -275,6 +324,7 @@ def build(
         frame=frame,
         max_voxels=max_voxels,
         probabilities=probabilities,
+        fields=fields,
         device=device,
     )
 
@@ -283,7 +333,9 @@ def default_method(protocol: Protocol, *, means: object = None, model: object = 
     """The method where none is asked for; with a trained model or known means, the one that uses them."""
     if model is not None:
         return "network"
-    return WITH_ANATOMY if protocol.anatomy is not None and means is None else DEFAULT_METHOD
+    if means is not None:
+        return DEFAULT_METHOD
+    return WITH_ANATOMY if protocol.anatomy is not None else WITH_BORDERS if protocol.borders else DEFAULT_METHOD
 
 
 def solver(settings: Sequence[str] | Mapping[str, Any]) -> Solver:

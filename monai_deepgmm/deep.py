@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_deepgmm.boxes import cut, enclosing, paste
-from monai_deepgmm.em import Fit, collapsed
+from monai_deepgmm.em import Fit, collapsed, joined
 from monai_deepgmm.losses import MixtureNLL, Regulariser, Staged, Term
 from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, e_step, nll
 from monai_deepgmm.networks import fresh, logits
@@ -95,7 +95,7 @@ def fit(
         _descend(image[g], mask[g], start[g], context[g], fresh(network, seed), loss, labels, descent or Descent())
         for g in groups
     ]
-    return fits[0] if len(fits) == 1 else _joined(fits)
+    return fits[0] if len(fits) == 1 else joined(fits)
 
 
 # Step and loop ---------------------------------------------------------------------------------------------------
@@ -178,13 +178,3 @@ def _result(
         reseeded=torch.zeros_like(count),
         collapsed=collapsed(resp.flatten(2), inside),
     )
-
-
-def _joined(fits: Sequence[Fit]) -> Fit:
-    """Fits of single images as one of a batch; shorter traces repeat their last value."""
-    longest = max(len(f.trace) for f in fits)
-    traces = [torch.cat([f.trace, f.trace[-1:].expand(longest - len(f.trace), -1)]) for f in fits]
-    mixture = type(fits[0].mixture)(*(torch.cat(p) for p in zip(*(f.mixture for f in fits), strict=True)))
-    rest = ("resp", "nll", "iterations", "converged", "reseeded", "collapsed")
-    joined = {name: torch.cat([getattr(f, name) for f in fits]) for name in rest}
-    return Fit(mixture=mixture, trace=torch.cat(traces, 1), **joined)

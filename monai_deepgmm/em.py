@@ -7,6 +7,7 @@ another method's output) is a function that returns them. Several restarts are o
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -304,6 +305,20 @@ def _put(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
 
 
 # Result ----------------------------------------------------------------------------------------------------------
+
+
+def joined(fits: Sequence[Fit]) -> Fit:
+    """Fits of single images as one of a batch; shorter traces repeat their last value."""
+    longest = max(len(f.trace) for f in fits)
+    traces = [torch.cat([f.trace, f.trace[-1:].expand(longest - len(f.trace), -1)]) for f in fits]
+    fields = [f.mixture.field for f in fits if f.mixture.field is not None]
+    weights, means, covariances = (
+        torch.cat([getattr(f.mixture, name) for f in fits]) for name in ("weights", "means", "covariances")
+    )
+    mixture = Mixture(weights, means, covariances, torch.cat(fields) if fields else None)
+    rest = ("resp", "nll", "iterations", "converged", "reseeded", "collapsed")
+    each = {name: torch.cat([getattr(f, name) for f in fits]) for name in rest}
+    return Fit(mixture=mixture, trace=torch.cat(traces, 1), **each)
 
 
 def _best(fits: Fit, restarts: int) -> Fit:

@@ -34,6 +34,7 @@ CODES: dict[str, str] = {
     "E_TRUTH": "the truth cannot be used for evaluation",
     "E_MEANS": "the means file does not fit the protocol, its tissues or the normalisation",
     "E_MODEL": "the trained network does not fit this patient's sequences, or its weights cannot be read",
+    "E_N4": "the shading could not be taken off by N4",
     "E_WRITE": "a result could not be written",
     "E_DISK": "the disk is full",
     "E_CRASH": "the worker process died while it handled this patient (out of memory, killed)",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import zipfile
 from pathlib import Path
@@ -14,7 +16,7 @@ from monai_deepgmm import networks, view
 from monai_deepgmm.em import Fit, collapsed
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.mixture import VARIANCE_FLOOR, e_step, m_step, nll
-from monai_deepgmm.spec import SPEC, WEIGHTS, LabelRule, Reference, Spec
+from monai_deepgmm.spec import MULTIPLE, SPEC, WEIGHTS, LabelRule, Reference, Spec
 
 
 def build(spec: Spec, *, seed: int = 0) -> nn.Module:
@@ -43,6 +45,19 @@ def tried(spec: Spec) -> nn.Module:
 def complete(spec: Spec) -> dict[str, Any]:
     """The same network's class and arguments, as a bundle's JSON holds them."""
     return networks.complete(spec.network, **_shape(spec))
+
+
+def sides(spec: Spec) -> list[str | int]:
+    """The sides of images that the network takes, as metadata say it: any multiple of 32, or the training's.
+
+    Some networks are made for one size, or halve an image of 32 voxels until nothing is left to normalise.
+    """
+    small = dataclasses.replace(spec, size=(MULTIPLE,) * spec.spatial_dims)
+    if networks.SIZE not in complete(spec):
+        with contextlib.suppress(UsageError):
+            tried(small)
+            return [f"{MULTIPLE}*n"] * spec.spatial_dims
+    return list(spec.size)
 
 
 def _shape(spec: Spec) -> dict[str, Any]:

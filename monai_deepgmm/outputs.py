@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ except ImportError:  # Windows has no such locks; there, two runs must not share
     fcntl = None  # type: ignore[assignment]
 
 SUMMARY = ("patient", "status", "code", "message", "seconds", "method", "warnings")
+#: A sequence's bias field, and the image without it.
+SHADING = ("_bias.nii.gz", "_corrected.nii.gz")
 #: Ids that no folder can bear; their rows go where no patient's folder can be.
 UNUSABLE = {"E_ID", "E_NAME"}
 REFUSED = ".refused"
@@ -138,6 +141,9 @@ def done(out: Path, study: Study, config: Config) -> Row | None:
         return None
     wanted = ["_dseg.nii.gz", "_dseg.json", "_preview.png", "_report.html"]
     wanted += ["_probseg.nii.gz", "_entropy.nii.gz"] * config.probabilities
+    if config.fields:
+        present = [s for s in config.protocol.sequences if s in study.images]
+        wanted += [f"_{s}{suffix}" for s in present for suffix in SHADING]
     if not all((place / f"{study.patient}{suffix}").is_file() for suffix in wanted):
         return None
     sidecar = _read(place / f"{study.patient}_dseg.json")
@@ -166,6 +172,11 @@ def write(out: Path, study: Study, segmentation: Segmentation, row: Row, config:
         nifti.write_probabilities(maps, segmentation.probabilities, like=segmentation.reference)
         doubt = uncertainty.entropy(segmentation.probabilities)
         nifti.write_map(place / f"{name}_entropy.nii.gz", doubt, like=segmentation.reference)
+    if config.fields:
+        for sequence, field in segmentation.fields.items():
+            both = (field, segmentation.images[sequence] / field)
+            for suffix, values in zip(SHADING, both, strict=True):
+                nifti.write_map(place / f"{name}_{sequence}{suffix}", values, like=segmentation.reference)
     files.write_whole(place / f"{name}_preview.png", report.preview(segmentation))
     sidecar = {**segmentation.sidecar, "fingerprint": fingerprint(study, config, _hashes_read(segmentation.sidecar))}
     files.write_whole(place / f"{name}_dseg.json", _json(sidecar))
@@ -205,6 +216,10 @@ def clear(out: Path, study: Study) -> None:
     ):
         with contextlib.suppress(OSError):
             (place / f"{study.patient}{suffix}").unlink()
+    for suffix in SHADING:
+        for old in place.glob(f"{glob.escape(study.patient)}_*{suffix}"):
+            with contextlib.suppress(OSError):
+                old.unlink()
 
 
 def _fresh(out: Path, study: Study) -> Path:

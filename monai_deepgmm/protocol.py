@@ -104,6 +104,7 @@ class Protocol:
         percent_name: what ``percent`` in the measurements is a percentage of.
         percent_of: the tissues that make up that denominator.
         anatomy: where tissues can be; None: anywhere in the mask.
+        borders: pairs of tissues that touch, so that a voxel may hold both; empty: voxels are of one tissue.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Protocol:
     percent_name: str
     percent_of: tuple[str, ...]
     anatomy: Anatomy | None = None
+    borders: tuple[tuple[str, str], ...] = ()
 
     @property
     def normalisation(self) -> str:
@@ -197,6 +199,7 @@ def as_yaml(protocol: Protocol) -> str:
         "anatomy": None
         if anatomy is None
         else {**dataclasses.asdict(anatomy), "inside": list(anatomy.inside)} | {"radius": list(anatomy.radius)},
+        "borders": [list(pair) for pair in protocol.borders],
         "tissues": tissues,
         "percent_of": {"name": protocol.percent_name, "tissues": list(protocol.percent_of)},
     }
@@ -228,7 +231,15 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         percent_name=denominator["name"],
         percent_of=tuple(denominator.get("tissues") or (t.name for t in tissues)),
         anatomy=anatomy,
+        borders=_borders(raw.get("borders") or (), [t.name for t in tissues]),
     )
+
+
+def _borders(raw: Sequence[Sequence[str]], tissues: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    for pair in raw:
+        if isinstance(pair, str) or len(pair) != 2 or len(set(pair)) != 2 or set(pair) - set(tissues):
+            raise ValueError(f"borders: {pair!r} (two of {', '.join(tissues)})")
+    return tuple((str(a), str(b)) for a, b in raw)
 
 
 def _anatomy(raw: Mapping[str, Any], unit: str, sequences: tuple[str, ...], tissues: Sequence[str]) -> Anatomy:

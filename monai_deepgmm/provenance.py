@@ -148,7 +148,7 @@ def _presence(regions: Sequence[Region], visible: tuple[Tissue, ...], slices: li
 def _naming_rule(config: Config) -> str:
     if config.model is not None:
         return "the trained network's outputs, in the order that its training gave them"
-    if config.method == "anatomy":
+    if config.method in ("anatomy", "pvgmm"):
         return "each component stands for its tissue from the start, by the protocol's priors"
     source = "the given means" if config.means is not None else "the protocol's signatures and places"
     return f"components named together, by largest overlap with the map expected from {source}"

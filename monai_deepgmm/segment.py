@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import anatomical, em, provenance, solvers, tissues, transforms, uncertainty
+from monai_deepgmm import anatomical, bias, em, provenance, solvers, tissues, transforms, uncertainty
 from monai_deepgmm.config import Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.errors import StudyError
@@ -46,6 +46,8 @@ class Segmentation:
         slice_axis: the array axis along which slices are stacked.
         sidecar: provenance, ready for JSON.
         warnings: each begins with its code.
+        fields: sequence → bias field (X, Y, Z) float32, mean 1 over each image's mask and 1 outside; empty where none
+            was looked for.
     """
 
     patient: str
@@ -59,6 +61,7 @@ class Segmentation:
     slice_axis: int
     sidecar: dict[str, Any]
     warnings: tuple[str, ...]
+    fields: dict[str, np.ndarray]
 
 
 def segment(study: Study, config: Config, *, network: nn.Module | None = None) -> Segmentation:
@@ -74,7 +77,10 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
     """
     data: dict[str, Any] = {"study": study}
     # Step by step, because Compose would hide a StudyError inside a RuntimeError.
-    for step in transforms.preprocessing(config.protocol, frame=config.frame, max_voxels=config.max_voxels).transforms:
+    steps = transforms.preprocessing(
+        config.protocol, frame=config.frame, max_voxels=config.max_voxels, shaded=config.solver.n4
+    )
+    for step in steps.transforms:
         data = step(data)
     patient: Scan = data["scan"]
     units: Units = data["units"]
@@ -90,9 +96,19 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
     # A network needs no voxels of its own to learn from; a fit does.
     large = _large(units, visible, config.protocol) if config.model is None else torch.arange(len(image))
     slices = tuple(units.slices[int(i)] for i in large) if units.slices else ()
-    images = Images(image[large], mask[large], expected[large], visible, sequences, units.spacing_mm, slices, means)
+    images = Images(
+        image[large],
+        mask[large],
+        expected[large],
+        visible,
+        sequences,
+        units.spacing_mm,
+        slices,
+        means,
+        units.zero[large][:, channels],
+    )
     fit = solvers.solve(images, config, network=network)
-    named = config.model is not None or config.method == "anatomy"
+    named = config.model is not None or config.method in ("anatomy", "pvgmm")
     naming = tissues.name(fit.resp, images.expected, given=named)
     fit = tissues.reorder(fit, naming.order)
     regions: list[Region] = []
@@ -118,20 +134,48 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
         *_about_order(units, patient, visible),
         *_about_fit(fit, naming, units, large, visible),
         *_about_doubt(visible, sure),
+        *_about_field(fit, images),
     )
+    fields = _fields(fit, units, large, sequences, data.get("fields"))
     return Segmentation(
         patient=study.patient,
         protocol=config.protocol,
         tissues=visible,
-        images=dict(zip(patient.sequences, patient.image, strict=True)),
+        images=dict(zip(patient.sequences, patient.image * data.get("fields", 1), strict=True)),
         mask=patient.mask,
         labels=labels,
         probabilities=probabilities,
         reference=patient.reference,
         slice_axis=units.slice_axis,
-        sidecar=provenance.sidecar(patient, sequences, units, visible, fit, naming, evidenced, large, config, warnings),
+        sidecar=provenance.sidecar(patient, sequences, units, visible, fit, naming, evidenced, large, config, warnings)
+        | {"bias": _about_bias(config, fields, patient.mask)},
         warnings=warnings,
+        fields=fields,
     )
+
+
+def _fields(
+    fit: Fit, units: Units, large: Tensor, sequences: tuple[str, ...], corrected: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Each sequence's bias field on the scan's grid: N4's, or the fit's; 1 in slices that have no fit of their own."""
+    if corrected is not None:
+        return dict(zip(sequences, corrected, strict=True))
+    if fit.mixture.field is None:
+        return {}
+    above = torch.zeros(len(units.image), *fit.mixture.field.shape[1:], dtype=units.mask.dtype)
+    above[large] = fit.mixture.field.to(above) - 1
+    return dict(zip(sequences, 1 + units.restore(above), strict=True))
+
+
+def _about_bias(config: Config, fields: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, Any] | None:
+    """What the sidecar says of the shading; None where none was looked for."""
+    if not fields:
+        return None
+    own = f"Legendre polynomials of degree {config.degree} in the fit"
+    return {
+        "rule": "N4 before the fit" if config.solver.n4 else own,
+        "range": {s: [round(float(b[mask].min()), 4), round(float(b[mask].max()), 4)] for s, b in fields.items()},
+    }
 
 
 def _restarted(
@@ -220,7 +264,7 @@ def _large(units: Units, visible: tuple[Tissue, ...], protocol: Protocol) -> Ten
 
 def _all_units(fit: Fit, image: Tensor, mask: Tensor, large: Tensor) -> Tensor:
     """Responsibilities of every image: its own fit's, or for a small one by the mixture of the nearest large one."""
-    resp = image.new_zeros((len(image), *fit.resp.shape[1:]))
+    resp = fit.resp.new_zeros((len(image), *fit.resp.shape[1:]))
     resp[large] = fit.resp
     for index in sorted(set(range(len(image))) - set(large.tolist())):
         near = int((large - index).abs().argmin())
@@ -265,6 +309,14 @@ def _about_doubt(visible: tuple[Tissue, ...], sure: list[Interval]) -> list[str]
         if found.high_ml - found.low_ml > uncertainty.UNSURE * max(found.volume_ml, uncertainty.LEAST_ML)
     ]
     return [f"W_UNSURE: volumes are uncertain ({', '.join(wide)}); check the page with care"] if wide else []
+
+
+def _about_field(fit: Fit, images: Images) -> list[str]:
+    suspicious = bias.suspicious(fit.mixture, fit.resp, images.mask.to(fit.resp)).any(0)
+    chosen = [s for s, flag in zip(images.sequences, suspicious.tolist(), strict=True) if flag]
+    if not chosen:
+        return []
+    return [f"W_BIAS: the bias field of {', '.join(chosen)} follows the tissues; compare with --set degree=0"]
 
 
 def _about_fit(fit: Fit, naming: Naming, units: Units, large: Tensor, visible: tuple[Tissue, ...]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import anatomical, em, mapem, tissues
+from monai_deepgmm import anatomical, em, mapem, pvgmm, tissues
 from monai_deepgmm.config import DEEP, Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.mapem import Field, Shape
@@ -31,6 +31,7 @@ class Images(NamedTuple):
         spacing_mm: of the axes in ``*S``.
         slices: the position of each image along the stack; empty for a volume.
         means: μ_data ``(K, M)``, from which the start was made, or None.
+        zero: where no signal lies on the image's scale ``(B, M)``; needed for a bias field.
     """
 
     image: Tensor
@@ -41,6 +42,7 @@ class Images(NamedTuple):
     spacing_mm: tuple[float, ...]
     slices: tuple[int, ...] = ()
     means: Tensor | None = None
+    zero: Tensor | None = None
 
 
 def solve(images: Images, config: Config, *, network: nn.Module | None = None) -> Fit:
@@ -78,6 +80,8 @@ def solve(images: Images, config: Config, *, network: nn.Module | None = None) -
         return found._replace(resp=TRUST * found.resp + (1 - TRUST) * own.resp)
     if config.method in ("anatomy", "cohort"):
         return _by_anatomy(images, config)
+    if config.method == "pvgmm":
+        return _by_partial_volume(images, config)
     settings = config.solver
     if settings.start == "kmeans" and means is None:
         generator = torch.Generator().manual_seed(config.seed)
@@ -87,8 +91,8 @@ def solve(images: Images, config: Config, *, network: nn.Module | None = None) -
     if config.method in DEEP:
         start = start[0] if start.ndim > image.ndim else start
         return _by_descent(image, mask, start, config, spacing_mm=spacing_mm, means=means)
-    return em.fit(
-        image,
+    fit = em.fit(
+        _from_zero(images, image) if config.degree else image,
         mask,
         start,
         spatial=config.method == "svgmm",
@@ -96,7 +100,45 @@ def solve(images: Images, config: Config, *, network: nn.Module | None = None) -
         tol=config.tol,
         max_iter=settings.max_iter,
         floor=settings.floor,
+        degree=config.degree,
     )
+    return _to_zero(images, fit) if config.degree else fit
+
+
+def _from_zero(images: Images, image: Tensor) -> Tensor:
+    """Images on the scale that a bias field needs: where 0 is no signal."""
+    if images.zero is None:
+        return image
+    return image - images.zero.to(image).reshape(*images.zero.shape, *[1] * (image.ndim - 2))
+
+
+def _to_zero(images: Images, fit: Fit) -> Fit:
+    """The fit's means on the images' own scale again; there they are those of a voxel whose field is 1."""
+    zero = 0 if images.zero is None else images.zero.to(fit.mixture.means)[:, None]
+    return fit._replace(mixture=fit.mixture._replace(means=fit.mixture.means + zero))
+
+
+def _by_partial_volume(images: Images, config: Config) -> Fit:
+    where = {tissue.name: i for i, tissue in enumerate(images.tissues)}
+    pairs = [(where[a], where[b]) for a, b in config.protocol.borders if a in where and b in where]
+    settings = config.solver
+    fit = pvgmm.fit(
+        _from_zero(images, images.image),
+        images.mask,
+        images.expected,
+        images.spacing_mm,
+        pvgmm.Model(
+            tuple(pairs),
+            degree=config.degree,
+            proven=settings.degree is None,
+            pooling=settings.pooling,
+            coupling=settings.coupling,
+        ),
+        tol=config.tol,
+        max_iter=settings.max_iter,
+        floor=settings.floor,
+    )
+    return _to_zero(images, fit)
 
 
 def _merge(protocol: Protocol, known: tuple[str, ...], present: tuple[str, ...]) -> Tensor:

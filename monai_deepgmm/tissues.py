@@ -86,8 +86,15 @@ def signature_map(
     Returns:
         ``(B, T, *S)``, sums to 1 inside the mask, 0 outside.
     """
-    z, depth = standardise(image, mask), relative_depth(mask, spacing_mm)
+    z, depth = standardise(image, mask), _depth(mask, tissues, spacing_mm)
     return torch.stack([_log_expected(z, depth, t, sequences) for t in tissues], 1).softmax(1) * mask
+
+
+def _depth(mask: Tensor, tissues: tuple[Tissue, ...], spacing_mm: tuple[float, ...]) -> Tensor:
+    """The relative depth, or 0 everywhere if it tells nothing about any of the tissues: it costs seconds in 3-D."""
+    if all(t.centrality is None for t in tissues):
+        return torch.zeros_like(mask)
+    return relative_depth(mask, spacing_mm)
 
 
 def _log_expected(z: Tensor, depth: Tensor, tissue: Tissue, sequences: tuple[str, ...]) -> Tensor:
@@ -111,7 +118,7 @@ def name(resp: Tensor, expected: Tensor, *, given: bool = False) -> Naming:
         given: the components are in the order of the tissues already, as a trained network's are; only how certain
             that order is and how well it agrees is computed.
     """
-    w, q = resp.flatten(2), expected.flatten(2)
+    w, q = resp.flatten(2), expected.flatten(2).to(resp.dtype)
     shared = w @ q.mT  # (B, K, T)
     dice = 2 * shared / (w.sum(-1)[:, :, None] + q.sum(-1)[:, None]).clamp_min(1e-9)
     order, certainty = zip(*(_assign(table, given=given) for table in dice.cpu().numpy()), strict=True)
@@ -176,7 +183,7 @@ def looks_swapped(
         The names that fit the channels better, or None where the given ones are fine.
     """
     z = standardise(image, mask)
-    depth = relative_depth(mask, spacing_mm)
+    depth = _depth(mask, tissues, spacing_mm)
 
     def surprise(order: tuple[str, ...]) -> float:
         joint = torch.stack([_log_expected(z, depth, t, order) for t in tissues], 1)

@@ -6,6 +6,7 @@ MONAI's own. Nothing is interpolated on the way, so masks come back bit by bit.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from monai.transforms import Compose, Transform
 from numpy.typing import NDArray
 from torch import Tensor
 
-from monai_deepgmm import scan
+from monai_deepgmm import n4, scan
 from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.scan import Scan
@@ -197,6 +198,28 @@ class CropUnitsd(Transform):
         return {**data, "units": cut, "image": cut.image, "mask": cut.mask}
 
 
-def preprocessing(protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS) -> Compose:
-    """What happens to every study, on the command line and in the bundle alike: load, check, mask, crop, normalise."""
-    return Compose([LoadStudyd(protocol, frame=frame, max_voxels=max_voxels), CropUnitsd(protocol)])
+class CorrectShadingd(Transform):
+    """Divides each sequence of ``scan`` by its bias field, and adds the ``fields`` (M, X, Y, Z), by N4."""
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``scan`` → ``scan``, ``fields``."""
+        patient: Scan = data["scan"]
+        spacing_mm = patient.reference.spacing_mm
+        fields = np.stack([n4.field(image, patient.mask, spacing_mm) for image in patient.image])
+        return {**data, "scan": dataclasses.replace(patient, image=patient.image / fields), "fields": fields}
+
+
+def preprocessing(
+    protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS, shaded: bool = False
+) -> Compose:
+    """What happens to every study, on the command line and in the bundle alike: load, check, mask, crop, normalise.
+
+    Args:
+        protocol: what to look for.
+        frame: which frame of a 4-D file, counted from 0.
+        max_voxels: a larger image is refused before it is read.
+        shaded: whether N4 takes the shading off.
+    """
+    steps: list[Transform] = [LoadStudyd(protocol, frame=frame, max_voxels=max_voxels)]
+    steps += [CorrectShadingd()] if shaded else []
+    return Compose([*steps, CropUnitsd(protocol)])
