@@ -427,7 +427,7 @@ def learnt(loss: torch.nn.Module, image: Tensor, target: Tensor, labels: Tensor,
             torch.nn.LeakyReLU(), torch.nn.Conv2d(16, K, 1),
         )  # fmt: skip
     optimiser = torch.optim.Adam(network.parameters(), lr=lr)
-    for _ in range(150):
+    for _ in range(100):
         optimiser.zero_grad()
         loss(network(image), target).backward()
         optimiser.step()
@@ -447,18 +447,22 @@ def test_beside_scribbles_the_mixture_helps(seed):
             scribbled[chosen[:, 0], chosen[:, 1]] = tissue
     target = joined(image, mask, known)
     alone, both = (learnt(TotalLoss(GMMLoss(gamma=0.1), beta=b), image, target, labels, seed) for b in (0, 0.3))
-    print(alone, both)
-    assert both > alone + 0.02
+    assert both > alone + 0.03
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_on_shaded_images_the_field_helps(seed):
+    """Of a network that could say anything, from a blurred idea of where tissues are."""
     image, labels, mask = patches(seed, shading=0.35)
-    shown = torch.nn.functional.one_hot(patches(seed)[1], K).movedim(-1, 1).float()
-    start = torch.nn.functional.avg_pool2d(shown, 9, 1, 4)  # a blurred idea of where tissues are
+    idea = torch.nn.functional.one_hot(labels, K).movedim(-1, 1).float()
+    idea = torch.nn.functional.avg_pool2d(idea, 9, 1, 4) + 0.05
     found = []
     for degree in (0, 2):
-        loss = Staged(GMMLoss(degree=degree, covariance="full"), start_weight=0.3)
-        found.append(learnt(loss, image, joined(image, mask, start), labels, seed))
-    print(found)
+        logits, loss = idea.log().requires_grad_(), GMMLoss(degree=degree, covariance="full")
+        optimiser = torch.optim.Adam([logits], lr=0.1)
+        for _ in range(60):
+            optimiser.zero_grad()
+            loss(logits, joined(image, mask)).backward()
+            optimiser.step()
+        found.append((logits.argmax(1) == labels).float().mean().item())
     assert found[1] > found[0] + 0.03
