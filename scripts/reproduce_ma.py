@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -408,7 +409,7 @@ def row(options: argparse.Namespace, line: Line, patients: Sequence[str], ledger
     common = [p for p in patients if runs and all(p in found for found in runs)]
     values = {
         tissue: {
-            measure: {p: round(fmean(found[p][tissue][i] for found in runs), 4) for p in common}
+            measure: {p: _rounded(fmean(found[p][tissue][i] for found in runs)) for p in common}
             for i, measure in enumerate(MEASURES)
         }
         for tissue in (IBSR if common else ())
@@ -422,6 +423,11 @@ def row(options: argparse.Namespace, line: Line, patients: Sequence[str], ledger
         "cpu_seconds": [ledger.record(stage).get("cpu_seconds", 0.0) for stage in line.trained],
         "seconds": [ledger.record(stage).get("wall_seconds", 0.0) for stage in line.runs],
     }
+
+
+def _rounded(value: float) -> float | None:
+    """Four digits; None, which JSON has, for what is undefined."""
+    return None if math.isnan(value) else round(value, 4)
 
 
 def results(
@@ -531,12 +537,13 @@ def _recall(ours: Mapping[str, Any] | None) -> Any:
     """The mean over volumes, then tissues; None where nothing has been computed."""
     if not ours or not ours["values"]:
         return None
-    return fmean(fmean(ours["values"][tissue]["recall"].values()) for tissue in IBSR)
+    recalls = [[v for v in ours["values"][tissue]["recall"].values() if v is not None] for tissue in IBSR]
+    return fmean(map(fmean, filter(None, recalls)))
 
 
 def moments(ours: Mapping[str, Any], tissue: str, measure: str) -> str:
-    """Mean ± standard deviation over volumes of what is not NaN."""
-    kept = [v for v in ours["values"].get(tissue, {}).get(measure, {}).values() if v == v]
+    """Mean ± standard deviation over volumes of what is defined."""
+    kept = [v for v in ours["values"].get(tissue, {}).get(measure, {}).values() if v is not None]
     sd = f" ± {stdev(kept):.3f}" if len(kept) > 1 else ""
     return f"{fmean(kept):.3f}{sd}" if kept else "–"
 
