@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from monai_deepgmm import bias
+from monai_deepgmm import bias, em
 from monai_deepgmm.boxes import cut, enclosing, paste
 from monai_deepgmm.em import Fit, collapsed, joined
-from monai_deepgmm.mixture import VARIANCE_FLOOR, Mixture, log_density, nll
+from monai_deepgmm.mixture import VARIANCE_FLOOR, Mixture, log_density
 
 #: A fit has converged when the nodes' responsibilities change by less than this, summed over a voxel, on average.
 TOL = 1e-3
@@ -34,6 +34,8 @@ MAX_ITER = 500
 NODES = 5
 #: The share of voxels that are mixels when a fit begins.
 MIXELS = 0.3
+#: So many voxels at a time, so that a whole head needs little memory.
+CHUNK = 1 << 17
 #: Voxels repeat each other: so wide a patch of tissue, in mm, is worth one observation where a field must prove itself.
 PATCH_MM = 16.0
 
@@ -276,9 +278,8 @@ def _em(step: _Step, expected: Tensor, basis: Tensor | None, stop: _Stop) -> _St
     converged = False
     while not converged and len(trace) <= stop.max_iter:
         mixture = nodes(pure._replace(field=b), weights, step.fractions)
-        trace.append(nll(voxels, ones, mixture))
-        log_weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()
-        new = (log_weights[..., None] + log_density(voxels, mixture)).softmax(1)
+        new, surprise, _ = em.step(voxels, ones, mixture)
+        trace.append(surprise)
         converged = resp is not None and bool((new - resp).abs().sum(1).mean() < stop.tol)
         resp = new
         if converged:
@@ -326,20 +327,22 @@ def _everywhere(
 ) -> tuple[Tensor, Tensor]:
     """Fractions ``(1, K, *S)`` on the full grid, where neighbours pull, and the NLL without that pull ``(1,)``."""
     where = torch.nonzero(mask.flatten() > 0).flatten()
-    b = None if field is None else field.flatten(2)[:, :, where]
-    mixture = nodes(found.pure._replace(field=b), found.weights, fractions)
-    joint = log_density(image.flatten(2)[:, :, where], mixture)[0]  # (N, V)
-    joint += mixture.weights[0].clamp_min(torch.finfo(joint.dtype).tiny).log()[:, None]
-    last = -joint.logsumexp(0).mean()[None]
-    shares = fractions.mT @ joint.softmax(0)
-    resp = image.new_zeros(1, fractions.shape[1], mask.numel())
+    parts = torch.split(where, CHUNK)
+    log_weights = found.weights[0].clamp_min(torch.finfo(image.dtype).tiny).log()[:, None]
+    joint = torch.empty(len(fractions), len(where), dtype=image.dtype)
+    for part, target in zip(parts, torch.split(joint, CHUNK, 1), strict=True):
+        b = None if field is None else field.flatten(2)[:, :, part]
+        mixture = nodes(found.pure._replace(field=b), found.weights, fractions)
+        torch.add(log_density(image.flatten(2)[:, :, part], mixture)[0], log_weights, out=target)
+    last = -torch.cat([part.logsumexp(0) for part in torch.split(joint, CHUNK, 1)]).mean()[None]
+    resp = image.new_zeros(1, fractions.shape[1], *mask.shape[2:])
     agreed = _Neighbours(mask, spacing_mm)
-    for _ in range(model.sweeps if model.coupling else 0):
-        resp[0, :, where] = shares
-        pull = agreed(resp.reshape(1, -1, *mask.shape[2:])).flatten(2)[0, :, where]
-        shares = fractions.mT @ torch.addmm(joint, fractions, pull, alpha=model.coupling).softmax(0)
-    resp[0, :, where] = shares
-    return resp.reshape(1, -1, *mask.shape[2:]), last
+    for sweep in range(1 + model.sweeps if model.coupling else 1):
+        pull = agreed(resp).flatten(2)[0] if sweep else torch.zeros_like(resp[0]).flatten(1)
+        for part, mine in zip(parts, torch.split(joint, CHUNK, 1), strict=True):
+            pulled = torch.addmm(mine, fractions, pull[:, part], alpha=model.coupling)
+            resp.view(1, len(pull), -1)[0, :, part] = fractions.mT @ pulled.softmax(0)
+    return resp, last
 
 
 class _Neighbours:

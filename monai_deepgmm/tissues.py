@@ -25,6 +25,8 @@ BRIGHTNESS_SD, DEPTH_SD = 0.7, 0.2
 CERTAINTY_SCALE = 0.04
 #: Sequences are called exchanged when other names explain a voxel better by this much log-likelihood on average.
 SWAP_MARGIN = 0.15
+#: That takes no more voxels than these.
+ENOUGH = 1 << 19
 
 
 class Naming(NamedTuple):
@@ -182,8 +184,12 @@ def looks_swapped(
     Returns:
         The names that fit the channels better, or None where the given ones are fine.
     """
-    z = standardise(image, mask)
-    depth = _depth(mask, tissues, spacing_mm)
+    if len(sequences) == 1:
+        return None
+    step = max(1, round((mask.numel() / ENOUGH) ** (1 / len(spacing_mm)))) if mask.numel() > ENOUGH else 1
+    thinned = (slice(None), slice(None), *[slice(None, None, step)] * len(spacing_mm))
+    image, mask = image[thinned], mask[thinned]
+    z, depth = standardise(image, mask), _depth(mask, tissues, tuple(step * s for s in spacing_mm))
 
     def surprise(order: tuple[str, ...]) -> float:
         joint = torch.stack([_log_expected(z, depth, t, order) for t in tissues], 1)
