@@ -9,7 +9,7 @@ matter, 3 white matter. Everything goes into OUT: ``tables.md``, ``tables.json``
 tool reads, and the runs and networks. Kill it anywhere and run it again: it goes on. A change of the installed code
 goes unnoticed if its version does not change; take another OUT then.
 
-The paper trains on slices on a GPU. The networks here learn from every sixth slice, with half the usual filters, so
+The paper trains on slices on a GPU. The networks here learn from every eighth slice, with half the usual filters, so
 that 18 volumes take about an hour on four cores; ``--every``, ``--filters`` and ``--epochs`` change that.
 """
 
@@ -577,7 +577,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ratios", nargs="+", default=list(RATIOS), metavar="I/N", help="shares of volumes with labels")
     add("--seeds", type=int, nargs="+", default=[0], metavar="S", help="one training for each")
     add("--epochs", type=int, default=20, metavar="N", help="of every training")
-    add("--every", type=int, default=6, metavar="N", help="networks learn from each N-th slice")
+    add("--every", type=int, default=8, metavar="N", help="networks learn from each N-th slice")
     add("--filters", type=int, nargs="+", default=[16, 32, 64, 128, 256], metavar="N", help="of unet and modifiedunet")
     add("--batch", type=int, default=4, metavar="N", help="slices in a gradient step")
     add("--beta", metavar="β", help="of L_GMM_TV beside labels, per voxel; the default of deepgmm train if absent")
