@@ -50,7 +50,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "bias": Experiment(
         "brain",
         ["shading=0.35", "shape=[64,72,16]", "spacing_mm=[2.2,2.2,9]"],
-        ["grid_mm=2.2", "start_weight=0.2"],
+        ["grid_mm=2.2", "lr=3e-3", "start_weight=0.3"],
         {"gmm": ["--loss", "gmm"], "gmm_bias": ["--loss", "gmm_bias"]},
     ),
     "labels": Experiment(
