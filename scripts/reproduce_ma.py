@@ -611,13 +611,11 @@ def reproduce(options: argparse.Namespace) -> int:
     for patient, known in patients.items():
         if "left_out" in known:
             print(f"left out: {patient}: {known['left_out']}", file=sys.stderr)
-    plan: dict[str, list[Line]] = {}
+    plan = {"unsupervised": unsupervised(options), "semi": semi_supervised(options, split(used))}
     good = len(used) == len(patients)
-    if options.only != "semi":
-        plan["unsupervised"] = unsupervised(options)
-    if options.only != "unsupervised":
-        plan["semi"] = semi_supervised(options, split(used))
-    for lines in plan.values():
+    for part, lines in plan.items():
+        if options.only not in (None, part):
+            continue
         for line in (line for line in lines if not line.trained):
             for stage in line.runs:
                 good &= attempted(ledger, stage, options.jobs)
@@ -648,7 +646,13 @@ def write(
 ) -> None:
     """Writes the tables, as far as the runs have come."""
     ledger.save()
-    content = results(options, patients, plan, ledger)
+    # A part that was not asked for is shown as far as an earlier run has brought it.
+    shown = {
+        part: lines
+        for part, lines in plan.items()
+        if options.only in (None, part) or any(ledger.done(stage) for line in lines for stage in line.runs)
+    }
+    content = results(options, patients, shown, ledger)
     files.write_whole(options.out / "tables.json", as_json(content))
     files.write_whole(options.out / "tables.md", markdown(content).encode())
 

@@ -284,7 +284,7 @@ def test_the_two_losses_differ_in_beta_alone(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_table5_of_tiny_brains(script, brains, tmp_path, monkeypatch, capsys):
+def test_all_tables_of_tiny_brains(script, brains, tmp_path, monkeypatch, capsys):
     # In this process: what a new one would import takes longer than the training.
     monkeypatch.setattr(script, "run_apart", lambda ledger, stages, jobs: [script.run(ledger, s, 1) for s in stages])
     arguments = [str(brains), str(tmp_path / "out"), "--only", "unsupervised", "--epochs", "1", "--every", "8"]
@@ -300,6 +300,18 @@ def test_table5_of_tiny_brains(script, brains, tmp_path, monkeypatch, capsys):
     assert "3 volumes; voxels: [32, 20, 34] (3); brain mask: voxels above 0 (3)" in page
     assert str(tmp_path) not in page
     assert page.count("| paper |") == 6
+    few = ["--only", "semi", "--networks", "modifiedunet", "--ratios", "1/2", *arguments[4:]]
+    assert script.main([*arguments[:2], *few]) == 0
+    both = json.loads((tmp_path / "out" / "tables.json").read_text())
+    assert both["unsupervised"] == found["unsupervised"]  # an earlier run's
+    assert both["split"] == {"train": ["IBSR_01", "IBSR_02"], "test": ["IBSR_03"]}
+    assert [r["key"] for r in both["semi"]] == [[script.CE, "1/2"], [script.TOTAL, "1/2"]]
+    assert all(list(r["values"]["GM"]["recall"]) == ["IBSR_03"] for r in both["semi"])
+    model = tmp_path / "out" / "models" / "modifiedunet_1of2_ce_seed0"
+    assert len(json.loads((model / "provenance.json").read_text())["labels"]) == 1
+    page = (tmp_path / "out" / "tables.md").read_text()
+    assert page.count("| Our method |") == 1  # the paper's IoU is of a quarter alone
+
     capsys.readouterr()
     assert script.main(arguments) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2  # who, and where to look
