@@ -172,7 +172,8 @@ def finish(
     history = read_history(place / HISTORY)
     best = min(history, key=lambda row: row["validation_loss"])
     _load_best(place, network)
-    agreed = training.agreement(network, prepared, device=next(network.parameters()).device)
+    device, window = next(network.parameters()).device, prepared.spec.window
+    agreed = training.agreement(network, prepared, device=device, window=window)
     # Where no patient is held out, the loss on all of them is watched in place of a validation.
     held = 0 if prepared.validation is prepared.train else len(prepared.validation)
     strangers = [t for t, good in zip(prepared.spec.tissues, agreed, strict=True) if not good]

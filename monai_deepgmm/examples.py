@@ -6,6 +6,10 @@ in it is a label: what is expected comes from a teacher that has seen none, the 
 mixture. Where it is asked for, there are two more: ``"zero": (M, 1, …)``, what no signal has become, and
 ``"labels": (1, *S)``, manual labels 1 … K, and 0 where none is known.
 
+Of a volume the network is trained on windows: in each, the mixture is that of the window's own voxels, so a window
+should be large enough to hold every tissue. Where one lacks a tissue, only what the teacher expects of it is left to
+say so: its name is not at stake, as the network's outputs are the same in all windows.
+
 A sequence that a patient lacks is 0 everywhere. Since it then has the same density under every component, it cancels
 in every responsibility: the mixture is that of the other sequences.
 """
@@ -19,12 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 from monai.transforms import (
+    CenterSpatialCropd,
     Compose,
     Rand2DElasticd,
     Rand3DElasticd,
     RandAffined,
     RandAxisFlipd,
     RandGaussianNoised,
+    Randomizable,
     RandomizableTransform,
     Transform,
 )
@@ -43,6 +49,10 @@ from monai_deepgmm.transforms import Units
 Example = dict[str, Tensor]
 #: What an example holds where it is asked for.
 OPTIONAL = ("zero", "labels")
+#: What of an example lies on its grid, and how it is sampled.
+MAPS = {"image": "bilinear", "mask": "nearest", "expected": "bilinear", "labels": "nearest"}
+#: The share of a window that is cut beside it on each side, for what is turned and bent into it.
+AROUND = 1 / 8
 
 
 class Patient(NamedTuple):
@@ -225,14 +235,15 @@ def normalised(expected: Tensor, mask: Tensor) -> Tensor:
 # Augmentation ----------------------------------------------------------------------------------------------------
 
 
-def augmentation(spatial_dims: int, drop: float = 0.0) -> Compose:
+def augmentation(spatial_dims: int, drop: float = 0.0, window: Sequence[int] | None = None) -> Compose:
     """The paper's augmentations, of MONAI's transforms: flips, rotation, scaling, elastic deformation, noise (S §4.2).
 
     Args:
         spatial_dims: 2 or 3; a volume is turned by less than a slice, which has no upright.
         drop: the probability that one of an example's sequences is not shown to the network.
+        window: what of an example is used at a time, along each axis; None: all of it.
     """
-    keys, modes = ("image", "mask", "expected", "labels"), ("bilinear", "nearest", "bilinear", "nearest")
+    keys, modes = tuple(MAPS), tuple(MAPS.values())
     common: dict[str, Any] = {"mode": modes, "padding_mode": "zeros", "allow_missing_keys": True}
     turn = torch.pi if spatial_dims == 2 else torch.pi / 12
     elastic = (
@@ -243,15 +254,52 @@ def augmentation(spatial_dims: int, drop: float = 0.0) -> Compose:
     rotate = (turn,) if spatial_dims == 2 else (turn,) * 3
     return Compose(
         [
+            *([RandWindowd(window, [int(n * AROUND) for n in window])] if window else []),
             RandAxisFlipd(keys, prob=0.5, allow_missing_keys=True),
             RandAffined(keys, prob=0.8, rotate_range=rotate, scale_range=(0.15,) * spatial_dims, **common),
             elastic,
+            *([CenterSpatialCropd(keys, window, allow_missing_keys=True)] if window else []),
             Tidyd(),
             RandGaussianNoised(("sequences",), prob=0.5, std=0.1),
             Joind(),
             *([RandDropd(drop)] if drop else []),
         ]
     )
+
+
+def cropping(window: Sequence[int] | None) -> Compose | None:
+    """What is left of the augmentation without any: the draw of a window; None where there is none."""
+    return None if window is None else Compose([RandWindowd(window)])
+
+
+class RandWindowd(Randomizable, Transform):
+    """Cuts a window out of an example, around a voxel of the mask unless the border is in the way.
+
+    Every voxel of the mask is as likely as another, so a window always holds some of it.
+
+    Args:
+        window: its size along each axis; at most the example's.
+        around: voxels that are cut beside it on both sides of each axis; 0 where there are none. None: none.
+    """
+
+    def __init__(self, window: Sequence[int], around: Sequence[int] | None = None) -> None:
+        self.window, self.around = tuple(window), tuple(around or [0] * len(window))
+
+    def __call__(self, data: Mapping[str, Tensor]) -> Example:
+        """Whatever lies on the example's grid is cut alike."""
+        mask = data["mask"][0]
+        inside = torch.nonzero(mask.flatten()).flatten()
+        drawn = int(inside[self.R.randint(len(inside))]) if len(inside) else mask.numel() // 2
+        middle = torch.unravel_index(torch.tensor(drawn), mask.shape)
+        cuts: list[slice] = []
+        pads: list[int] = []
+        for at, wide, more, side in zip(middle, self.window, self.around, mask.shape, strict=True):
+            first = min(max(int(at) - wide // 2, 0), side - wide) - more
+            last = first + wide + 2 * more
+            cuts.append(slice(max(first, 0), min(last, side)))
+            pads = [max(-first, 0), max(last - side, 0), *pads]
+        cut = {key: torch.nn.functional.pad(data[key][:, *cuts], pads) for key in MAPS if key in data}
+        return {**data, **cut}
 
 
 class RandDropd(RandomizableTransform):
@@ -306,7 +354,7 @@ class Joind(Transform):
 
 
 class Examples(Dataset[Example]):
-    """Examples whose augmentation depends on the seed, the epoch and the example alone.
+    """Examples whose augmentation depends on the seed, the epoch and the index alone.
 
     So a training that was interrupted goes on as if it had not been, and workers and ranks draw the same.
 
@@ -314,22 +362,25 @@ class Examples(Dataset[Example]):
         data: the examples.
         transform: random, with MONAI's ``set_random_state``; None: no augmentation.
         seed: of the draws.
+        windows: how many times each example is drawn from in an epoch, each time anew.
     """
 
-    def __init__(self, data: Sequence[Example], transform: Compose | None = None, *, seed: int = 0) -> None:
-        self.data, self.transform, self.seed = data, transform, seed
+    def __init__(
+        self, data: Sequence[Example], transform: Compose | None = None, *, seed: int = 0, windows: int = 1
+    ) -> None:
+        self.data, self.transform, self.seed, self.windows = data, transform, seed, windows
         self.epoch = 1
 
     def __len__(self) -> int:
-        """How many examples there are."""
-        return len(self.data)
+        """How many draws there are."""
+        return len(self.data) * self.windows
 
     def __getitem__(self, index: int) -> Example:
-        """One example, augmented."""
+        """One example, augmented; the draws from one follow each other."""
         if self.transform is None:
-            return self.data[index]
+            return self.data[index // self.windows]
         self.transform.set_random_state(seed=_mixed(self.seed, self.epoch, index))
-        out: Example = self.transform(dict(self.data[index]))
+        out: Example = self.transform(dict(self.data[index // self.windows]))
         return out
 
 

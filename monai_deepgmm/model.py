@@ -1,4 +1,7 @@
-"""How a trained network segments: one forward pass, and one M-step from what it says (S Alg. 4, after training)."""
+"""How a trained network segments: one forward pass, and one M-step from what it says (S Alg. 4, after training).
+
+Of an image that is larger than the network takes at a time, the pass is one over windows that overlap.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def tried(spec: Spec) -> nn.Module:
     Raises:
         UsageError: it cannot be made, or trained.
     """
-    target, shape = spec.network.get("_target_"), (2, spec.channels, *spec.size)
+    target, shape = spec.network.get("_target_"), (2, spec.channels, *spec.given)
     network = build(spec)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UsageError(f"--network {target}: it has no weights to train")
@@ -52,12 +55,12 @@ def sides(spec: Spec) -> list[str | int]:
 
     Some networks are made for one size, or halve an image of 32 voxels until nothing is left to normalise.
     """
-    small = dataclasses.replace(spec, size=(MULTIPLE,) * spec.spatial_dims)
+    small = dataclasses.replace(spec, size=(MULTIPLE,) * spec.spatial_dims, window=None)
     if networks.SIZE not in complete(spec):
         with contextlib.suppress(UsageError):
             tried(small)
             return [f"{MULTIPLE}*n"] * spec.spatial_dims
-    return list(spec.size)
+    return list(spec.given)
 
 
 def _shape(spec: Spec) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def _shape(spec: Spec) -> dict[str, Any]:
         "spatial_dims": spec.spatial_dims,
         "in_channels": spec.channels,
         "out_channels": len(spec.tissues),
-        "size": spec.size,
+        "size": spec.given,
     }
 
 
@@ -174,16 +177,16 @@ def _weights(network: nn.Module, spec: Spec, image: Tensor, mask: Tensor, *, spa
     """Of one image ``(1, M, *S)``."""
     # As large as in training, since an instance norm counts the surroundings; larger only where the mask is.
     needed = view.around(mask, spacing_mm, spec.grid_mm).size
-    size = tuple(max(sides) for sides in zip(needed, spec.size, strict=True))
-    if size != tuple(spec.size) and networks.SIZE in complete(spec):
-        message = f"the mask needs an image of {_sides(size)} voxels, the network is made for {_sides(spec.size)}"
-        remedy = "Train with a network for images of any size, such as unet, or on patients as large (this one can be"
-        raise StudyError("E_MODEL", message, f"{remedy} among them, as no labels are needed)")
+    size = tuple(max(sides) for sides in zip(needed, spec.given, strict=True))
+    # A network that is made for one size sees larger images by windows, however it was trained.
+    window = spec.given if spec.window is not None or networks.SIZE in complete(spec) else None
+    through = networks.inferer(None if window == size else window)
     seen = view.around(mask, spacing_mm, spec.grid_mm, size)
     try:
         inside = view.look(mask.float(), seen, nearest=True)
         given = view.inputs(view.look(image.float(), seen), inside, spec.grid_mm)
-        output = _checked(networks.logits(network, given), given, len(spec.tissues)).softmax(1)
+        logits = through(given, lambda part: _checked(networks.logits(network, part), part, len(spec.tissues)))
+        output = logits.softmax(1)
     except Exception as error:  # whatever a network of the user's own, or too large an image, raises
         message = f"the network cannot be run on an image of {_sides(size)} voxels ({reason(error)})"
         raise StudyError("E_MODEL", message, "Train another network, or use a method that needs none") from error

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from monai.networks.blocks import Convolution
 from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ FILTERS_3D = tuple(n // 4 for n in FILTERS)
 DEFAULT: Mapping[str, Any] = {"_target_": "monai_deepgmm.networks.UNet"}
 #: How MONAI's classes call the size of images that a network is made for.
 SIZE = "img_size"
+#: The share of a window that its neighbour covers too; there both count, the less the nearer to their own borders.
+OVERLAP = 0.25
 #: What networks of MONAI that users ask for need besides channels; others are given in full. Those with attention are
 #: much smaller than their classes' defaults: a cohort without labels is small, and its images are crops.
 NAMED: Mapping[str, Mapping[str, Any]] = {
@@ -209,6 +212,17 @@ def fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 def logits(network: nn.Module, image: Tensor) -> Tensor:
     """What the network says ``(B, K, *S)``; of a deeply supervised one, the finest."""
     return finest(network(image))
+
+
+def inferer(window: Sequence[int] | None = None) -> Inferer:
+    """How an image goes through a network: at once, or window by window, in the memory that one window needs.
+
+    Args:
+        window: its size along each axis of ``*S``; None: the whole image.
+    """
+    if window is None:
+        return SimpleInferer()
+    return SlidingWindowInferer(tuple(window), sw_batch_size=1, overlap=OVERLAP, mode="gaussian")
 
 
 def finest(output: Tensor | Sequence[Tensor]) -> Tensor:

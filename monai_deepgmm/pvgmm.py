@@ -32,6 +32,8 @@ TOL = 1e-3
 MAX_ITER = 500
 #: Into how many equal parts the share u is cut; a node lies in the middle of each.
 NODES = 5
+#: How many times fewer voxels the first fit has than the second.
+COARSER = 6
 #: The share of voxels that are mixels when a fit begins.
 MIXELS = 0.3
 #: So many voxels at a time, so that a whole head needs little memory.
@@ -168,22 +170,22 @@ def _one(
     """The fit of one image, as a batch of one."""
     box, full = enclosing(mask), image.shape[2:]
     image, mask, start = (cut(values, box).float() for values in (image, mask, start))
-    stride = _stride(mask, spacing_mm, model.voxels)
-    lattice = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
-    few = mask[lattice]
-    inside = few[0, 0] > 0
-    voxels, expected = image[lattice][:, :, inside], start[lattice][:, :, inside]
     fractions = mixing(start.shape[1], model.borders).to(image)
-    variances = floor * voxels.var(-1, correction=0).clamp_min(torch.finfo(voxels.dtype).tiny)
-    step = _Step(voxels, fractions, model.pooling, variances)
-    found, field = _em(step, expected, None, stop), None
+    # EM creeps, so the way is gone on a few voxels, and only its end on more.
+    coarse = _Lattice(mask, _stride(mask, spacing_mm, max(model.voxels // COARSER, 1)))
+    step = _Step(coarse.voxels(image), fractions, model.pooling, floor)
+    found = _em(step, *_begin(step, coarse.voxels(start)), None, stop)
+    lattice = _Lattice(mask, _stride(mask, spacing_mm, model.voxels))
+    step = _Step(lattice.voxels(image), fractions, model.pooling, floor)
+    found, field = _em(step, found.pure, found.weights, None, stop), None
     if model.degree:
-        basis = bias.basis(few, model.degree, beyond=True)
-        shaded = _em(step, expected, basis[:, :, inside], stop)
+        basis = bias.basis(lattice.mask, model.degree, beyond=True)
+        # From the unshaded fit: a field that is free from the start can take one tissue for another.
+        shaded = _em(step, found.pure, found.weights, lattice.inside(basis), stop)
         gain = float(found.trace[-1] - shaded.trace[-1])
         field = torch.ones_like(image)
         if not model.proven or gain > worth(image.shape[1] * (basis.shape[1] - 1), mask, spacing_mm):
-            found, field = shaded, _on_grid(_extended(shaded.pure.field, basis, inside), stride, mask)
+            found, field = shaded, _on_grid(_extended(shaded.pure.field, basis, lattice), lattice.stride, mask)
     resp, last = _everywhere(image, mask, found, field, fractions, spacing_mm, model)
     pure = found.pure._replace(
         weights=resp.flatten(2).sum(-1) / mask.sum(),
@@ -199,6 +201,28 @@ def _one(
         reseeded=torch.zeros(1, dtype=torch.long),
         collapsed=collapsed(resp.flatten(2), mask.flatten(2)),
     )
+
+
+class _Lattice:
+    """Every so many voxels of one image along each axis.
+
+    Args:
+        mask: ``(1, 1, *S)``.
+        stride: for each axis of ``*S``.
+    """
+
+    def __init__(self, mask: Tensor, stride: tuple[int, ...]) -> None:
+        self.stride = stride
+        self.where = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+        self.mask = mask[self.where]
+
+    def inside(self, values: Tensor) -> Tensor:
+        """Values on the lattice ``(1, C, *L)`` → those inside the mask ``(1, C, V)``."""
+        return values[:, :, self.mask[0, 0] > 0]
+
+    def voxels(self, values: Tensor) -> Tensor:
+        """An image ``(1, C, *S)`` → its voxels of the lattice inside the mask ``(1, C, V)``."""
+        return self.inside(values[self.where])
 
 
 def _stride(mask: Tensor, spacing_mm: Sequence[float], voxels: int) -> tuple[int, ...]:
@@ -223,13 +247,13 @@ class _Step(NamedTuple):
         voxels: ``(1, M, V)``.
         fractions: a ``(N, K)``.
         pooling: ν.
-        floor: added to the variances ``(1, M)``.
+        floor: the variance floor, as a fraction of each sequence's variance.
     """
 
     voxels: Tensor
     fractions: Tensor
     pooling: float
-    floor: Tensor
+    floor: float
 
     def __call__(self, resp: Tensor, b: Tensor | None, previous: Mixture | None) -> Mixture:
         """μ by least squares over all nodes, ``I(x) ≈ b(x) a_nᵀ μ``; Σ from what is left at the pure ones, pooled.
@@ -257,21 +281,27 @@ class _Step(NamedTuple):
         average = scatter.sum(1, keepdim=True) / count.sum(1).clamp_min(1e-6)[:, None, None, None]
         pooled = self.pooling * voxels.shape[-1] + 1e-6
         covariances = (scatter + pooled * average) / (count + pooled)[..., None, None]
-        covariances = covariances + torch.diag_embed(self.floor)[:, None]
+        spread = voxels.var(-1, correction=0).clamp_min(torch.finfo(voxels.dtype).tiny)
+        covariances = covariances + torch.diag_embed(self.floor * spread)[:, None]
         return Mixture(count / count.sum(1, keepdim=True).clamp_min(1e-6), means, covariances, None)
 
 
-def _em(step: _Step, expected: Tensor, basis: Tensor | None, stop: _Stop) -> _State:
-    """EM from where each tissue is expected ``(1, K, V)``, with a field if there is a basis ``(1, J, V)``.
+def _begin(step: _Step, expected: Tensor) -> tuple[Mixture, Tensor]:
+    """The pure tissues and the nodes' weights, from where each tissue is expected ``(1, K, V)``."""
+    n_mixels = len(step.fractions) - expected.shape[1]
+    nothing = expected.new_zeros(1, n_mixels, expected.shape[-1])
+    mixels = torch.full((1, n_mixels), MIXELS / max(n_mixels, 1)).to(expected)
+    weights = torch.cat([expected.mean(-1) * (1 - mixels.sum()), mixels], 1)
+    return step(torch.cat([expected, nothing], 1), None, None), weights
+
+
+def _em(step: _Step, pure: Mixture, weights: Tensor, basis: Tensor | None, stop: _Stop) -> _State:
+    """EM from pure tissues and the nodes' weights, with a field if there is a basis ``(1, J, V)``.
 
     Only pure voxels speak for the field: where two tissues meet, mixels could explain any shade.
     """
-    voxels, n_tissues = step.voxels, expected.shape[1]
-    n_mixels = len(step.fractions) - n_tissues
+    voxels, n_tissues = step.voxels, pure.means.shape[1]
     ones = torch.ones_like(voxels[:, :1])
-    pure = step(torch.cat([expected, expected.new_zeros(1, n_mixels, voxels.shape[-1])], 1), None, None)
-    mixels = torch.full((1, n_mixels), MIXELS / max(n_mixels, 1)).to(voxels)
-    weights = torch.cat([expected.mean(-1) * (1 - mixels.sum()), mixels], 1)
     b = None if basis is None else torch.ones_like(voxels)
     resp: Tensor | None = None
     trace: list[Tensor] = []
@@ -295,11 +325,11 @@ def _em(step: _Step, expected: Tensor, basis: Tensor | None, stop: _Stop) -> _St
 # The full grid ---------------------------------------------------------------------------------------------------
 
 
-def _extended(field: Tensor | None, basis: Tensor, inside: Tensor) -> Tensor:
-    """A field known inside the mask ``(1, M, V)``, wherever the basis ``(1, J, *S)`` is."""
+def _extended(field: Tensor | None, basis: Tensor, lattice: _Lattice) -> Tensor:
+    """A field known inside the mask ``(1, M, V)``, wherever the basis ``(1, J, *L)`` is."""
     if field is None:
         raise ValueError("no field to extend")
-    g = basis[:, :, inside]
+    g = lattice.inside(basis)
     omega = field @ g.mT / g.shape[-1]  # the basis is orthonormal over these voxels
     return (omega @ basis.flatten(2)).reshape(1, -1, *basis.shape[2:])
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.mixture import COVARIANCES, Covariance
@@ -50,6 +50,8 @@ class Spec:
             both: of a weighted mean of Π and the anatomical mixture's responsibilities.
         teacher: what told it where tissues are expected: the signature map, or the anatomical mixture.
         incomplete: whether it has seen images that lack sequences, and so can segment them.
+        window: of what the network is given at a time, along each axis, where images are seen window by window; None:
+            it is given whole images.
     """
 
     protocol: str
@@ -65,6 +67,12 @@ class Spec:
     labels: LabelRule = "posterior"
     teacher: Teacher = "signature"
     incomplete: bool = False
+    window: tuple[int, ...] | None = None
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The size of what the network is given at a time: a window, or a whole image."""
+        return self.window or self.size
 
     @property
     def channels(self) -> int:
@@ -108,8 +116,9 @@ def read(folder: Path, protocol: Protocol) -> Reference:
         raise UsageError(f"--model {folder}: {Path(error.filename).name}: {error.strerror}; {hint}") from error
     try:
         raw = json.loads(text)
-        spec = Spec(**{**raw, **{key: tuple(raw[key]) for key in ("sequences", "tissues", "size")}})
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        listed = ["sequences", "tissues", "size", *(["window"] if raw.get("window") is not None else [])]
+        spec = Spec(**{**raw, **{key: tuple(raw[key]) for key in listed}})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"--model {folder}: {SPEC} was not written by this version ({error})") from error
     for what, theirs, ours in (
         ("protocol", spec.protocol, protocol.name),
@@ -130,7 +139,6 @@ def _rules(spec: Spec, protocol: Protocol) -> list[tuple[str, bool, str]]:
     dims = 2 if protocol.unit == "slice" else 3
     known = [s for s in protocol.sequences if s in spec.sequences]
     shown = [t.name for t in protocol.visible(known)]
-    sides = [n for n in spec.size if _whole(n) and n > 0 and n % MULTIPLE == 0]
     target = spec.network.get("_target_") if isinstance(spec.network, dict) else None
     grid = spec.grid_mm
     number = isinstance(grid, int | float) and not isinstance(grid, bool) and GRID_MM[0] <= grid <= GRID_MM[1]
@@ -144,7 +152,8 @@ def _rules(spec: Spec, protocol: Protocol) -> list[tuple[str, bool, str]]:
         ("network", isinstance(target, str), "a mapping with _target_"),
         ("spatial_dims", _whole(spec.spatial_dims) and spec.spatial_dims == dims, str(dims)),
         ("grid_mm", number, "a number from {} to {}".format(*GRID_MM)),
-        ("size", len(sides) == len(spec.size) == dims, f"{dims} multiples of {MULTIPLE}"),
+        ("size", _even(spec.size, dims), f"{dims} multiples of {MULTIPLE}"),
+        ("window", spec.window is None or _even(spec.window, dims), f"{dims} multiples of {MULTIPLE}, or nothing"),
         ("spatial", isinstance(spec.spatial, bool), "true or false"),
         ("covariance", spec.covariance in COVARIANCES, f"one of {', '.join(COVARIANCES)}"),
         ("labels", spec.labels in LABEL_RULES, f"one of {', '.join(LABEL_RULES)}"),
@@ -153,5 +162,9 @@ def _rules(spec: Spec, protocol: Protocol) -> list[tuple[str, bool, str]]:
     ]
 
 
-def _whole(value: object) -> bool:
+def _even(sides: tuple[object, ...], dims: int) -> bool:
+    return len(sides) == dims and all(_whole(n) and n > 0 and n % MULTIPLE == 0 for n in sides)
+
+
+def _whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ The engine, the optimiser and the loaders are MONAI's and torch's, and stand in 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -35,10 +36,10 @@ from monai_deepgmm.examples import Example
 from monai_deepgmm.gmm_loss import GMMLoss, TotalLoss
 from monai_deepgmm.losses import MixtureNLL, Staged, Term
 from monai_deepgmm.mixture import COVARIANCES, Covariance
-from monai_deepgmm.networks import DEFAULT, finest
+from monai_deepgmm.networks import DEFAULT, inferer, logits
 from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.spec import GRID_MM, LABEL_RULES, TEACHERS, LabelRule, Spec, Teacher
+from monai_deepgmm.spec import GRID_MM, LABEL_RULES, MULTIPLE, TEACHERS, LabelRule, Spec, Teacher
 from monai_deepgmm.study import Cohort
 from monai_deepgmm.tissues import name
 
@@ -69,6 +70,8 @@ START_WEIGHT: Mapping[Teacher, float] = {"signature": 0.3, "anatomy": 3.0}
 START_WEIGHT_WITH_LABELS: Mapping[Teacher, float] = {"signature": 1.0, "anatomy": 3.0}
 DROP: Mapping[Teacher, float] = {"signature": 0.0, "anatomy": 0.25}
 LABELS: Mapping[Teacher, LabelRule] = {"signature": "posterior", "anatomy": "both"}
+#: Sides of the windows that volumes are seen by, where nothing is asked for.
+WINDOW = 96
 #: Settings that change no weight, so that a training may go on with others.
 INDIFFERENT = ("workers", "tensorboard", "mlflow", "labels")
 
@@ -104,6 +107,10 @@ class Settings:
         patience: see ``tol``.
         grid_mm: the voxel size that images are brought to.
         labels: posterior, network or both; see ``spec.Spec``; None: as the teacher has it (``LABELS``).
+        window: the size that the network is given at a time, one number or one for each axis, multiples of
+            ``spec.MULTIPLE``; an axis that is shorter is seen whole. 0: images are seen whole. None: 0 for slices, and
+            ``WINDOW`` for volumes. The likelihood is that of each window's own mixture.
+        windows: how many windows of each image are drawn in an epoch; None: as many as hold its voxels.
         augment: whether examples are turned, bent and noised.
         workers: processes that make examples.
         amp: whether the network runs in mixed precision on a GPU; the NLL never does.
@@ -132,6 +139,8 @@ class Settings:
     patience: int = 10
     grid_mm: float = 1.0
     labels: LabelRule | None = None
+    window: int | tuple[int, ...] | None = None
+    windows: int | None = None
     augment: bool = True
     workers: int = 0
     amp: bool = True
@@ -146,7 +155,8 @@ class Settings:
         """
         floats = ("lr", "weight_decay", "clip", "start_weight", "mean_weight", "validation", "tol", "grid_mm", "drop")
         whole = {"batch_size": (int, 1), "start_epochs": (int, 0), "patience": (int, 1), "workers": (int, 0)}
-        check_numbers(self, whole | dict.fromkeys(("degree", "rounds"), (int, 1)))
+        check_numbers(self, whole | dict.fromkeys(("degree", "rounds", "windows"), (int, 1)))
+        _check_window(self.window)
         check_numbers(self, dict.fromkeys((*floats, "gamma", "alpha", "beta"), (float, 0)))
         if self.drop is not None and not self.drop <= 1:
             raise UsageError(f"drop: got {self.drop}, expected a probability")
@@ -368,7 +378,38 @@ def _resolved(settings: Settings, protocol: Protocol, means: object, loss: str, 
         drop=settings.drop if settings.drop is not None else 0.0 if whole else DROP[teacher],
         # Ma's s is the posterior itself.
         labels=settings.labels or ("network" if loss in GAMMA else LABELS[teacher]),
+        window=_sides(settings.window, 2 if protocol.unit == "slice" else 3),
     )
+
+
+def _check_window(window: object) -> None:
+    """Refuses windows that a network cannot halve.
+
+    Raises:
+        UsageError: a side is no multiple of ``MULTIPLE``, or 0 among others.
+    """
+    sides = list(window) if isinstance(window, list | tuple) else [window]
+    whole = window is None or (window == 0 and not isinstance(window, bool))
+    good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 and n % MULTIPLE == 0 for n in sides)
+    if not whole and not (sides and good):
+        remedy = f"expected a multiple of {MULTIPLE}, or one for each axis; 0 for whole images"
+        raise UsageError(f"window: got {window!r}, {remedy}")
+
+
+def _sides(window: int | Sequence[int] | None, dims: int) -> int | tuple[int, ...] | None:
+    """A window's side along each axis; 0 for whole images, and None where nobody asked.
+
+    Raises:
+        UsageError: there are more or fewer sides than axes.
+    """
+    if window is None and dims == 3:
+        window = WINDOW
+    if not window:
+        return window  # type: ignore[return-value]  # no sequence is empty
+    sides = (window,) * dims if isinstance(window, int) else tuple(window)
+    if len(sides) != dims:
+        raise UsageError(f"window: got {len(sides)} sides, expected {dims}, one for each axis of an image")
+    return sides
 
 
 def mixture_loss(plan: Plan, *, terms: Sequence[Term] = ()) -> nn.Module:
@@ -425,6 +466,7 @@ class Prepared(NamedTuple):
         fingerprint: of the plan and of all that was read.
         labelled: the patients whose labels were used.
         start_epochs: epochs that the teacher has alone.
+        windows: how many windows of each example are drawn in an epoch.
     """
 
     train: list[Example]
@@ -438,6 +480,7 @@ class Prepared(NamedTuple):
     fingerprint: str
     labelled: tuple[str, ...] = ()
     start_epochs: int = 0
+    windows: int = 1
 
 
 def prepare(cohort: Cohort, plan: Plan) -> Prepared:
@@ -477,6 +520,8 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
     validation = [e for who, own in made.items() if who in held for e in own]
     if not train:
         raise NobodyError("no image of the cohort has enough voxels inside the mask to be trained on")
+    size = tuple(train[0]["mask"].shape[1:])
+    window, windows = _windows(settings, size)
     spec = Spec(
         protocol=protocol.name,
         normalisation=protocol.normalisation,
@@ -485,7 +530,8 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
         network=plan.network,
         spatial_dims=2 if protocol.unit == "slice" else 3,
         grid_mm=settings.grid_mm,
-        size=tuple(train[0]["mask"].shape[1:]),
+        size=size,
+        window=window,
         spatial=plan.spatial,
         covariance=plan.covariance,
         labels=settings.labels or LABELS[teacher],
@@ -493,7 +539,7 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
         incomplete=bool(settings.drop) and settings.augment,
     )
     read = json.dumps([_decisive(plan), [p.inputs for p in patients]], sort_keys=True)
-    steps = math.ceil(len(train) / settings.batch_size)
+    steps = math.ceil(len(train) * windows / settings.batch_size)
     epochs = plan.epochs or min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
     start = math.floor(START_SHARE.get(plan.loss, 0.0) * epochs)
     return Prepared(
@@ -508,7 +554,17 @@ def prepare(cohort: Cohort, plan: Plan) -> Prepared:
         labelled=tuple(with_labels),
         failed=failed,
         fingerprint=hashlib.sha256(read.encode()).hexdigest(),
+        windows=windows,
     )
+
+
+def _windows(settings: Settings, size: tuple[int, ...]) -> tuple[tuple[int, ...] | None, int]:
+    """The window of images of a size, and how many of them are drawn from each image in an epoch."""
+    asked = settings.window
+    if not isinstance(asked, tuple):
+        return None, settings.windows or 1
+    window = tuple(min(sides) for sides in zip(asked, size, strict=True))
+    return window, settings.windows or math.ceil(math.prod(size) / math.prod(window))
 
 
 def _decisive(plan: Plan) -> dict[str, Any]:
@@ -549,14 +605,17 @@ def _held_out_with_labels(names: list[str], labelled: Collection[str], share: fl
     return known | _held_out([n for n in names if n not in labelled], share, seed) if known else set()
 
 
-def agreement(network: nn.Module, prepared: Prepared, *, device: torch.device | str) -> list[bool]:
+def agreement(
+    network: nn.Module, prepared: Prepared, *, device: torch.device | str, window: Sequence[int] | None = None
+) -> list[bool]:
     """Whether each output of a trained network lies where its tissue is expected, over the whole training cohort."""
     network.eval()
+    through = inferer(window)
     shared = []
     with torch.no_grad():
         for example in prepared.train:
             image, mask = example["image"][None].to(device), example["mask"][None].to(device)
-            w = finest(network(image)).softmax(1) * mask
+            w = through(image, functools.partial(logits, network)).softmax(1) * mask
             shared.append((w.flatten(2).cpu(), example["expected"][None].flatten(2)))
     resp, expected = (torch.cat(parts, 2) for parts in zip(*shared, strict=True))
     order = name(resp, expected).order[0].tolist()

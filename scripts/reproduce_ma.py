@@ -7,7 +7,7 @@ DATA holds the volumes as IBSR names them, in folders of any depth: ``IBSR_01.ni
 ``IBSR_01_ana``) and ``IBSR_01_seg.nii.gz`` (or ``IBSR_01_segTRI_ana``, ``IBSR_01_segTRI_fill_ana``) with 1 CSF, 2 grey
 matter, 3 white matter. Everything goes into OUT: ``tables.md``, ``tables.json``, the copies of the volumes that the
 tool reads, and the runs and networks. Kill it anywhere and run it again: it goes on. A change of the installed code
-goes unnoticed if its version does not change; take another OUT then.
+goes unnoticed if its version does not change; take another OUT then, and for trainings with other options.
 
 The paper trains on slices on a GPU. The networks here learn from every eighth slice, with half the usual filters, so
 that 18 volumes take about an hour on four cores; ``--every``, ``--filters`` and ``--epochs`` change that.
@@ -329,9 +329,9 @@ def trained(options: argparse.Namespace, name: str, network: str, seed: int, *ho
     folder, slices = options.out / "models" / name, options.out / "slices"
     # All arms take as many steps, and the loss is watched on all slices.
     same = ("validation=0", "tol=0", f"batch_size={options.batch}")
-    command = ("train", str(slices), str(folder), "--manifest", str(slices / "manifest.csv"), "--resume")
-    command += ("--protocol", str(slices / "protocol.yaml"), "--network", definition(network, options.filters))
-    command += ("--epochs", str(options.epochs), "--seed", str(seed), "--device", options.device)
+    command = ["train", str(slices), str(folder), "--manifest", str(slices / "manifest.csv"), "--resume"]
+    command += ["--protocol", str(slices / "protocol.yaml"), "--network", definition(network, options.filters)]
+    command += ["--epochs", str(options.epochs), "--seed", str(seed), "--device", options.device]
     return Stage(f"train_{name}", (*command, *how, "--set", *same, *options.set), (), folder / WEIGHTS)
 
 

@@ -85,18 +85,19 @@ def test_the_network_is_described_in_full():
 
 
 @pytest.mark.skipif(find_spec("einops") is None, reason="needs einops")
-def test_a_network_for_images_of_one_size_takes_smaller_patients_and_refuses_larger_ones():
+def test_a_network_for_images_of_one_size_sees_smaller_patients_on_it_and_larger_ones_by_windows():
     unetr = {"_target_": "unetr", "hidden_size": 12, "mlp_dim": 12, "feature_size": 2}
     of = dataclasses.replace(SPECIFIED, network=unetr, size=(64, 32))
     network = model.build(of).eval()
     small, large = (torch.zeros(1, 1, 80, 40) for _ in range(2))
     small[:, :, 10:30, 10:30] = large[:, :, 8:72, 10:30] = 1
-    found = model.weights(network, of, torch.randn(1, 3, 80, 40), small, spacing_mm=(1.0, 1.0))
-    assert found.shape == (1, 4, 80, 40)
-    with pytest.raises(StudyError, match=r"needs an image of 96×32 voxels, .* made for 64×32") as caught:
-        model.weights(network, of, torch.randn(1, 3, 80, 40), large, spacing_mm=(1.0, 1.0))
-    assert caught.value.code == "E_MODEL"
-    assert "unet" in caught.value.remedy
+    sizes: list[tuple[int, ...]] = []
+    network.register_forward_pre_hook(lambda _, given: sizes.append(tuple(given[0].shape[2:])))
+    for mask, passes in ((small, 1), (large, 2)):  # the large one needs 96 rows
+        sizes.clear()
+        found = model.weights(network, of, torch.randn(1, 3, 80, 40), mask, spacing_mm=(1.0, 1.0))
+        torch.testing.assert_close(found.sum(1), torch.ones(1, 80, 40))
+        assert sizes == [(64, 32)] * passes
 
 
 @pytest.mark.skipif(find_spec("einops") is None, reason="needs einops")
@@ -334,6 +335,7 @@ def test_a_specification_that_cannot_be_read_is_refused(folder, text, said):
         ({"teacher": "me"}, "teacher: got me, expected one of signature, anatomy"),
         ({"teacher": None}, "teacher"),
         ({"incomplete": 1}, "incomplete: got 1, expected true or false"),
+        ({"window": (64, 48)}, "window: got .* expected 2 multiples of 32, or nothing"),
     ],
 )
 def test_a_model_for_something_else_is_refused(tmp_path, change, said):
