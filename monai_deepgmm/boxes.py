@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -29,6 +31,18 @@ def enclosing(mask: Tensor, *, margin: int = 0, multiple: int = 1) -> Box:
         first = (low + high - side) // 2
         sides.append(slice(first, first + side))
     return tuple(sides)
+
+
+def around(voxel: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> Box:
+    """The box of a size with a voxel in its middle, or as near to it as the box stays within the image.
+
+    Args:
+        voxel: along each axis of ``*S``.
+        size: of the box; at most the image's.
+        shape: of the image, ``*S``.
+    """
+    firsts = (min(max(at - n // 2, 0), side - n) for at, n, side in zip(voxel, size, shape, strict=True))
+    return tuple(slice(first, first + n) for first, n in zip(firsts, size, strict=True))
 
 
 def cut(values: Tensor, box: Box) -> Tensor:

@@ -6,17 +6,18 @@ here too: the network is first taught to give them, so that its outputs begin in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm.boxes import cut, enclosing, paste
+from monai_deepgmm.boxes import Box, around, cut, enclosing, paste
 from monai_deepgmm.em import Fit, collapsed, joined
 from monai_deepgmm.losses import MixtureNLL, Regulariser, Staged, Term
 from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, e_step, nll
-from monai_deepgmm.networks import fresh, logits
+from monai_deepgmm.networks import fresh, inferer, logits
 from monai_deepgmm.spec import LabelRule
 
 #: Sides of an image are cut to multiples of this: a network with five levels halves them four times.
@@ -40,6 +41,9 @@ class Descent(NamedTuple):
         weight_decay: AdamW's.
         clip: the largest norm of a gradient.
         tol: the fit has converged when a step lowers the loss (NLL per voxel and regularisers) by less.
+        window: what the network is given in a step, along each axis: a part of the image around a voxel of the mask
+            that the seed draws, with a mixture of its own. Since parts differ, the fit has then converged when the mean
+            of the last ``MIN_STEPS`` losses lies less than ``tol`` below that of as many before. None: all of it.
     """
 
     steps: int = 30
@@ -49,6 +53,7 @@ class Descent(NamedTuple):
     weight_decay: float = 1e-3
     clip: float = 12.0
     tol: float = 1e-3
+    window: tuple[int, ...] | None = None
 
 
 def fit(
@@ -76,7 +81,7 @@ def fit(
         context: further channels that the network sees beside the image ``(B, C, *S)``, such as the depth below the
             mask's border; C may be 0.
         network: makes a new network from M + C channels to K logits.
-        seed: of the network's weights; every image begins with the same ones.
+        seed: of the network's weights, and of windows; every image begins with the same ones.
         spatial: True for deepSVG (NLL_V), False for deepG (NLL).
         covariance: the shape of Σ.
         terms: regularisers λ r(Π, μ, Σ).
@@ -92,7 +97,9 @@ def fit(
     loss = MixtureNLL(spatial=spatial, covariance=covariance, terms=terms, floor=floor).to(image.device)
     groups = [slice(None)] if together else [slice(i, i + 1) for i in range(len(image))]
     fits = [
-        _descend(image[g], mask[g], start[g], context[g], fresh(network, seed), loss, labels, descent or Descent())
+        _descend(
+            image[g], mask[g], start[g], context[g], fresh(network, seed), loss, labels, descent or Descent(), seed
+        )
         for g in groups
     ]
     return fits[0] if len(fits) == 1 else joined(fits)
@@ -110,6 +117,7 @@ def _descend(
     loss: MixtureNLL,
     labels: LabelRule,
     descent: Descent,
+    seed: int,
 ) -> Fit:
     """One network, fitted to a batch of images at once."""
     box, shape = enclosing(mask, margin=MARGIN, multiple=MULTIPLE), image.shape[2:]
@@ -121,15 +129,17 @@ def _descend(
 
     staged = Staged(loss, start_epochs=1, start_weight=descent.start_weight)
     target = torch.cat([small, inside, begin], 1)
+    windows = _windows(inside, descent.window, torch.Generator().manual_seed(seed))
 
-    def step() -> tuple[float, Tensor]:
-        output = logits(network, seen)
-        value = staged(output, target)
+    def step() -> tuple[float, Tensor, Box]:
+        window = next(windows)
+        output = logits(network, cut(seen, window))
+        value = staged(output, cut(target, window))
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), descent.clip)
         optimizer.step()
-        return float(value.detach()), output.detach()
+        return float(value.detach()), output.detach(), window
 
     for _ in range(descent.start_steps):
         step()
@@ -139,14 +149,37 @@ def _descend(
     trace: list[Tensor] = []
     converged = False
     while len(values) < descent.steps and not converged:
-        value, output = step()
+        value, output, window = step()
         values.append(value)
-        trace.append(nll(small, inside, loss.mixture(small, output.softmax(1), inside)))
+        part, within = cut(small, window), cut(inside, window)
+        trace.append(nll(part, within, loss.mixture(part, output.softmax(1), within)))
         decay.step()
-        converged = len(values) > MIN_STEPS and values[-2] - values[-1] < descent.tol
+        converged = _settled(values, 1 if descent.window is None else MIN_STEPS, descent.tol)
+    through = inferer(None if descent.window is None else _clipped(descent.window, inside))
     with torch.no_grad():
-        weights = logits(network, seen).softmax(1)
+        weights = through(seen, functools.partial(logits, network)).softmax(1)
     return _result(image, mask, paste(weights, box, shape), loss, labels, trace, converged)
+
+
+def _settled(values: list[float], steps: int, tol: float) -> bool:
+    """Whether the last so many losses are on average no better than those before them, but for tol."""
+    before, lately = values[-2 * steps : -steps], values[-steps:]
+    return len(values) >= max(MIN_STEPS + 1, 2 * steps) and sum(before) - sum(lately) < steps * tol
+
+
+def _clipped(window: Sequence[int], mask: Tensor) -> tuple[int, ...]:
+    return tuple(min(sides) for sides in zip(window, mask.shape[2:], strict=True))
+
+
+def _windows(mask: Tensor, window: Sequence[int] | None, generator: torch.Generator) -> Iterator[Box]:
+    """What is seen of images in each step: all of it, or a part around a voxel that lies in any of their masks."""
+    shape = mask.shape[2:]
+    if window is None or not mask.any():
+        while True:
+            yield tuple(slice(0, n) for n in shape)
+    size, where = _clipped(window, mask), torch.nonzero(mask.sum((0, 1)).cpu())
+    while True:
+        yield around(where[int(torch.randint(len(where), (), generator=generator))].tolist(), size, shape)
 
 
 # Result ----------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from monai.transforms import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from monai_deepgmm import anatomical, scan, tissues, transforms, truth, view
+from monai_deepgmm import anatomical, boxes, scan, tissues, transforms, truth, view
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.mixture import m_step
 from monai_deepgmm.protocol import Protocol
@@ -290,15 +290,10 @@ class RandWindowd(Randomizable, Transform):
         mask = data["mask"][0]
         inside = torch.nonzero(mask.flatten()).flatten()
         drawn = int(inside[self.R.randint(len(inside))]) if len(inside) else mask.numel() // 2
-        middle = torch.unravel_index(torch.tensor(drawn), mask.shape)
-        cuts: list[slice] = []
-        pads: list[int] = []
-        for at, wide, more, side in zip(middle, self.window, self.around, mask.shape, strict=True):
-            first = min(max(int(at) - wide // 2, 0), side - wide) - more
-            last = first + wide + 2 * more
-            cuts.append(slice(max(first, 0), min(last, side)))
-            pads = [max(-first, 0), max(last - side, 0), *pads]
-        cut = {key: torch.nn.functional.pad(data[key][:, *cuts], pads) for key in MAPS if key in data}
+        middle = [int(at) for at in torch.unravel_index(torch.tensor(drawn), mask.shape)]
+        window = boxes.around(middle, self.window, mask.shape)
+        wide = tuple(slice(s.start - more, s.stop + more) for s, more in zip(window, self.around, strict=True))
+        cut = {key: boxes.cut(data[key][None], wide)[0] for key in MAPS if key in data}
         return {**data, **cut}
 
 
