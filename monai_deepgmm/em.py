@@ -192,7 +192,8 @@ def fit(
 ) -> Fit:
     """Fits a mixture to each image of a batch by expectation-maximisation (S Alg. 1, Alg. 2 when ``spatial``).
 
-    With a degree, the means are shaded by a bias field, which is found along with them (M eq. 3.6-3.8).
+    With a degree, the means are shaded by a bias field, which is found along with them (M eq. 3.6-3.8); that fit starts
+    from one without a field, whose trace and iterations are not in the result.
 
     Images that have converged are left alone, so that an image's result does not depend on its neighbours in the
     batch. A component that collapses is moved to where the image is explained worst, at most ``MAX_RESEEDS`` times
@@ -218,13 +219,13 @@ def fit(
     start = start.reshape(-1, *start.shape[-image.ndim + 1 :])
     inside, where = _pack_index(mask.to(image.dtype))
     every = inside.repeat(restarts, 1, 1)
-    packed = _loop(
-        _pack(image, where, inside).repeat(restarts, 1, 1),
-        every,
-        _pack(start, where.repeat(restarts, 1), every),
-        _Options(spatial, covariance, tol, max_iter, floor),
-        _pack(bias.basis(mask.to(image.dtype), degree), where, inside).repeat(restarts, 1, 1) if degree else None,
-    )
+    voxels = _pack(image, where, inside).repeat(restarts, 1, 1)
+    options = _Options(spatial, covariance, tol, max_iter, floor)
+    packed = _loop(voxels, every, _pack(start, where.repeat(restarts, 1), every), options)
+    if degree:
+        # From the unshaded fit: a field that is free from the start can take one tissue for another.
+        basis = _pack(bias.basis(mask.to(image.dtype), degree), where, inside).repeat(restarts, 1, 1)
+        packed = _loop(voxels, every, packed.resp, options, basis)
     return _unpack(_best(packed, restarts), where, inside, image.shape[2:])
 
 
