@@ -359,7 +359,7 @@ def _everywhere(
     where = torch.nonzero(mask.flatten() > 0).flatten()
     parts = torch.split(where, CHUNK)
     log_weights = found.weights[0].clamp_min(torch.finfo(image.dtype).tiny).log()[:, None]
-    joint = torch.empty(len(fractions), len(where), dtype=image.dtype)
+    joint = image.new_empty(len(fractions), len(where))
     for part, target in zip(parts, torch.split(joint, CHUNK, 1), strict=True):
         b = None if field is None else field.flatten(2)[:, :, part]
         mixture = nodes(found.pure._replace(field=b), found.weights, fractions)

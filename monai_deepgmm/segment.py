@@ -136,7 +136,9 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
         *_about_doubt(visible, sure),
         *_about_field(fit, images),
     )
-    fields = _fields(fit, units, large, sequences, data.get("fields"))
+    fields = _fields(fit, units, large, sequences)
+    if "fields" in data:  # of all sequences, whichever a trained network looks at
+        fields = dict(zip(patient.sequences, data["fields"], strict=True))
     return Segmentation(
         patient=study.patient,
         protocol=config.protocol,
@@ -154,12 +156,8 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
     )
 
 
-def _fields(
-    fit: Fit, units: Units, large: Tensor, sequences: tuple[str, ...], corrected: np.ndarray | None
-) -> dict[str, np.ndarray]:
-    """Each sequence's bias field on the scan's grid: N4's, or the fit's; 1 in slices that have no fit of their own."""
-    if corrected is not None:
-        return dict(zip(sequences, corrected, strict=True))
+def _fields(fit: Fit, units: Units, large: Tensor, sequences: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Each sequence's bias field on the scan's grid as the fit has it; 1 in slices that have no fit of their own."""
     if fit.mixture.field is None:
         return {}
     above = torch.zeros(len(units.image), *fit.mixture.field.shape[1:], dtype=units.mask.dtype)

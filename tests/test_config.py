@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from monai_deepgmm import config, mapem, protocol
+from monai_deepgmm import config, mapem, protocol, pvgmm
 from monai_deepgmm.config import Config, Means, Solver, build, default_method, solver
 from monai_deepgmm.errors import UsageError
 
@@ -42,7 +42,9 @@ def means(tmp_path: Path) -> str:
 
 def test_the_default_method():
     assert default_method(INFARCT) == "anatomy"
-    assert default_method(BRAIN) == "svgmm"
+    assert default_method(BRAIN) == "pvgmm"
+    assert default_method(BRAIN, means=object()) == "svgmm"
+    assert default_method(dataclasses.replace(BRAIN, borders=())) == "svgmm"
     assert default_method(INFARCT, means=object()) == "svgmm"  # the anatomical mixture has means of its own
     assert default_method(INFARCT, model=object()) == "network"
     assert default_method(BRAIN, model=object(), means=object()) == "network"
@@ -50,7 +52,7 @@ def test_the_default_method():
 
 def test_without_a_method_the_default_is_built(without_anatomy, means):
     assert build().method == "anatomy"
-    assert build(protocol="brain").method == "svgmm"
+    assert build(protocol="brain").method == "pvgmm"
     assert build(protocol=without_anatomy).method == "svgmm"
     assert build(means=means).method == "svgmm"
     assert build(method="gmm").method == "gmm"
@@ -96,7 +98,9 @@ def test_defaults_that_depend_on_the_method(method, covariance, tol):
 
 
 def test_a_volume_tolerates_more():
-    assert build(protocol="brain").tol > build(method="svgmm").tol
+    assert build(protocol="brain", method="svgmm").tol > build(method="svgmm").tol
+    assert build(protocol="brain").tol == pvgmm.TOL
+    assert build(protocol="brain", settings=["tol=0.5"]).tol == 0.5
 
 
 def test_presence_is_asked_for_or_the_methods_own(without_anatomy):
@@ -107,6 +111,101 @@ def test_presence_is_asked_for_or_the_methods_own(without_anatomy):
         assert build(method=method, settings=["presence=true"]).presence
     for plain in ("brain", without_anatomy):  # where nothing says what to look for
         assert not build(protocol=plain, settings=["presence=true"]).presence
+
+
+# Partial volume, bias fields ---------------------------------------------------------------------------------------
+
+
+def test_partial_volume_needs_borders_and_has_one_matrix_per_tissue():
+    assert build(protocol="brain").covariance == "full"
+    assert build(protocol="brain", settings=["covariance=full"]).covariance == "full"
+    with pytest.raises(UsageError, match="covariance: pvgmm has one matrix per tissue"):
+        build(protocol="brain", settings=["covariance=tied"])
+    with pytest.raises(UsageError, match=r"pvgmm: protocol infarct does not say which tissues touch \(borders\)"):
+        build(method="pvgmm")
+
+
+def test_partial_volume_takes_no_means(tmp_path):
+    content = {
+        "protocol": "brain",
+        "normalisation": BRAIN.normalisation,
+        "means": {t.name: dict.fromkeys(BRAIN.sequences, 0.5) for t in BRAIN.tissues},
+        "n_slices": 1,
+    }
+    (tmp_path / "means.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UsageError, match="--means: --method pvgmm has the protocol's own priors"):
+        build(protocol="brain", method="pvgmm", means=tmp_path / "means.json")
+    assert build(protocol="brain", means=tmp_path / "means.json").method == "svgmm"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "degree"),
+    [
+        ("gmm", [], 0),
+        ("svgmm", [], 0),
+        ("pvgmm", [], 2),
+        ("gmm", ["degree=3"], 3),
+        ("pvgmm", ["degree=0"], 0),
+        ("pvgmm", ["degree=6"], 6),
+        ("pvgmm", ["degree=null"], 2),
+        ("pvgmm", ["n4=true"], 0),  # the shading is off already
+        ("gmm", ["n4=true", "degree=0"], 0),
+        ("deepg", [], 0),
+        ("deepsvg", ["degree=0"], 0),
+    ],
+)
+def test_the_degree_is_as_asked_for_or_the_methods_own(method, settings, degree):
+    built = build(protocol="brain", method=method, settings=settings)
+    assert built.degree == degree
+    assert built.as_json()["bias_degree"] == degree
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("gmm", ["degree=-1"], "degree: got -1, expected a whole number of at least 0"),
+        ("gmm", ["degree=1.5"], "degree: got 1.5, expected a whole number"),
+        ("gmm", ["degree=true"], "degree: got True"),
+        ("gmm", ["degree=7"], "degree: got 7, expected at most 6"),
+        ("gmm", ["n4=maybe"], "n4: 'maybe' is unknown"),
+        ("gmm", ["n4=1"], "n4: 1 is unknown"),
+        ("gmm", ["n4=null"], "n4: None is unknown"),
+        ("pvgmm", ["n4=true", "degree=2"], "n4 and degree: the shading is taken off once"),
+        ("deepg", ["degree=2"], r"degree: --method deepg fits no bias field; use gmm, svgmm, pvgmm or n4"),
+        ("pvgmm", ["pooling=-1"], "pooling: got -1, expected a number of at least 0"),
+        ("pvgmm", ["pooling=null"], "pooling: got None"),
+        ("pvgmm", ["coupling=inf"], "coupling: got inf"),
+        ("pvgmm", ["coupling=-0.1"], "coupling: got -0.1"),
+    ],
+)
+def test_fields_and_neighbours_that_cannot_be(method, settings, message):
+    with pytest.raises(UsageError, match=message):
+        build(protocol="brain", method=method, settings=settings)
+
+
+def test_anatomy_fits_no_field_but_n4_can_go_before_it():
+    with pytest.raises(UsageError, match="degree: --method anatomy fits no bias field"):
+        build(settings=["degree=2"])
+    assert build(settings=["n4=true"], fields=True).degree == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "settings"),
+    [("infarct", None, []), ("infarct", "gmm", []), ("brain", None, ["degree=0"]), ("brain", "svgmm", ["degree=0"])],
+)
+def test_fields_are_written_only_where_one_is_looked_for(name, method, settings):
+    with pytest.raises(UsageError, match="--fields: no bias field is looked for"):
+        build(protocol=name, method=method, settings=settings, fields=True)
+    asked = [s for s in settings if s != "degree=0"] + ["n4=true"]
+    assert build(protocol=name, method=method, settings=asked, fields=True).fields
+
+
+def test_fields_are_no_part_of_what_decides_a_label_but_shading_is():
+    plain, written = (build(protocol="brain", fields=f).as_json() for f in (False, True))
+    assert plain == written
+    changes = (["n4=true"], ["degree=3"], ["degree=2"], ["pooling=0.2"], ["coupling=1"])
+    for change in changes:  # degree=2 too: the field then need not prove itself
+        assert build(protocol="brain", settings=change).as_json() != plain
 
 
 # Settings --------------------------------------------------------------------------------------------------------
