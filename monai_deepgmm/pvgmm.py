@@ -49,6 +49,10 @@ class Model(NamedTuple):
         borders: pairs of tissues that touch, and so share voxels.
         degree: of the bias field; 0: none.
         proven: whether the field must explain more than its parameters are worth (``worth``), or is dropped.
+        levels: how bright each tissue is in each sequence ``(M, K)``, up to that sequence's gain and offset; empty, or
+            NaN for a sequence where nothing is known.
+        levelling: κ; a tissue's mean is drawn to where the other tissues' means and the levels expect it, as by κ N voxels
+            of N: much for a tissue with few voxels, nothing for one with many.
         pooling: ν; a tissue's covariance is drawn towards the average of all, as by ν N voxels of N.
         coupling: β, how strongly neighbours agree; 0: not at all.
         sweeps: mean-field iterations.
@@ -58,6 +62,8 @@ class Model(NamedTuple):
     borders: tuple[tuple[int, int], ...]
     degree: int = 2
     proven: bool = True
+    levels: tuple[tuple[float, ...], ...] = ()
+    levelling: float = 0.01
     pooling: float = 0.1
     coupling: float = 3.0
     sweeps: int = 3
@@ -173,10 +179,10 @@ def _one(
     fractions = mixing(start.shape[1], model.borders).to(image)
     # EM creeps, so the way is gone on a few voxels, and only its end on more.
     coarse = _Lattice(mask, _stride(mask, spacing_mm, max(model.voxels // COARSER, 1)))
-    step = _Step(coarse.voxels(image), fractions, model.pooling, floor)
+    step = _Step(coarse.voxels(image), fractions, model, floor)
     found = _em(step, *_begin(step, coarse.voxels(start)), None, stop)
     lattice = _Lattice(mask, _stride(mask, spacing_mm, model.voxels))
-    step = _Step(lattice.voxels(image), fractions, model.pooling, floor)
+    step = _Step(lattice.voxels(image), fractions, model, floor)
     found, field = _em(step, found.pure, found.weights, None, stop), None
     if model.degree:
         basis = bias.basis(lattice.mask, model.degree, beyond=True)
@@ -246,13 +252,13 @@ class _Step(NamedTuple):
     Attributes:
         voxels: ``(1, M, V)``.
         fractions: a ``(N, K)``.
-        pooling: ν.
+        model: ν, κ and the levels.
         floor: the variance floor, as a fraction of each sequence's variance.
     """
 
     voxels: Tensor
     fractions: Tensor
-    pooling: float
+    model: Model
     floor: float
 
     def __call__(self, resp: Tensor, b: Tensor | None, previous: Mixture | None) -> Mixture:
@@ -275,15 +281,37 @@ class _Step(NamedTuple):
         eye = torch.eye(n_tissues).to(left)
         means = torch.linalg.solve(left + ridge[:, None, None] * eye, right[..., None]).squeeze(-1).mT[None]
         w = resp[:, :n_tissues]
+        means = self._levelled(means, resp.sum(-1) @ a)
         centred = voxels[:, None] - b[:, None] * means[..., None]  # (1, K, M, V)
         scatter = (centred * w[:, :, None]) @ centred.mT
         count = w.sum(-1)
         average = scatter.sum(1, keepdim=True) / count.sum(1).clamp_min(1e-6)[:, None, None, None]
-        pooled = self.pooling * voxels.shape[-1] + 1e-6
+        pooled = self.model.pooling * voxels.shape[-1] + 1e-6
         covariances = (scatter + pooled * average) / (count + pooled)[..., None, None]
-        spread = voxels.var(-1, correction=0).clamp_min(torch.finfo(voxels.dtype).tiny)
-        covariances = covariances + torch.diag_embed(self.floor * spread)[:, None]
+        # Of equal values the computed variance is a rounding, or 0: none to take a fraction of.
+        spread = torch.where(voxels.amax(-1) > voxels.amin(-1), voxels.var(-1, correction=0), 1.0)
+        # Sequences that depend on each other leave Σ singular to rounding.
+        rounding = 32 * torch.finfo(voxels.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
+        covariances = covariances + torch.diag_embed(torch.maximum(self.floor * spread[:, None], rounding))
         return Mixture(count / count.sum(1, keepdim=True).clamp_min(1e-6), means, covariances, None)
+
+    def _levelled(self, means: Tensor, count: Tensor) -> Tensor:
+        """Means ``(1, K, M)`` drawn to where the others expect them, given each tissue's voxels ``(1, K)``."""
+        if not self.model.levels:
+            return means
+        strength = self.model.levelling * self.voxels.shape[-1]
+        out = means.clone()
+        for m, levels in enumerate(torch.tensor(self.model.levels).to(means)):
+            if levels.isnan().any():
+                continue
+            for k in range(len(levels)):
+                others = [i for i in range(len(levels)) if i != k]
+                line = torch.stack([torch.ones_like(levels), levels], 1)
+                root = count[0, others].clamp_min(1e-6).sqrt()[:, None]
+                fitted = torch.linalg.lstsq(line[others] * root, means[0, others, m, None] * root).solution
+                expected = (line[k] @ fitted)[0]
+                out[0, k, m] = (count[0, k] * means[0, k, m] + strength * expected) / (count[0, k] + strength)
+        return out
 
 
 def _begin(step: _Step, expected: Tensor) -> tuple[Mixture, Tensor]:

@@ -188,7 +188,10 @@ def looks_swapped(
         return None
     step = max(1, round((mask.numel() / ENOUGH) ** (1 / len(spacing_mm)))) if mask.numel() > ENOUGH else 1
     thinned = (slice(None), slice(None), *[slice(None, None, step)] * len(spacing_mm))
-    image, mask = image[thinned], mask[thinned]
+    if mask[thinned].any():
+        image, mask = image[thinned], mask[thinned]
+    else:  # a mask so thin that it falls between them
+        step = 1
     z, depth = standardise(image, mask), _depth(mask, tissues, tuple(step * s for s in spacing_mm))
 
     def surprise(order: tuple[str, ...]) -> float:
