@@ -239,6 +239,8 @@ def _borders(raw: Sequence[Sequence[str]], tissues: Sequence[str]) -> tuple[tupl
     for pair in raw:
         if isinstance(pair, str) or len(pair) != 2 or len(set(pair)) != 2 or set(pair) - set(tissues):
             raise ValueError(f"borders: {pair!r} (two of {', '.join(tissues)})")
+    if len({frozenset(pair) for pair in raw}) < len(raw):
+        raise ValueError("borders: each pair once: one of them")
     return tuple((str(a), str(b)) for a, b in raw)
 
 

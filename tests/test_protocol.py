@@ -139,6 +139,7 @@ def test_brain():
     assert (brain.percent_name, brain.percent_of) == ("mask", ("GM", "WM", "CSF"))
     assert all(t.density_g_per_ml is None for t in brain.tissues)
     assert brain.anatomy is None
+    assert brain.borders == (("CSF", "GM"), ("GM", "WM"))
     assert all((t.level, t.share, t.evidence) == ({}, 1.0, None) for t in brain.tissues)
 
 
@@ -291,8 +292,54 @@ def test_evidence_level_and_share(written):
     assert (usual.level, usual.share, usual.evidence) == ({}, 1.0, None)
 
 
+@pytest.mark.parametrize(
+    ("borders", "found"),
+    [
+        ([["lesion", "liver"]], (("lesion", "liver"),)),
+        ([["liver", "lesion"]], (("liver", "lesion"),)),
+        ([], ()),
+        (None, ()),
+    ],
+)
+def test_borders(written, borders, found):
+    assert protocol.load(written(OWN | {"borders": borders})).borders == found
+    assert protocol.load(written(OWN)).borders == ()
+
+
+@pytest.mark.parametrize(
+    "borders",
+    [
+        [["lesion", "tumour"]],
+        [["lesion", "lesion"]],
+        [["lesion"]],
+        [["lesion", "liver", "lesion"]],
+        [["lesion", "liver"], ["liver", "lesion"]],
+        [["lesion", ["liver"]]],
+        ["lesion", "liver"],
+        "lesion liver",
+        [[7, 2]],  # indices are no names
+        [7],
+        7,
+        {"lesion": "liver"},
+    ],
+)
+def test_malformed_borders_are_a_usage_error(written, borders):
+    with pytest.raises(UsageError, match=r"own\.yaml: "):
+        protocol.load(written(OWN | {"borders": borders}))
+
+
+def test_a_border_that_is_no_pair_of_tissues_is_named(written):
+    with pytest.raises(UsageError, match=r"borders: \['lesion', 'tumour'\] \(two of liver, lesion\)"):
+        protocol.load(written(OWN | {"borders": [["lesion", "tumour"]]}))
+
+
 def complete():
-    raw = sliced() | {"required": ["T2"], "normalisation": {"crop_mm": 80.5}, "title": "Leber – α"}
+    raw = sliced() | {
+        "required": ["T2"],
+        "borders": [["liver", "lesion"]],
+        "normalisation": {"crop_mm": 80.5},
+        "title": "Leber – α",
+    }
     raw["tissues"][0] |= {"level": {"ADC": 1.2}, "share": 0.3, "evidence": EVIDENCE}
     return raw
 
