@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
@@ -132,6 +132,34 @@ def read(folder: Path, protocol: Protocol) -> Reference:
             raise UsageError(f"--model {folder}: {SPEC}: {key}: got {got}, expected {expected}; train the model again")
     digest = hashlib.sha256(hashlib.sha256(text).digest() + hashlib.sha256(weights).digest()).hexdigest()
     return Reference(digest, folder.resolve(), spec)
+
+
+def check_window(window: object) -> None:
+    """Refuses windows that a network cannot halve.
+
+    Args:
+        window: one side for every axis, or one for each; 0: whole images; None: nobody asked.
+
+    Raises:
+        UsageError: a side is no multiple of ``MULTIPLE``, or 0 among others.
+    """
+    whole = window is None or (window == 0 and _whole(window))
+    sides = tuple(window) if isinstance(window, list | tuple) else (window,)
+    if not whole and not (sides and _even(sides, len(sides))):
+        remedy = f"expected a multiple of {MULTIPLE}, or one for each axis; 0 for whole images"
+        raise UsageError(f"window: got {window!r}, {remedy}")
+
+
+def window_sides(window: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """A window's side along each of the axes.
+
+    Raises:
+        UsageError: there are more or fewer sides than axes.
+    """
+    sides = (window,) * dims if isinstance(window, int) else tuple(window)
+    if len(sides) != dims:
+        raise UsageError(f"window: got {len(sides)} sides, expected {dims}, one for each axis of an image")
+    return sides
 
 
 def _rules(spec: Spec, protocol: Protocol) -> list[tuple[str, bool, str]]:

@@ -39,7 +39,16 @@ from monai_deepgmm.mixture import COVARIANCES, Covariance
 from monai_deepgmm.networks import DEFAULT, inferer, logits
 from monai_deepgmm.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.spec import GRID_MM, LABEL_RULES, MULTIPLE, TEACHERS, LabelRule, Spec, Teacher
+from monai_deepgmm.spec import (
+    GRID_MM,
+    LABEL_RULES,
+    TEACHERS,
+    LabelRule,
+    Spec,
+    Teacher,
+    check_window,
+    window_sides,
+)
 from monai_deepgmm.study import Cohort
 from monai_deepgmm.tissues import name
 
@@ -156,7 +165,7 @@ class Settings:
         floats = ("lr", "weight_decay", "clip", "start_weight", "mean_weight", "validation", "tol", "grid_mm", "drop")
         whole = {"batch_size": (int, 1), "start_epochs": (int, 0), "patience": (int, 1), "workers": (int, 0)}
         check_numbers(self, whole | dict.fromkeys(("degree", "rounds", "windows"), (int, 1)))
-        _check_window(self.window)
+        check_window(self.window)
         check_numbers(self, dict.fromkeys((*floats, "gamma", "alpha", "beta"), (float, 0)))
         if self.drop is not None and not self.drop <= 1:
             raise UsageError(f"drop: got {self.drop}, expected a probability")
@@ -378,38 +387,14 @@ def _resolved(settings: Settings, protocol: Protocol, means: object, loss: str, 
         drop=settings.drop if settings.drop is not None else 0.0 if whole else DROP[teacher],
         # Ma's s is the posterior itself.
         labels=settings.labels or ("network" if loss in GAMMA else LABELS[teacher]),
-        window=_sides(settings.window, 2 if protocol.unit == "slice" else 3),
+        window=_window(settings.window, 2 if protocol.unit == "slice" else 3),
     )
 
 
-def _check_window(window: object) -> None:
-    """Refuses windows that a network cannot halve.
-
-    Raises:
-        UsageError: a side is no multiple of ``MULTIPLE``, or 0 among others.
-    """
-    sides = list(window) if isinstance(window, list | tuple) else [window]
-    whole = window is None or (window == 0 and not isinstance(window, bool))
-    good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 and n % MULTIPLE == 0 for n in sides)
-    if not whole and not (sides and good):
-        remedy = f"expected a multiple of {MULTIPLE}, or one for each axis; 0 for whole images"
-        raise UsageError(f"window: got {window!r}, {remedy}")
-
-
-def _sides(window: int | Sequence[int] | None, dims: int) -> int | tuple[int, ...] | None:
-    """A window's side along each axis; 0 for whole images, and None where nobody asked.
-
-    Raises:
-        UsageError: there are more or fewer sides than axes.
-    """
-    if window is None and dims == 3:
-        window = WINDOW
-    if not window:
-        return window  # type: ignore[return-value]  # no sequence is empty
-    sides = (window,) * dims if isinstance(window, int) else tuple(window)
-    if len(sides) != dims:
-        raise UsageError(f"window: got {len(sides)} sides, expected {dims}, one for each axis of an image")
-    return sides
+def _window(asked: int | tuple[int, ...] | None, dims: int) -> int | tuple[int, ...] | None:
+    """What is asked for as a side along each axis; 0 for whole images, and None where nobody asked."""
+    asked = WINDOW if asked is None and dims == 3 else asked
+    return window_sides(asked, dims) if asked else asked
 
 
 def mixture_loss(plan: Plan, *, terms: Sequence[Term] = ()) -> nn.Module:
