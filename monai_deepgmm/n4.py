@@ -44,7 +44,7 @@ def _whole(image: NDArray[Any], mask: NDArray[np.bool_], spacing_mm: tuple[float
     for volume in (given, where):
         volume.SetSpacing([float(s) for s in spacing_mm])
     shrink = [max(1, round(n / SIDE)) for n in image.shape]
-    if not SimpleITK.GetArrayViewFromImage(SimpleITK.Shrink(where, shrink)).any():
+    if not SimpleITK.GetArrayFromImage(SimpleITK.Shrink(where, shrink)).any():
         shrink = [1] * image.ndim  # a mask so thin that it falls between the voxels that are kept
     corrector = SimpleITK.N4BiasFieldCorrectionImageFilter()
     try:

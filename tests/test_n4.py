@@ -1,0 +1,363 @@
+"""N4 before the fit, and the files of bias fields: planted shading found again, what is written, kept and cleared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from conftest import AFFINE, save
+from numpy.typing import NDArray
+
+from monai_deepgmm import n4, outputs, protocol, tissues
+from monai_deepgmm.cli import main
+from monai_deepgmm.config import build
+from monai_deepgmm.errors import StudyError
+from monai_deepgmm.segment import segment
+from monai_deepgmm.study import Study
+
+Floats = NDArray[np.float64]
+
+
+def planted(shape: tuple[int, ...], *, seed: int = 0) -> tuple[Floats, NDArray[np.bool_], Floats]:
+    """Blocks of three tissues with about 30 % of shade along the first axis: image, mask, field (mean 1)."""
+    rng = np.random.default_rng(seed)
+    grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    mask = sum(g**2 for g, n in zip(grid, shape, strict=True) if n > 4) < 0.95
+    image = rng.integers(1, 4, [n // 4 + 1 for n in shape])
+    for axis in range(len(shape)):
+        image = np.repeat(image, 4, axis)
+    field = np.exp(0.3 * grid[0])
+    field = np.where(mask, field / field[mask].mean(), 1)
+    image = 100 * image[tuple(slice(n) for n in shape)] * field
+    return image + rng.normal(0, 2, shape), mask, field
+
+
+def close(found: NDArray[np.float32], field: Floats, mask: NDArray[np.bool_]) -> bool:
+    """Whether a field is about the planted one."""
+    return bool(np.abs(found / field - 1)[mask].mean() < 0.02 and np.corrcoef(found[mask], field[mask])[0, 1] > 0.98)
+
+
+@pytest.fixture(scope="module")
+def volume() -> tuple[Floats, NDArray[np.bool_], Floats]:
+    return planted((22, 20, 18))
+
+
+# The field ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_field_of_a_volume_is_found(volume):
+    image, mask, field = volume
+    found = n4.field(image, mask, (4.0, 4.0, 4.0))
+    assert found.dtype == np.float32
+    assert field[mask].max() > 1.25
+    assert close(found, field, mask)
+    assert found[mask].mean() == pytest.approx(1, abs=1e-5)
+    assert (found[~mask] == 1).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_thin_stack_is_corrected_slice_by_slice(axis):
+    image, mask, field = (np.stack(v, axis) for v in zip(*(planted((32, 30), seed=s) for s in range(2)), strict=True))
+    spacing_mm = list(np.insert([1.5, 1.5], axis, 8.0))
+    found = n4.field(image, mask, tuple(spacing_mm))
+    assert close(found, field, mask)
+    for number in range(2):  # each alone, whatever the others hold
+        here, inside = (np.take(v, number, axis) for v in (found, mask))
+        assert here[inside].mean() == pytest.approx(1, abs=1e-5)
+        assert (here[~inside] == 1).all()
+        alone = n4.field(np.take(image, number, axis), inside, (1.5, 1.5))
+        assert np.array_equal(here, alone)
+
+
+def test_slices_without_a_mask_have_no_field():
+    image, mask, field = (np.stack([v, v], 2) for v in planted((32, 30)))
+    mask[..., 1] = False
+    found = n4.field(image, mask, (1.5, 1.5, 8.0))
+    assert (found[..., 1] == 1).all()
+    assert close(found[..., 0], field[..., 0], mask[..., 0])
+
+
+def test_values_below_0_count_as_0(volume):
+    image, mask, _ = volume
+    holes = image.copy()
+    holes[8:11, 9] = -500
+    both = [n4.field(i, mask, (4.0, 4.0, 4.0)) for i in (holes, np.maximum(holes, 0))]
+    assert np.isfinite(both[0]).all()
+    assert np.array_equal(*both)
+
+
+@pytest.mark.parametrize("level", [0.0, 100.0, -100.0])
+def test_of_a_constant_image_there_is_next_to_no_field(volume, level):
+    _, mask, _ = volume
+    found = n4.field(np.full(mask.shape, level), mask, (4.0, 4.0, 4.0))
+    assert np.abs(found - 1).max() < 0.05
+
+
+@pytest.mark.parametrize("where", [np.s_[11, 10, 9], np.s_[11, 10, 8:11], np.s_[11]], ids=["voxel", "row", "plane"])
+def test_small_masks_give_numbers(volume, where):
+    image, mask, _ = volume
+    small = np.zeros_like(mask)
+    small[where] = mask[where]
+    found = n4.field(image, small, (4.0, 4.0, 4.0))
+    assert np.isfinite(found).all()
+    assert (found[~small] == 1).all()
+
+
+def test_a_mask_that_thinning_would_miss_is_corrected_all_the_same():
+    """A thinned axis keeps every fourth voxel; a plane between them would be gone, and its field 1."""
+    image, mask, field = (np.repeat(v[None], 256, 0) for v in planted((24, 22)))
+    plane = np.zeros_like(mask)
+    plane[101] = mask[101]
+    kept = SimpleITK.Shrink(SimpleITK.GetImageFromArray(plane.astype(np.uint8).T), [4, 1, 1])
+    assert not SimpleITK.GetArrayFromImage(kept).any()
+    found = n4.field(image, plane, (1.0, 4.0, 4.0))
+    assert np.corrcoef(found[plane], field[plane])[0, 1] > 0.9
+
+
+def test_what_n4_cannot_do_is_the_patients_own_failure(volume, monkeypatch):
+    image, mask, _ = volume
+
+    def broken(*images: object) -> None:
+        raise RuntimeError("itk::ERROR: somewhere\nITK ERROR: it did not work")
+
+    broken_filter = type("Broken", (), {"Execute": staticmethod(broken)})
+    monkeypatch.setattr(SimpleITK, "N4BiasFieldCorrectionImageFilter", broken_filter)
+    with pytest.raises(StudyError, match=r"N4 could not correct the image \(ITK ERROR: it did not work\)") as caught:
+        n4.field(image, mask, (4.0, 4.0, 4.0))
+    assert caught.value.code == "E_N4"
+    assert "--set n4=true" in caught.value.remedy
+
+
+def test_a_field_of_no_numbers_is_a_failure(volume, monkeypatch):
+    image, mask, _ = volume
+
+    methods = {
+        "Execute": lambda self, *images: None,
+        "GetLogBiasFieldAsImage": lambda self, given: given * float("nan"),
+    }
+    monkeypatch.setattr(SimpleITK, "N4BiasFieldCorrectionImageFilter", type("Lost", (), methods))
+    with pytest.raises(StudyError, match="N4 found no finite field") as caught:
+        n4.field(image, mask, (4.0, 4.0, 4.0))
+    assert caught.value.code == "E_N4"
+
+
+# In a run -----------------------------------------------------------------------------------------------------------
+
+
+def flat_field(image: Floats, mask: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> NDArray[np.float32]:
+    """What stands for N4 where only its way through the program matters: a slope, mean 1 over the mask."""
+    slope = np.linspace(0.8, 1.2, image.shape[0]).reshape(-1, 1, 1) * np.ones(image.shape)
+    return np.where(mask, slope / slope[mask].mean(), 1).astype(np.float32)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, no_picture: None) -> None:
+    monkeypatch.setattr(n4, "field", flat_field)
+
+
+def run(*arguments: object) -> int:
+    return main(["segment", *map(str, arguments)])
+
+
+def values(path: Path) -> Floats:
+    return np.asanyarray(nib.load(path).dataobj).astype(float)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One patient: white matter in grey matter in CSF, shaded along the first axis, on a turned grid."""
+    folder = tmp_path_factory.mktemp("heads")
+    shape = (26, 24, 22)
+    grid = np.indices(shape) - np.array([12.5, 11.5, 10.5]).reshape(3, 1, 1, 1)
+    radius = np.linalg.norm(grid, axis=0)
+    mask = radius < 10
+    image = np.select([radius < 6, radius < 8.5, mask], [300.0, 200.0, 80.0], 0.0)
+    image = image * np.exp(0.035 * grid[0]) + np.random.default_rng(0).normal(0, 4, shape) * mask
+    affine = np.array([[0, -4.0, 0, 50], [4.0, 0, 0, -40], [0, 0, 4.0, 7], [0, 0, 0, 1.0]])
+    (folder / "one").mkdir()
+    save(folder / "one" / "T1.nii.gz", np.rint(image).clip(0).astype(np.int16), affine)
+    save(folder / "one" / "mask.nii.gz", mask.astype(np.uint8), affine)
+    return folder
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("settings", [["n4=true"], ["degree=2"]], ids=["n4", "degree"])
+def test_a_brain_gets_its_field_and_the_image_without_it(head, tmp_path, settings):
+    assert run(head, tmp_path, "--protocol", "brain", "--fields", "--set", *settings) == 0
+    source, mask = nib.load(head / "one" / "T1.nii.gz"), values(head / "one" / "mask.nii.gz") > 0
+    both = [nib.load(tmp_path / "one" / f"one_T1{suffix}") for suffix in outputs.SHADING]
+    for written in both:
+        assert written.shape == source.shape
+        assert np.allclose(written.affine, source.affine)
+        assert written.get_data_dtype() == np.float32
+    field, corrected = (np.asanyarray(written.dataobj) for written in both)
+    image = np.asanyarray(source.dataobj)
+    assert np.allclose(image / field, corrected, rtol=1e-4, atol=1e-2)
+    assert field[mask].mean() == pytest.approx(1, abs=1e-3)
+    assert (field[~mask] == 1).all()
+    assert np.array_equal(corrected[~mask], image[~mask])
+    # The planted shade is found, and equal tissue is about equally bright.
+    shade = np.exp(0.035 * (np.indices(image.shape)[0] - 12.5))
+    assert np.corrcoef(field[mask], shade[mask])[0, 1] > 0.95
+    told = json.loads((tmp_path / "one" / "one_dseg.json").read_text())["bias"]
+    assert told["range"]["T1"] == pytest.approx([field[mask].min(), field[mask].max()], abs=1e-3)
+    assert ("N4" in told["rule"]) == (settings == ["n4=true"])
+    assert ("degree 2" in told["rule"]) == (settings == ["degree=2"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_being_asked_no_field_is_written_but_told(head, tmp_path):
+    assert run(head, tmp_path, "--protocol", "brain", "--set", "n4=true") == 0
+    assert not [p for p in (tmp_path / "one").iterdir() if p.name.endswith(outputs.SHADING)]
+    told = json.loads((tmp_path / "one" / "one_dseg.json").read_text())
+    assert set(told["bias"]["range"]) == {"T1"}
+    assert told["configuration"]["bias_degree"] == 0
+    assert told["configuration"]["solver"]["n4"] is True
+    assert run(head, tmp_path, "--protocol", "brain", "--set", "degree=0") == 0
+    assert json.loads((tmp_path / "one" / "one_dseg.json").read_text())["bias"] is None
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_each_sequence_of_a_stack_of_slices_has_its_files(make_patient, tmp_path):
+    """With the anatomical mixture, which has no field of its own."""
+    make_patient(tmp_path / "in", "pat1", sequences=("LGE", "C0"), shape=(48, 48, 1))
+    assert run(tmp_path / "in", tmp_path / "out", "--fields", "--set", "n4=true", "perturbations=0") == 0
+    place = tmp_path / "out" / "pat1"
+    for sequence, suffix in (("LGE", "LGE"), ("bSSFP", "C0")):
+        field, corrected = (nib.load(place / f"pat1_{sequence}{end}") for end in outputs.SHADING)
+        assert np.allclose(field.affine, AFFINE)
+        product = np.asanyarray(field.dataobj) * np.asanyarray(corrected.dataobj)
+        assert np.allclose(product, values(tmp_path / "in" / f"pat1_{suffix}.nii.gz"), rtol=1e-4, atol=1e-2)
+    assert not (place / "pat1_T2_bias.nii.gz").exists()
+    assert set(json.loads((place / "pat1_dseg.json").read_text())["bias"]["range"]) == {"LGE", "bSSFP"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_fit_sees_the_image_without_its_shade(head):
+    study = Study("one", {"T1": head / "one" / "T1.nii.gz"}, head / "one" / "mask.nii.gz")
+    found = segment(study, build(protocol="brain", method="gmm", settings=["n4=true"], fields=True))
+    # What the page shows is the image as it was.
+    assert np.allclose(found.images["T1"], values(head / "one" / "T1.nii.gz"), rtol=1e-5, atol=1e-3)
+    assert found.fields["T1"].dtype == np.float32
+    plain = segment(study, build(protocol="brain", method="gmm", settings=["n4=false"]))
+    assert plain.fields == {}
+    assert not np.array_equal(found.probabilities, plain.probabilities)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "n4=true", "degree=2", "--method", "gmm"], "n4 and degree: the shading is taken off once"),
+        (["--fields"], "--fields: no bias field is looked for"),
+        (["--fields", "--method", "svgmm"], "--fields: no bias field is looked for"),
+        (["--set", "degree=2"], "degree: --method anatomy fits no bias field"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_any_work(cohort_dir, tmp_path, capsys, arguments, message):
+    assert run(cohort_dir, tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_patient_that_n4_cannot_correct_fails_alone(cohort_dir, tmp_path, monkeypatch, no_picture):
+    calls = []
+
+    def fourth_fails(image, mask, spacing_mm):
+        calls.append(1)
+        if len(calls) == 4:  # pat2's first
+            raise StudyError("E_N4", "N4 could not correct the image (why)", "Do without")
+        return flat_field(image, mask, spacing_mm)
+
+    monkeypatch.setattr(n4, "field", fourth_fails)
+    settings = ["--method", "gmm", "--set", "n4=true", "max_iter=5"]
+    assert run(cohort_dir, tmp_path / "out", "--fields", *settings) == 1
+    failed = json.loads((tmp_path / "out" / "pat2" / "pat2_row.json").read_text())
+    assert (failed["status"], failed["code"]) == ("failed", "E_N4")
+    assert (tmp_path / "out" / "pat3" / "pat3_T2_bias.nii.gz").is_file()
+
+
+# What is done, and what is left --------------------------------------------------------------------------------------
+
+GMM = ["--method", "gmm", "--set", "n4=true", "max_iter=5"]
+
+
+def shading(out: Path) -> dict[str, int]:
+    """When each field and corrected image was written."""
+    return {p.name: p.stat().st_mtime_ns for p in out.glob("*/*") if p.name.endswith(outputs.SHADING)}
+
+
+@pytest.mark.usefixtures("quick")
+def test_fields_that_are_asked_for_later_or_lost_are_made(cohort_dir, tmp_path):
+    out = tmp_path / "out"
+    assert run(cohort_dir, out, *GMM) == 0
+    assert shading(out) == {}
+    assert run(cohort_dir, out, *GMM, "--fields") == 0
+    first = shading(out)
+    assert len(first) == 3 * 3 * 2
+    assert run(cohort_dir, out, *GMM, "--fields") == 0
+    assert shading(out) == first
+    (out / "pat2" / "pat2_T2_corrected.nii.gz").unlink()
+    assert run(cohort_dir, out, *GMM, "--fields") == 0
+    again = shading(out)
+    assert {name.split("_")[0] for name in first if again[name] > first[name]} == {"pat2"}
+    assert set(again) == set(first)
+
+
+@pytest.mark.usefixtures("quick")
+def test_fields_stay_where_nothing_is_done_and_go_where_it_is_done_without_them(cohort_dir, tmp_path):
+    out = tmp_path / "out"
+    assert run(cohort_dir, out, *GMM, "--fields") == 0
+    first = shading(out)
+    assert run(cohort_dir, out, *GMM) == 0  # all is done already, and more
+    assert shading(out) == first
+    assert run(cohort_dir, out, "--method", "gmm", "--set", "max_iter=5", "--patients", "pat1", "pat2") == 0
+    left = {name.split("_")[0] for name in shading(out)}
+    assert left == {"pat3"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_patient_loses_the_files_of_another_whose_id_begins_alike(make_patient, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    for patient in ("pat1", "pat1_T1", "pat[1]"):
+        make_patient(source / patient, patient, shape=(48, 48, 1))
+    assert run(source, out, *GMM, "--fields") == 0
+    assert len(shading(out)) == 3 * 3 * 2
+    assert run(source, out, "--method", "gmm", "--set", "max_iter=5", "--patients", "pat1") == 0
+    assert {p.parent.name for p in out.glob("*/*_bias.nii.gz")} == {"pat1_T1", "pat[1]"}
+    assert run(source, out, "--method", "gmm", "--set", "max_iter=5", "--patients", "pat[1]") == 0
+    assert {p.parent.name for p in out.glob("*/*_bias.nii.gz")} == {"pat1_T1"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_patient_that_fails_keeps_no_older_field(cohort_dir, tmp_path):
+    out = tmp_path / "out"
+    assert run(cohort_dir, out, *GMM, "--fields") == 0
+    (cohort_dir / "pat2_gd.nii.gz").unlink()
+    assert run(cohort_dir, out, *GMM, "--fields") == 1
+    assert {name.split("_")[0] for name in shading(out)} == {"pat1", "pat3"}
+
+
+# Thinning elsewhere ------------------------------------------------------------------------------------------------
+
+
+def test_exchanged_sequences_are_seen_on_large_images_and_thin_masks():
+    """Large images are thinned; a mask that falls between the voxels that are kept tells as much as any."""
+    levels = torch.tensor([[-1.0, -1.0, 1.4], [-1.2, 1.2, 0.0]])  # of three tissues on T1 and T2
+    three = tuple(
+        dataclasses.replace(tissue, signature={"T1": float(t1), "T2": float(t2)})
+        for tissue, t1, t2 in zip(protocol.load("brain").tissues, *levels, strict=True)
+    )
+    index = torch.randint(3, (110, 110, 110), generator=torch.Generator().manual_seed(0))
+    image = levels[:, index][None]
+    assert image[:, 0].numel() > tissues.ENOUGH
+    plane = torch.zeros(1, 1, 110, 110, 110)
+    plane[:, :, 51] = 1
+    for mask in (torch.ones_like(plane), plane):
+        for order, swapped in ((("T1", "T2"), None), (("T2", "T1"), ("T1", "T2"))):
+            assert tissues.looks_swapped(image, mask, three, order, (1.0, 1.0, 1.0)) == swapped
