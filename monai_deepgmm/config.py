@@ -40,7 +40,7 @@ DEFAULT_COVARIANCE: Mapping[Method, Covariance] = {
     "cohort": "tied",
 }
 #: The methods that can find a bias field, and the degree of its polynomials where none is asked for.
-DEFAULT_DEGREE: Mapping[Method, int] = {"gmm": 0, "svgmm": 0, "pvgmm": 2}
+DEFAULT_DEGREE: Mapping[Method, int] = {"gmm": 0, "svgmm": 0, "pvgmm": 3}
 #: A bias field of a higher degree is no longer smooth.
 MAX_DEGREE = 6
 #: The methods that fit a network to the image itself.

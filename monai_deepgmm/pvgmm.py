@@ -38,6 +38,8 @@ COARSER = 6
 MIXELS = 0.3
 #: So many voxels at a time, so that a whole head needs little memory.
 CHUNK = 1 << 17
+#: The degree with which a field proves itself, if it has a higher one.
+PROOF = 2
 #: Voxels repeat each other: so wide a patch of tissue, in mm, is worth one observation where a field must prove itself.
 PATCH_MM = 16.0
 
@@ -49,10 +51,6 @@ class Model(NamedTuple):
         borders: pairs of tissues that touch, and so share voxels.
         degree: of the bias field; 0: none.
         proven: whether the field must explain more than its parameters are worth (``worth``), or is dropped.
-        levels: how bright each tissue is in each sequence ``(M, K)``, up to that sequence's gain and offset; empty, or
-            NaN for a sequence where nothing is known.
-        levelling: κ; a tissue's mean is drawn to where the other tissues' means and the levels expect it, as by κ N voxels
-            of N: much for a tissue with few voxels, nothing for one with many.
         pooling: ν; a tissue's covariance is drawn towards the average of all, as by ν N voxels of N.
         coupling: β, how strongly neighbours agree; 0: not at all.
         sweeps: mean-field iterations.
@@ -60,10 +58,8 @@ class Model(NamedTuple):
     """
 
     borders: tuple[tuple[int, int], ...]
-    degree: int = 2
+    degree: int = 3
     proven: bool = True
-    levels: tuple[tuple[float, ...], ...] = ()
-    levelling: float = 0.01
     pooling: float = 0.1
     coupling: float = 3.0
     sweeps: int = 3
@@ -179,19 +175,14 @@ def _one(
     fractions = mixing(start.shape[1], model.borders).to(image)
     # EM creeps, so the way is gone on a few voxels, and only its end on more.
     coarse = _Lattice(mask, _stride(mask, spacing_mm, max(model.voxels // COARSER, 1)))
-    step = _Step(coarse.voxels(image), fractions, model, floor)
+    step = _Step(coarse.voxels(image), fractions, model.pooling, floor)
     found = _em(step, *_begin(step, coarse.voxels(start)), None, stop)
     lattice = _Lattice(mask, _stride(mask, spacing_mm, model.voxels))
-    step = _Step(lattice.voxels(image), fractions, model, floor)
+    step = _Step(lattice.voxels(image), fractions, model.pooling, floor)
     found, field = _em(step, found.pure, found.weights, None, stop), None
     if model.degree:
-        basis = bias.basis(lattice.mask, model.degree, beyond=True)
-        # From the unshaded fit: a field that is free from the start can take one tissue for another.
-        shaded = _em(step, found.pure, found.weights, lattice.inside(basis), stop)
-        gain = float(found.trace[-1] - shaded.trace[-1])
-        field = torch.ones_like(image)
-        if not model.proven or gain > worth(image.shape[1] * (basis.shape[1] - 1), mask, spacing_mm):
-            found, field = shaded, _on_grid(_extended(shaded.pure.field, basis, lattice), lattice.stride, mask)
+        found, lattice_field = _shaded(step, found, lattice, spacing_mm, model, stop)
+        field = torch.ones_like(image) if lattice_field is None else _on_grid(lattice_field, lattice.stride, mask)
     resp, last = _everywhere(image, mask, found, field, fractions, spacing_mm, model)
     pure = found.pure._replace(
         weights=resp.flatten(2).sum(-1) / mask.sum(),
@@ -252,13 +243,13 @@ class _Step(NamedTuple):
     Attributes:
         voxels: ``(1, M, V)``.
         fractions: a ``(N, K)``.
-        model: ν, κ and the levels.
+        pooling: ν.
         floor: the variance floor, as a fraction of each sequence's variance.
     """
 
     voxels: Tensor
     fractions: Tensor
-    model: Model
+    pooling: float
     floor: float
 
     def __call__(self, resp: Tensor, b: Tensor | None, previous: Mixture | None) -> Mixture:
@@ -281,12 +272,11 @@ class _Step(NamedTuple):
         eye = torch.eye(n_tissues).to(left)
         means = torch.linalg.solve(left + ridge[:, None, None] * eye, right[..., None]).squeeze(-1).mT[None]
         w = resp[:, :n_tissues]
-        means = self._levelled(means, resp.sum(-1) @ a)
         centred = voxels[:, None] - b[:, None] * means[..., None]  # (1, K, M, V)
         scatter = (centred * w[:, :, None]) @ centred.mT
         count = w.sum(-1)
         average = scatter.sum(1, keepdim=True) / count.sum(1).clamp_min(1e-6)[:, None, None, None]
-        pooled = self.model.pooling * voxels.shape[-1] + 1e-6
+        pooled = self.pooling * voxels.shape[-1] + 1e-6
         covariances = (scatter + pooled * average) / (count + pooled)[..., None, None]
         # Of equal values the computed variance is a rounding, or 0: none to take a fraction of.
         spread = torch.where(voxels.amax(-1) > voxels.amin(-1), voxels.var(-1, correction=0), 1.0)
@@ -294,24 +284,6 @@ class _Step(NamedTuple):
         rounding = 32 * torch.finfo(voxels.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
         covariances = covariances + torch.diag_embed(torch.maximum(self.floor * spread[:, None], rounding))
         return Mixture(count / count.sum(1, keepdim=True).clamp_min(1e-6), means, covariances, None)
-
-    def _levelled(self, means: Tensor, count: Tensor) -> Tensor:
-        """Means ``(1, K, M)`` drawn to where the others expect them, given each tissue's voxels ``(1, K)``."""
-        if not self.model.levels:
-            return means
-        strength = self.model.levelling * self.voxels.shape[-1]
-        out = means.clone()
-        for m, levels in enumerate(torch.tensor(self.model.levels).to(means)):
-            if levels.isnan().any():
-                continue
-            for k in range(len(levels)):
-                others = [i for i in range(len(levels)) if i != k]
-                line = torch.stack([torch.ones_like(levels), levels], 1)
-                root = count[0, others].clamp_min(1e-6).sqrt()[:, None]
-                fitted = torch.linalg.lstsq(line[others] * root, means[0, others, m, None] * root).solution
-                expected = (line[k] @ fitted)[0]
-                out[0, k, m] = (count[0, k] * means[0, k, m] + strength * expected) / (count[0, k] + strength)
-        return out
 
 
 def _begin(step: _Step, expected: Tensor) -> tuple[Mixture, Tensor]:
@@ -323,6 +295,28 @@ def _begin(step: _Step, expected: Tensor) -> tuple[Mixture, Tensor]:
     return step(torch.cat([expected, nothing], 1), None, None), weights
 
 
+def _shaded(
+    step: _Step, found: _State, lattice: _Lattice, spacing_mm: tuple[float, ...], model: Model, stop: _Stop
+) -> tuple[_State, Tensor | None]:
+    """The fit with a field, and that field on the whole lattice; without, and None, if it is not worth its parameters.
+
+    Each fit starts from the one before: a field that is free from the start can take one tissue for another. Of a field
+    that must prove itself the low degrees go first, which cost least.
+    """
+    degrees = sorted({min(PROOF, model.degree), model.degree}) if model.proven else [model.degree]
+    field = None
+    for number, degree in enumerate(degrees):
+        basis = bias.basis(lattice.mask, degree, beyond=True)
+        shaded = _em(step, found.pure, found.weights, lattice.inside(basis), stop)
+        gain = float(found.trace[-1] - shaded.trace[-1])
+        terms = step.voxels.shape[1] * (basis.shape[1] - 1)
+        spaced = tuple(n * s for n, s in zip(lattice.stride, spacing_mm, strict=True))
+        if model.proven and number == 0 and gain <= worth(terms, lattice.mask, spaced):
+            break
+        found, field = shaded, _extended(shaded.pure.field, basis, lattice)
+    return found, field
+
+
 def _em(step: _Step, pure: Mixture, weights: Tensor, basis: Tensor | None, stop: _Stop) -> _State:
     """EM from pure tissues and the nodes' weights, with a field if there is a basis ``(1, J, V)``.
 
@@ -330,7 +324,7 @@ def _em(step: _Step, pure: Mixture, weights: Tensor, basis: Tensor | None, stop:
     """
     voxels, n_tissues = step.voxels, pure.means.shape[1]
     ones = torch.ones_like(voxels[:, :1])
-    b = None if basis is None else torch.ones_like(voxels)
+    b = pure.field if basis is None or pure.field is not None else torch.ones_like(voxels)
     resp: Tensor | None = None
     trace: list[Tensor] = []
     converged = False
