@@ -65,8 +65,8 @@ def kmeans_start(
     Returns:
         ``(B, K, *S)``, 0 outside the mask.
     """
-    inside = mask.flatten(1).to(image.dtype)  # (B, N)
-    voxels = torch.where(mask > 0, image, 0).flatten(2).mT  # (B, N, M)
+    packed, where = _pack_index(mask.to(image.dtype))
+    inside, voxels = packed[:, 0], _pack(image, where, packed).mT  # (B, N), (B, N, M)
     centres: list[Tensor] = []
     nearest = inside
     for _ in range(components):
@@ -88,7 +88,8 @@ def kmeans_start(
         previous, labels = labels, _nearest(voxels, means)
         if torch.equal(previous, labels):
             break
-    return labels_start(labels.reshape(len(image), 1, *image.shape[2:]), mask.to(image.dtype), components)
+    everywhere = labels.new_zeros(mask.flatten(1).shape).scatter(1, where, labels)
+    return labels_start(everywhere.reshape(mask.shape), mask.to(image.dtype), components)
 
 
 def _nearest(voxels: Tensor, means: Tensor) -> Tensor:

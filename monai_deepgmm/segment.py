@@ -96,10 +96,11 @@ def segment(study: Study, config: Config, *, network: nn.Module | None = None) -
     # A network needs no voxels of its own to learn from; a fit does.
     large = _large(units, visible, config.protocol) if config.model is None else torch.arange(len(image))
     slices = tuple(units.slices[int(i)] for i in large) if units.slices else ()
+    chosen = slice(None) if len(large) == len(image) else large  # a volume is not worth copying
     images = Images(
-        image[large],
-        mask[large],
-        expected[large],
+        image[chosen],
+        mask[chosen],
+        expected[chosen],
         visible,
         sequences,
         units.spacing_mm,
@@ -170,6 +171,8 @@ def _about_bias(config: Config, fields: dict[str, np.ndarray], mask: np.ndarray)
     if not fields:
         return None
     own = f"Legendre polynomials of degree {config.degree} in the fit"
+    if all(bool((b == 1).all()) for b in fields.values()):
+        own += ", dropped: they explained less than they cost"
     return {
         "rule": "N4 before the fit" if config.solver.n4 else own,
         "range": {s: [round(float(b[mask].min()), 4), round(float(b[mask].max()), 4)] for s, b in fields.items()},

@@ -123,7 +123,7 @@ def _by_partial_volume(images: Images, config: Config) -> Fit:
     pairs = [(where[a], where[b]) for a, b in config.protocol.borders if a in where and b in where]
     settings = config.solver
     fit = pvgmm.fit(
-        _from_zero(images, images.image),
+        _from_zero(images, images.image.float()),
         images.mask,
         images.expected,
         images.spacing_mm,

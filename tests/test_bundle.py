@@ -1,11 +1,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from monai.bundle import ConfigParser, create_workflow, verify_net_in_out
 
-from monai_deepgmm import config, phantom
-from monai_deepgmm.cli import main
+from monai_deepgmm import config, n4, phantom
+from monai_deepgmm.cli import main, parser
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 
@@ -43,10 +44,48 @@ def test_the_configuration_has_the_commands_options_and_defaults():
     assert parsed == config.build()
 
 
+def test_the_configuration_names_every_option_of_the_command():
+    raw = json.loads((CONFIGS / "inference.json").read_text(encoding="utf-8"))
+    options = vars(parser().parse_args(["segment", "in", "out"]))
+    other = {"command", "verbose", "quiet", "directory", "out", "dry_run"}
+    for name, default in options.items():
+        if name not in other:
+            given = [] if raw[name] == {} else raw[name]  # --set is a list of strings there and a mapping here
+            assert (list(default) if isinstance(default, tuple) else default) == given, name
+
+
+def test_the_bundle_writes_bias_fields_as_the_command_does(tmp_path, make_patient, monkeypatch, no_picture):
+    def slope(image, mask, spacing_mm):
+        return np.where(mask, np.linspace(0.9, 1.1, image.shape[0])[:, None, None], 1).astype(np.float32)
+
+    monkeypatch.setattr(n4, "field", slope)
+    make_patient(tmp_path / "in", "pat1", shape=(48, 48, 1))
+    settings = ["--method", "gmm", "--set", "n4=true", "max_iter=5", "--fields"]
+    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "cli"), *settings]) == 0
+    workflow = create_workflow(
+        config_file=str(CONFIGS / "inference.json"),
+        workflow_type="infer",
+        bundle_root=str(CONFIGS.parent),
+        dataset_dir=str(tmp_path / "in"),
+        output_dir=str(tmp_path / "bundle"),
+        method="gmm",
+        set={"n4": True, "max_iter": 5},
+        fields=True,
+    )
+    assert workflow.run() == [0]
+    found = sorted((tmp_path / "cli" / "pat1").glob("*.nii.gz"))
+    assert len(found) == 1 + 2 * 3
+    for path in found:
+        assert (tmp_path / "bundle" / "pat1" / path.name).read_bytes() == path.read_bytes()
+    # The images of its data set are those that the fit sees.
+    item = workflow.parser.get_parsed_content("dataset")[0]
+    assert set(np.unique(item["fields"][0, 24])) == {1.0, np.float32(np.linspace(0.9, 1.1, 48)[24])}
+
+
 def test_the_dataset_gives_images_and_masks(patients):
-    parser = ConfigParser(json.loads((CONFIGS / "inference.json").read_text(encoding="utf-8")))
-    parser["dataset_dir"] = str(patients)
-    item = parser.get_parsed_content("dataset")[0]
+    parsed = ConfigParser(json.loads((CONFIGS / "inference.json").read_text(encoding="utf-8")))
+    parsed["dataset_dir"] = str(patients)
+    item = parsed.get_parsed_content("dataset")[0]
     assert item["image"].shape[:2] == (len(item["units"].slices), 3)
     assert item["mask"].shape[1] == 1
     assert set(item["mask"].unique().tolist()) == {0.0, 1.0}

@@ -14,11 +14,12 @@ import torch
 from conftest import AFFINE, save
 from numpy.typing import NDArray
 
-from monai_deepgmm import n4, outputs, protocol, tissues
+from monai_deepgmm import model, n4, outputs, protocol, tissues
 from monai_deepgmm.cli import main
 from monai_deepgmm.config import build
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.segment import segment
+from monai_deepgmm.spec import SPEC, WEIGHTS, Spec
 from monai_deepgmm.study import Study
 
 Floats = NDArray[np.float64]
@@ -248,6 +249,35 @@ def test_the_fit_sees_the_image_without_its_shade(head):
     plain = segment(study, build(protocol="brain", method="gmm", settings=["n4=false"]))
     assert plain.fields == {}
     assert not np.array_equal(found.probabilities, plain.probabilities)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_network_that_knows_fewer_sequences_leaves_every_one_its_field(make_patient, tmp_path):
+    infarct = protocol.load("infarct")
+    known = Spec(
+        protocol="infarct",
+        normalisation=infarct.normalisation,
+        sequences=("LGE", "bSSFP"),
+        tissues=("blood", "myocardium", "scar"),
+        network={"_target_": "monai_deepgmm.networks.UNet", "filters": [4, 8]},
+        spatial_dims=2,
+        grid_mm=1.0,
+        size=(64, 64),
+        spatial=True,
+        covariance="diag",
+    )
+    folder = tmp_path / "model"
+    (folder / WEIGHTS).parent.mkdir(parents=True)
+    (folder / SPEC).write_bytes(known.as_json())
+    torch.save(model.build(known, seed=0).state_dict(), folder / WEIGHTS)
+    make_patient(tmp_path / "in", "pat1", shape=(48, 48, 1))
+    arguments = [tmp_path / "in", tmp_path / "out", "--model", folder, "--fields", "--set", "n4=true"]
+    for _ in range(2):  # the second time, all is there
+        assert run(*arguments) == 0
+        written = shading(tmp_path / "out")
+        assert set(written) == {f"pat1_{s}{end}" for s in infarct.sequences for end in outputs.SHADING}
+    assert run(*arguments) == 0
+    assert shading(tmp_path / "out") == written
 
 
 @pytest.mark.parametrize(
