@@ -143,11 +143,11 @@ def test_partial_volume_takes_no_means(tmp_path):
     [
         ("gmm", [], 0),
         ("svgmm", [], 0),
-        ("pvgmm", [], 2),
+        ("pvgmm", [], config.DEFAULT_DEGREE["pvgmm"]),
         ("gmm", ["degree=3"], 3),
         ("pvgmm", ["degree=0"], 0),
         ("pvgmm", ["degree=6"], 6),
-        ("pvgmm", ["degree=null"], 2),
+        ("pvgmm", ["degree=null"], config.DEFAULT_DEGREE["pvgmm"]),
         ("pvgmm", ["n4=true"], 0),  # the shading is off already
         ("gmm", ["n4=true", "degree=0"], 0),
         ("deepg", [], 0),
@@ -204,7 +204,7 @@ def test_fields_are_no_part_of_what_decides_a_label_but_shading_is():
     plain, written = (build(protocol="brain", fields=f).as_json() for f in (False, True))
     assert plain == written
     changes = (["n4=true"], ["degree=3"], ["degree=2"], ["pooling=0.2"], ["coupling=1"])
-    for change in changes:  # degree=2 too: the field then need not prove itself
+    for change in changes:  # the default degree too: a field that is asked for need not prove itself
         assert build(protocol="brain", settings=change).as_json() != plain
 
 
