@@ -68,6 +68,7 @@ class Solver:
         start_weight: deepg, deepsvg: how much of the cross-entropy to the start is kept after them.
         steps: deepg, deepsvg: gradient steps on the NLL, at most.
         lr: deepg, deepsvg: the learning rate.
+        window: deepg, deepsvg: sides of the random windows that a network is fitted to, in voxels; 0: whole images.
         together: deepg, deepsvg: one network for all images of a patient instead of one for each.
         mean_weight: deepg, deepsvg with known means: λ of the regulariser ‖μ − μ_data‖².
         sigma_mm: anatomy: the neighbourhood over which Π is averaged, a Gaussian's standard deviation.
@@ -96,6 +97,7 @@ class Solver:
     start_weight: float = 0.3
     steps: int = 30
     lr: float = 1e-3
+    window: int | tuple[int, ...] | None = None
     together: bool = False
     mean_weight: float = 1.0
     sigma_mm: float = 2.2
@@ -133,6 +135,7 @@ class Solver:
         if self.n4 and self.degree:
             raise UsageError("n4 and degree: the shading is taken off once; choose one of them")
         _choice("n4", self.n4, (True, False))
+        spec.check_window(self.window)
         _choice("together", self.together, (True, False))
         _choice("presence", self.presence, (None, True, False))
         _choice("labels", self.labels, (None, *LABEL_RULES))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import anatomical, em, mapem, pvgmm, tissues
+from monai_deepgmm import anatomical, em, mapem, pvgmm, spec, tissues
 from monai_deepgmm.config import DEEP, Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.mapem import Field, Shape
@@ -208,5 +208,6 @@ def _by_descent(
             start_weight=settings.start_weight,
             lr=settings.lr,
             tol=config.tol,
+            window=spec.window_sides(settings.window, image.ndim - 2) if settings.window else None,
         ),
     )

@@ -225,6 +225,23 @@ def test_without_being_asked_no_field_is_written_but_told(head, tmp_path):
 
 
 @pytest.mark.usefixtures("no_picture")
+def test_a_field_that_was_dropped_is_told_and_written_as_1(head, tmp_path):
+    (tmp_path / "in" / "even").mkdir(parents=True)
+    source = nib.load(head / "one" / "T1.nii.gz")
+    shade = np.exp(0.035 * (np.indices(source.shape)[0] - 12.5))
+    even = np.rint(np.asanyarray(source.dataobj) / shade).astype(np.int16)
+    save(tmp_path / "in" / "even" / "T1.nii.gz", even, source.affine)
+    (tmp_path / "in" / "even" / "mask.nii.gz").write_bytes((head / "one" / "mask.nii.gz").read_bytes())
+    assert run(tmp_path / "in", tmp_path / "out", "--protocol", "brain", "--fields") == 0
+    place = tmp_path / "out" / "even"
+    told = json.loads((place / "even_dseg.json").read_text())["bias"]
+    assert told["rule"].endswith("dropped: they explained less than they cost")
+    assert told["range"] == {"T1": [1.0, 1.0]}
+    assert (values(place / "even_T1_bias.nii.gz") == 1).all()
+    assert np.allclose(values(place / "even_T1_corrected.nii.gz"), even)
+
+
+@pytest.mark.usefixtures("no_picture")
 def test_each_sequence_of_a_stack_of_slices_has_its_files(make_patient, tmp_path):
     """With the anatomical mixture, which has no field of its own."""
     make_patient(tmp_path / "in", "pat1", sequences=("LGE", "C0"), shape=(48, 48, 1))
