@@ -62,7 +62,7 @@ def test_a_planted_field_of_a_volume_is_found(volume):
     assert (found[~mask] == 1).all()
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("axis", [0, 2])
 def test_a_thin_stack_is_corrected_slice_by_slice(axis):
     image, mask, field = (np.stack(v, axis) for v in zip(*(planted((32, 30), seed=s) for s in range(2)), strict=True))
     spacing_mm = list(np.insert([1.5, 1.5], axis, 8.0))
