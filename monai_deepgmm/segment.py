@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class Segmentation:
     slice_axis: int
     sidecar: dict[str, Any]
     warnings: tuple[str, ...]
-    fields: dict[str, np.ndarray]
+    fields: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def segment(study: Study, config: Config, *, network: nn.Module | None = None) -> Segmentation:
