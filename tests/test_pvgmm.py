@@ -502,3 +502,12 @@ def test_pooled_covariances_are_alike():
     spread = [scene.fitted(Model(BORDERS, degree=0, pooling=p)).mixture.covariances[0] for p in (0.0, 1e4)]
     assert torch.allclose(spread[1][0], spread[1][1], rtol=1e-3)
     assert not torch.allclose(spread[0][0], spread[0][1], rtol=1e-2)
+
+
+@each_shape
+def test_dependent_sequences_need_no_floor(shape):
+    """Rounding leaves their covariance without a Cholesky factor."""
+    scene = Scene(shape)
+    image = torch.cat([scene.image, scene.image.sum(1, keepdim=True)], 1)
+    model = Model(BORDERS, degree=0, pooling=0.0)
+    assert sound(fit(image, scene.mask, scene.start, (4.0,) * len(shape), model, max_iter=10, floor=0.0), scene.mask)
