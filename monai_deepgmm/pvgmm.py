@@ -38,7 +38,7 @@ COARSER = 6
 MIXELS = 0.3
 #: So many voxels at a time, so that a whole head needs little memory.
 CHUNK = 1 << 17
-#: The degree with which a field proves itself, if it has a higher one.
+#: The degree with which a field proves itself first.
 PROOF = 2
 #: Voxels repeat each other: so wide a patch of tissue, in mm, is worth one observation where a field must prove itself.
 PATCH_MM = 16.0
@@ -176,12 +176,14 @@ def _one(
     # EM creeps, so the way is gone on a few voxels, and only its end on more.
     coarse = _Lattice(mask, _stride(mask, spacing_mm, max(model.voxels // COARSER, 1)))
     step = _Step(coarse.voxels(image), fractions, model.pooling, floor)
-    found = _em(step, *_begin(step, coarse.voxels(start)), None, stop)
+    begin = _begin(step, coarse.voxels(start))
+    found = _em(step, *begin, None, stop)
+    shaded = _likelier(step, [begin, (found.pure, found.weights)], coarse, model, stop) if model.degree else None
     lattice = _Lattice(mask, _stride(mask, spacing_mm, model.voxels))
     step = _Step(lattice.voxels(image), fractions, model.pooling, floor)
     found, field = _em(step, found.pure, found.weights, None, stop), None
-    if model.degree:
-        found, lattice_field = _shaded(step, found, lattice, spacing_mm, model, stop)
+    if shaded is not None:
+        found, lattice_field = _shaded(step, found, shaded, lattice, spacing_mm, model, stop)
         field = torch.ones_like(image) if lattice_field is None else _on_grid(lattice_field, lattice.stride, mask)
     resp, last = _everywhere(image, mask, found, field, fractions, spacing_mm, model)
     pure = found.pure._replace(
@@ -295,25 +297,57 @@ def _begin(step: _Step, expected: Tensor) -> tuple[Mixture, Tensor]:
     return step(torch.cat([expected, nothing], 1), None, None), weights
 
 
+def _likelier(
+    step: _Step, starts: Sequence[tuple[Mixture, Tensor]], lattice: _Lattice, model: Model, stop: _Stop
+) -> _State:
+    """The likelier of fits with a field of a low degree.
+
+    A field that is free from the start can take one tissue for another, and one that starts from the unshaded fit can
+    stay in its valley.
+    """
+    basis = lattice.inside(bias.basis(lattice.mask, _first(model)))
+    tried = [_em(step, pure, weights, basis, stop) for pure, weights in starts]
+    return min(tried, key=lambda state: float(state.trace[-1]))
+
+
+def _first(model: Model) -> int:
+    """The degree of the first field."""
+    return min(PROOF, model.degree) if model.proven else model.degree
+
+
 def _shaded(
-    step: _Step, found: _State, lattice: _Lattice, spacing_mm: tuple[float, ...], model: Model, stop: _Stop
+    step: _Step,
+    found: _State,
+    start: _State,
+    lattice: _Lattice,
+    spacing_mm: tuple[float, ...],
+    model: Model,
+    stop: _Stop,
 ) -> tuple[_State, Tensor | None]:
     """The fit with a field, and that field on the whole lattice; without, and None, if it is not worth its parameters.
 
-    Each fit starts from the one before: a field that is free from the start can take one tissue for another. Of a field
-    that must prove itself the low degrees go first, which cost least.
+    Of a field that must prove itself the low degrees go first, which cost least.
+
+    Args:
+        step: on the lattice.
+        found: the unshaded fit.
+        start: a shaded fit on another lattice.
+        lattice: the lattice.
+        spacing_mm: of the image.
+        model: the assumptions.
+        stop: when a fit ends.
     """
-    degrees = sorted({min(PROOF, model.degree), model.degree}) if model.proven else [model.degree]
-    field = None
-    for number, degree in enumerate(degrees):
+    pure, weights, field = start.pure._replace(field=None), start.weights, None
+    spaced = tuple(n * s for n, s in zip(lattice.stride, spacing_mm, strict=True))
+    for degree in sorted({_first(model), model.degree}):
         basis = bias.basis(lattice.mask, degree, beyond=True)
-        shaded = _em(step, found.pure, found.weights, lattice.inside(basis), stop)
+        shaded = _em(step, pure, weights, lattice.inside(basis), stop)
         gain = float(found.trace[-1] - shaded.trace[-1])
         terms = step.voxels.shape[1] * (basis.shape[1] - 1)
-        spaced = tuple(n * s for n, s in zip(lattice.stride, spacing_mm, strict=True))
-        if model.proven and number == 0 and gain <= worth(terms, lattice.mask, spaced):
+        if model.proven and field is None and gain <= worth(terms, lattice.mask, spaced):
             break
         found, field = shaded, _extended(shaded.pure.field, basis, lattice)
+        pure, weights = shaded.pure, shaded.weights
     return found, field
 
 
