@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from monai_deepgmm.errors import StudyError
 
 #: Axes are thinned until they have about so many voxels: N4's field is smooth, and N4 is slow.
-SIDE = 64
+SIDE = 40
 #: An axis with fewer voxels holds no field of its own: each slice along it is corrected alone.
 THIN = 8
 

@@ -73,16 +73,27 @@ def row(out: Path, patient: str) -> dict[str, object]:
 # Killed --------------------------------------------------------------------------------------------------------------
 
 
-def in_a_process(argv: list[str]) -> multiprocessing.Process:
-    """The command in a process that can be killed, started from one that has imported everything already."""
+def in_a_process(argv: list[str], *, lingers_at: str | None = None) -> multiprocessing.Process:
+    """The command in a process that can be killed, started from one that has imported everything already.
+
+    With a patient to linger at, it is still there when the signal comes, however quick the machine.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["monai_deepgmm.cli", "monai_deepgmm.batch"])
-    process = context.Process(target=_exit_with, args=(argv,))
+    process = context.Process(target=_exit_with, args=(argv, lingers_at))
     process.start()
     return process
 
 
-def _exit_with(argv: list[str]) -> None:
+def _exit_with(argv: list[str], lingers_at: str | None) -> None:
+    original = batch.segment
+
+    def lingering(study, *given, **named):
+        if study.patient == lingers_at:
+            time.sleep(60)
+        return original(study, *given, **named)
+
+    batch.segment = lingering
     sys.exit(main(argv))
 
 
@@ -146,7 +157,7 @@ def test_every_file_that_exists_is_whole_at_any_moment(source, tmp_path):
 def test_interrupted_it_says_so_and_can_go_on(source, expected, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
         out = tmp_path / number.name
-        process = in_a_process(arguments(source, out))
+        process = in_a_process(arguments(source, out), lingers_at="pat3")
         wait_for(out / "pat2" / "pat2_row.json", process)
         os.kill(process.pid, number)
         process.join()
