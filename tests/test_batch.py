@@ -94,6 +94,8 @@ def _exit_with(argv: list[str], lingers_at: str | None) -> None:
         return original(study, *given, **named)
 
     batch.segment = lingering
+    # As on a terminal: what a shell starts in the background ignores an interrupt, and hands that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(argv))
 
 
