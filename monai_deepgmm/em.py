@@ -241,7 +241,7 @@ class _Options(NamedTuple):
 def _loop(image: Tensor, mask: Tensor, start: Tensor, options: _Options, basis: Tensor | None = None) -> Fit:
     """The iterations, on packed voxels: image ``(B, M, N)``, mask ``(B, 1, N)``, start ``(B, K, N)``."""
     batch = len(image)
-    floor = options.floor * _variance(image, mask)  # (B, M)
+    floor = options.floor * variance_inside(image, mask)  # (B, M)
 
     def maximise(rows: Tensor, resp: Tensor, previous: Mixture | None = None) -> Mixture:
         shape = {"covariance": options.covariance, "spatial": options.spatial, "floor": floor[rows]}
@@ -291,7 +291,7 @@ def collapsed(resp: Tensor, mask: Tensor) -> Tensor:
     return resp.sum(-1) < limit
 
 
-def _variance(image: Tensor, mask: Tensor) -> Tensor:
+def variance_inside(image: Tensor, mask: Tensor) -> Tensor:
     """The variance of each sequence inside the mask ``(B, M)``; 1 where it is constant."""
     count = mask.sum(-1).clamp_min(1)
     centred = (image - ((image * mask).sum(-1) / count)[..., None]) * mask

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_deepgmm import bias
-from monai_deepgmm.losses import Regulariser, Term
+from monai_deepgmm.losses import Regulariser, Term, parts
 from monai_deepgmm.mixture import VARIANCE_FLOOR, Covariance, Mixture, log_joint, m_step, masked_mean
 from monai_deepgmm.networks import finest
 
@@ -159,9 +159,7 @@ class GMMLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """``(B, K, *S)`` and ``(B, M + 1, *S)`` → a scalar."""
         with torch.autocast(logits.device.type, enabled=False):
-            precision = torch.float64 if target.dtype == torch.float64 else torch.float32
-            image, mask = target[:, :-1].to(precision), target[:, -1:].to(precision)
-            resp = logits.to(precision).softmax(1)
+            resp, image, mask = parts(logits, target)
             mixture = self.mixture(image, resp, mask)
             loss = l_gmm(image, resp, mask, mixture, reduction=self.reduction).mean()
             if self.gamma:

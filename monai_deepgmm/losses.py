@@ -29,6 +29,12 @@ class Term(NamedTuple):
     regulariser: Regulariser
 
 
+def parts(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Responsibilities, image and mask of ``(logits, cat([image, mask], 1))``, in single precision at least."""
+    precision = torch.float64 if target.dtype == torch.float64 else torch.float32
+    return logits.to(precision).softmax(1), target[:, :-1].to(precision), target[:, -1:].to(precision)
+
+
 class MixtureNLL(nn.Module):
     """NLL (S eq. 2) or NLL_V (S §2.1) of each image under the mixture that the network's output implies, plus terms.
 
@@ -58,9 +64,7 @@ class MixtureNLL(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """``(B, K, *S)`` and ``(B, M + 1, *S)`` → a scalar: the mean over the images, and the terms."""
         with torch.autocast(logits.device.type, enabled=False):
-            precision = torch.float64 if target.dtype == torch.float64 else torch.float32
-            image, mask = target[:, :-1].to(precision), target[:, -1:].to(precision)
-            resp = logits.to(precision).softmax(1)
+            resp, image, mask = parts(logits, target)
             mixture = self.mixture(image, resp, mask)
             loss = nll(image, mask, mixture).mean()
             for weight, regulariser in self.terms:

@@ -110,10 +110,18 @@ def floored_covariances(centred: Tensor, w: Tensor, covariance: Covariance, floo
     elif covariance == "diag":
         covariances = covariances + floor
     else:
-        # Sequences that depend on each other leave Σ singular to rounding, and the Cholesky factor would not exist.
-        rounding = 32 * torch.finfo(w.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
-        covariances = covariances + torch.diag_embed(torch.maximum(floor, rounding))
+        covariances = floored_matrices(covariances, floor)
     return covariances
+
+
+def floored_matrices(covariances: Tensor, floor: Tensor) -> Tensor:
+    """Matrices ``(B, K, M, M)`` with a floor ``(B, 1, M)`` added to the diagonal, of at least a few of its roundings.
+
+    Sequences that depend on each other leave Σ singular to rounding, and the Cholesky factor would not exist.
+    """
+    diagonal = covariances.diagonal(dim1=-2, dim2=-1)
+    rounding = 32 * torch.finfo(covariances.dtype).eps * diagonal
+    return covariances + torch.diag_embed(torch.maximum(floor, rounding))
 
 
 def _covariances(centred: Tensor, w: Tensor, count: Tensor, covariance: Covariance) -> Tensor:

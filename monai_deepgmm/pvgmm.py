@@ -25,7 +25,7 @@ from torch.nn import functional
 from monai_deepgmm import bias, em
 from monai_deepgmm.boxes import cut, enclosing, paste
 from monai_deepgmm.em import Fit, collapsed, joined
-from monai_deepgmm.mixture import VARIANCE_FLOOR, Mixture, log_density
+from monai_deepgmm.mixture import VARIANCE_FLOOR, Mixture, floored_matrices, log_density
 
 #: A fit has converged when the nodes' responsibilities change by less than this, summed over a voxel, on average.
 TOL = 1e-3
@@ -175,12 +175,12 @@ def _one(
     fractions = mixing(start.shape[1], model.borders).to(image)
     # EM creeps, so the way is gone on a few voxels, and only its end on more.
     coarse = _Lattice(mask, _stride(mask, spacing_mm, max(model.voxels // COARSER, 1)))
-    step = _Step(coarse.voxels(image), fractions, model.pooling, floor)
+    step = _step(coarse.voxels(image), fractions, model.pooling, floor)
     begin = _begin(step, coarse.voxels(start))
     found = _em(step, *begin, None, stop)
     shaded = _likelier(step, [begin, (found.pure, found.weights)], coarse, model, stop) if model.degree else None
     lattice = _Lattice(mask, _stride(mask, spacing_mm, model.voxels))
-    step = _Step(lattice.voxels(image), fractions, model.pooling, floor)
+    step = _step(lattice.voxels(image), fractions, model.pooling, floor)
     found, field = _em(step, found.pure, found.weights, None, stop), None
     if shaded is not None:
         found, lattice_field = _shaded(step, found, shaded, lattice, spacing_mm, model, stop)
@@ -246,13 +246,13 @@ class _Step(NamedTuple):
         voxels: ``(1, M, V)``.
         fractions: a ``(N, K)``.
         pooling: ν.
-        floor: the variance floor, as a fraction of each sequence's variance.
+        floor: added to the variances ``(1, M)``.
     """
 
     voxels: Tensor
     fractions: Tensor
     pooling: float
-    floor: float
+    floor: Tensor
 
     def __call__(self, resp: Tensor, b: Tensor | None, previous: Mixture | None) -> Mixture:
         """μ by least squares over all nodes, ``I(x) ≈ b(x) a_nᵀ μ``; Σ from what is left at the pure ones, pooled.
@@ -280,12 +280,13 @@ class _Step(NamedTuple):
         average = scatter.sum(1, keepdim=True) / count.sum(1).clamp_min(1e-6)[:, None, None, None]
         pooled = self.pooling * voxels.shape[-1] + 1e-6
         covariances = (scatter + pooled * average) / (count + pooled)[..., None, None]
-        # Of equal values the computed variance is a rounding, or 0: none to take a fraction of.
-        spread = torch.where(voxels.amax(-1) > voxels.amin(-1), voxels.var(-1, correction=0), 1.0)
-        # Sequences that depend on each other leave Σ singular to rounding.
-        rounding = 32 * torch.finfo(voxels.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
-        covariances = covariances + torch.diag_embed(torch.maximum(self.floor * spread[:, None], rounding))
-        return Mixture(count / count.sum(1, keepdim=True).clamp_min(1e-6), means, covariances, None)
+        covariances = floored_matrices(covariances, self.floor[:, None])
+        return Mixture(count / count.sum(1, keepdim=True).clamp_min(1e-6), means, covariances)
+
+
+def _step(voxels: Tensor, fractions: Tensor, pooling: float, floor: float) -> _Step:
+    """The M-step with the variance floor as a fraction of each sequence's variance."""
+    return _Step(voxels, fractions, pooling, floor * em.variance_inside(voxels, torch.ones_like(voxels[:, :1])))
 
 
 def _begin(step: _Step, expected: Tensor) -> tuple[Mixture, Tensor]:
@@ -362,7 +363,7 @@ def _em(step: _Step, pure: Mixture, weights: Tensor, basis: Tensor | None, stop:
     resp: Tensor | None = None
     trace: list[Tensor] = []
     converged = False
-    while not converged and len(trace) <= stop.max_iter:
+    while len(trace) <= stop.max_iter:
         mixture = nodes(pure._replace(field=b), weights, step.fractions)
         new, surprise, _ = em.step(voxels, ones, mixture)
         trace.append(surprise)

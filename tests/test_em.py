@@ -86,7 +86,7 @@ class Started(GaussianMixture):
 def test_a_gmm_is_scikit_learns_from_the_same_start(covariance, shape):
     image, mask, _ = scene(shape, blur=2.5)
     start = soft_start(image, mask)
-    floor = 1e-6 / em._variance(image.flatten(2), mask.flatten(2)).mean().item()
+    floor = 1e-6 / em.variance_inside(image.flatten(2), mask.flatten(2)).mean().item()
     fit = em.fit(image, mask, start, covariance=covariance, tol=1e-10, max_iter=3000, floor=floor)
     assert fit.converged.all()
     for b in range(len(image)):
@@ -150,7 +150,7 @@ def test_the_parts_of_a_fit_belong_together(covariance, spatial, shape):
 def test_the_trace_begins_with_the_likelihood_of_the_start():
     image, mask, _ = scene()
     start = soft_start(image, mask)
-    floor = 1e-6 * em._variance(image.flatten(2), mask.flatten(2))
+    floor = 1e-6 * em.variance_inside(image.flatten(2), mask.flatten(2))
     fit = em.fit(image, mask, start)
     torch.testing.assert_close(fit.trace[0], nll(image, mask, m_step(image, start, mask, floor=floor)))
 
