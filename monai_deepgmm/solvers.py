@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import anatomical, em, mapem, pvgmm, spec, tissues
+from monai_deepgmm import anatomical, em, mapem, pvgmm, spec, view
 from monai_deepgmm.config import DEEP, Config
 from monai_deepgmm.em import Fit
 from monai_deepgmm.mapem import Field, Shape
@@ -193,7 +193,7 @@ def _by_descent(
         image,
         mask,
         start,
-        tissues.relative_depth(mask, spacing_mm),
+        view.relative_depth(mask, spacing_mm),
         network=network,
         seed=config.seed,
         spatial=config.method == "deepsvg",

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from monai_deepgmm.em import Fit
 from monai_deepgmm.protocol import Tissue
+from monai_deepgmm.view import relative_depth
 
 #: How far a voxel may stray from its tissue's signature: in standard deviations inside the mask, and in relative depth.
 BRIGHTNESS_SD, DEPTH_SD = 0.7, 0.2
@@ -41,21 +41,6 @@ class Naming(NamedTuple):
     order: Tensor
     certainty: Tensor
     agreement: Tensor
-
-
-def relative_depth(mask: Tensor, spacing_mm: tuple[float, ...]) -> Tensor:
-    """Distance to the mask's border over the largest such distance: 0 at the border, 1 at the deepest point.
-
-    Args:
-        mask: ``(B, 1, *S)``.
-        spacing_mm: of the axes in ``*S``.
-
-    Returns:
-        ``(B, 1, *S)``, 0 outside the mask.
-    """
-    depths = [distance_transform_edt(m.numpy() > 0, sampling=spacing_mm) for m in mask[:, 0].cpu()]
-    relative = np.stack([depth / max(float(depth.max()), 1e-9) for depth in depths])
-    return torch.from_numpy(relative)[:, None].to(mask)
 
 
 def standardise(image: Tensor, mask: Tensor) -> Tensor:

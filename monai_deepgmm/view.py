@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
-
-from monai_deepgmm.tissues import relative_depth
 
 #: Sides of a view are multiples of this, so that a network may halve them five times.
 MULTIPLE = 32
@@ -74,6 +74,21 @@ def back(values: Tensor, view: View) -> Tensor:
     centre = (size - 1) / 2 + ((shape - 1) / 2 - view.centre.cpu()) / step
     inverse = tuple(1 / s for s in view.step)
     return _sample(values, centre, inverse, view.shape, nearest=False, padding="border")
+
+
+def relative_depth(mask: Tensor, spacing_mm: tuple[float, ...]) -> Tensor:
+    """Distance to the mask's border over the largest such distance: 0 at the border, 1 at the deepest point.
+
+    Args:
+        mask: ``(B, 1, *S)``.
+        spacing_mm: of the axes in ``*S``.
+
+    Returns:
+        ``(B, 1, *S)``, 0 outside the mask.
+    """
+    depths = [distance_transform_edt(m.numpy() > 0, sampling=spacing_mm) for m in mask[:, 0].cpu()]
+    relative = np.stack([depth / max(float(depth.max()), 1e-9) for depth in depths])
+    return torch.from_numpy(relative)[:, None].to(mask)
 
 
 def inputs(image: Tensor, mask: Tensor, grid_mm: float) -> Tensor:
