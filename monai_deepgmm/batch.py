@@ -23,12 +23,15 @@ from typing import Any
 
 import torch
 
-from monai_deepgmm import files, outputs, scan, selftaught
-from monai_deepgmm.config import Config
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.outputs import Row
-from monai_deepgmm.segment import segment
-from monai_deepgmm.study import Cohort, Problem, Study
+from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.images import loading as scan
+from monai_deepgmm.methods.config import Config
+from monai_deepgmm.patients.study import Cohort, Problem, Study
+from monai_deepgmm.results import outputs
+from monai_deepgmm.results.outputs import Row
+from monai_deepgmm.results.segment import segment
+from monai_deepgmm.training import self_training as selftaught
 
 OK, SOME_FAILED, USAGE, ALL_FAILED, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 4, 130
 

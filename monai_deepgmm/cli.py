@@ -17,11 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from monai_deepgmm import cohort as cohorts
-from monai_deepgmm import layout as layouts
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.study import Cohort, Study
+from monai_deepgmm.patients import discovery as cohorts
+from monai_deepgmm.patients import layout as layouts
+from monai_deepgmm.patients.study import Cohort, Study
 
 logger = logging.getLogger("monai_deepgmm")
 
@@ -104,7 +104,7 @@ def segment(arguments: argparse.Namespace) -> int:
 
 def train(arguments: argparse.Namespace) -> int:
     """Trains a network on a cohort without labels."""
-    from monai_deepgmm import bundled
+    from monai_deepgmm.training import bundle as bundled
 
     found = _find(arguments)  # before torch and MONAI are asked for anything: most mistakes are here
     _refuse_inside(arguments.model_dir, arguments.directory)
@@ -133,8 +133,8 @@ def _refuse_inside(target: Path, source: Path) -> None:
 
 def means(arguments: argparse.Namespace) -> int:
     """Writes μ_data from labelled patients."""
-    from monai_deepgmm import files
-    from monai_deepgmm import means as mu_data
+    from monai_deepgmm.images import atomic_files as files
+    from monai_deepgmm.training import class_means as mu_data
 
     protocol = protocols.load(arguments.protocol)
     found = _find(arguments)
@@ -150,7 +150,7 @@ def means(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Compares results with truth."""
-    from monai_deepgmm import evaluate as agreement
+    from monai_deepgmm.results import evaluate as agreement
 
     if not arguments.out.is_dir():
         raise UsageError(f"OUT: there is no folder {arguments.out}; give the folder that deepgmm segment wrote to")
@@ -164,8 +164,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """Builds the pages and tables again."""
-    from monai_deepgmm import outputs
-    from monai_deepgmm import report as pages
+    from monai_deepgmm.results import outputs
+    from monai_deepgmm.results import report as pages
 
     if not arguments.out.is_dir():
         raise UsageError(f"OUT: there is no folder {arguments.out}")
@@ -177,8 +177,8 @@ def report(arguments: argparse.Namespace) -> int:
 
 def phantom(arguments: argparse.Namespace) -> int:
     """Writes synthetic patients."""
-    from monai_deepgmm import phantom as infarcts
-    from monai_deepgmm import phantom_brain as brains
+    from monai_deepgmm.phantom import brain as brains
+    from monai_deepgmm.phantom import heart as infarcts
 
     if arguments.number < 1:
         raise UsageError(f"-n: got {arguments.number}, expected at least 1")
@@ -196,7 +196,7 @@ def phantom(arguments: argparse.Namespace) -> int:
 def _phantom_settings(given: Sequence[str], kind: type[Any]) -> dict[str, Any]:
     if not given:
         return {}  # without the wait for torch, which the module of settings needs
-    from monai_deepgmm import config
+    from monai_deepgmm.methods import config
 
     return config.chosen(given, [f.name for f in dataclasses.fields(kind)])
 
@@ -281,7 +281,7 @@ def _add_scan(commands: Any) -> None:
 
 
 def _add_segment(commands: Any) -> None:
-    from monai_deepgmm.config import METHODS
+    from monai_deepgmm.methods.config import METHODS
 
     made = _command(commands, segment, "segment every patient in DIR into OUT")
     _add_cohort(made)
@@ -383,7 +383,7 @@ def _find(arguments: argparse.Namespace) -> Cohort:
 
 
 def _config(arguments: argparse.Namespace) -> Any:
-    from monai_deepgmm import config
+    from monai_deepgmm.methods import config
 
     return config.build(
         protocol=arguments.protocol,

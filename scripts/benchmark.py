@@ -90,7 +90,9 @@ def make_head(folder: Path, size: Size) -> None:
     import numpy as np
     import torch
 
-    from monai_deepgmm import phantom_brain, protocol, tissues
+    from monai_deepgmm import protocol
+    from monai_deepgmm.methods import naming as tissues
+    from monai_deepgmm.phantom import brain as phantom_brain
 
     brains = phantom_brain.BrainConfig(shape=size.head, spacing_mm=size.head_mm, shading=0.35)
     phantom_brain.write_cohort(folder / "heads", 1, seed=0, config=brains)
@@ -109,7 +111,7 @@ def make_head(folder: Path, size: Size) -> None:
 
 def make_hearts(folder: Path, size: Size) -> None:
     """A cohort as ``deepgmm phantom`` makes it."""
-    from monai_deepgmm import phantom
+    from monai_deepgmm.phantom import heart as phantom
 
     phantom.write_cohort(folder, size.patients, seed=0)
 
@@ -118,7 +120,11 @@ def make_slices(folder: Path, size: Size) -> None:
     """Slices of 160×160 voxels, normalised, in double precision as ``deepgmm segment`` has them."""
     import numpy as np
 
-    from monai_deepgmm import cohort, phantom, protocol, scan, transforms
+    from monai_deepgmm import protocol
+    from monai_deepgmm.images import cropping as transforms
+    from monai_deepgmm.images import loading as scan
+    from monai_deepgmm.patients import discovery as cohort
+    from monai_deepgmm.phantom import heart as phantom
 
     wanted = protocol.load("infarct")
     hearts = phantom.PhantomConfig(
@@ -141,7 +147,7 @@ def head(sequences: int, degree: int) -> Callable[[Path], Work]:
     """Partial volume on the head, with so many sequences and a bias field of such a degree, or 0 for none."""
 
     def load(folder: Path) -> Work:
-        from monai_deepgmm import pvgmm
+        from monai_deepgmm.mixture import partial_volume as pvgmm
 
         # A copy, so that the sequences that are left out are not held.
         image, mask = tensor(folder / "image.npy")[:, :sequences].clone(), tensor(folder / "mask.npy")
@@ -165,7 +171,9 @@ def segmented(protocol: str, folders: str) -> Callable[[Path], Work]:
     """The default method, from files to labels; the seconds are those of all patients."""
 
     def load(folder: Path) -> Work:
-        from monai_deepgmm import cohort, config, segment
+        from monai_deepgmm.methods import config
+        from monai_deepgmm.patients import discovery as cohort
+        from monai_deepgmm.results import segment
 
         settings = config.build(protocol=protocol)
         patients = cohort.find(folder / folders, settings.protocol).studies
@@ -181,7 +189,10 @@ def segmented(protocol: str, folders: str) -> Callable[[Path], Work]:
 
 def processed(folder: Path) -> Work:
     """The same for hearts, and then all that ``deepgmm segment`` writes: labels, sidecars, tables and pages."""
-    from monai_deepgmm import batch, cohort, config, nifti
+    from monai_deepgmm import batch
+    from monai_deepgmm.images import nifti
+    from monai_deepgmm.methods import config
+    from monai_deepgmm.patients import discovery as cohort
 
     settings = config.build(protocol="infarct")
     patients = cohort.find(folder, settings.protocol)
@@ -208,7 +219,7 @@ def ours(covariance: str, *, spatial: bool = False) -> Callable[[Path], Work]:
     def load(folder: Path) -> Work:
         import torch
 
-        from monai_deepgmm import em
+        from monai_deepgmm.mixture import em
 
         image, mask = tensor(folder / "image.npy"), tensor(folder / "mask.npy")
 
@@ -263,7 +274,12 @@ def of_slices(mask: Any, shape: Sequence[int], iterations: Sequence[int], nll: S
 
 def network(folder: Path) -> Work:
     """A patient's way through a trained network: view, U-Net, back, mixture and labels."""
-    from monai_deepgmm import model, networks, protocol, spec, view
+    from monai_deepgmm import protocol
+    from monai_deepgmm.images import resampling as view
+    from monai_deepgmm.methods import trained_network as model
+    from monai_deepgmm.networks import UNet
+    from monai_deepgmm.networks import model_spec as spec
+    from monai_deepgmm.networks import registry as networks
 
     wanted = protocol.load("infarct")
     image, mask, spacing_mm = *of_patient(folder), (SLICE_MM, SLICE_MM)
@@ -282,7 +298,7 @@ def network(folder: Path) -> Work:
         spatial=True,
         covariance="tied",
     )
-    unet = networks.fresh(lambda: networks.UNet(2, trained.channels, len(tissues)), 0).eval()
+    unet = networks.fresh(lambda: UNet(2, trained.channels, len(tissues)), 0).eval()
 
     def work() -> Facts:
         fit = model.fit(unet, trained, image, mask, spacing_mm=spacing_mm)
@@ -295,13 +311,15 @@ def forward(folder: Path) -> Work:
     """The U-Net alone, slice by slice on what it would be given."""
     import torch
 
-    from monai_deepgmm import networks, view
+    from monai_deepgmm.images import resampling as view
+    from monai_deepgmm.networks import UNet
+    from monai_deepgmm.networks import registry as networks
 
     image, mask = of_patient(folder)
     seen = view.around(mask, (SLICE_MM, SLICE_MM), GRID_MM)
     inside = view.look(mask.float(), seen, nearest=True)
     given = view.inputs(view.look(image.float(), seen), inside, GRID_MM)
-    unet = networks.fresh(lambda: networks.UNet(2, given.shape[1], COMPONENTS), 0).eval()
+    unet = networks.fresh(lambda: UNet(2, given.shape[1], COMPONENTS), 0).eval()
 
     def work() -> Facts:
         with torch.no_grad():
@@ -330,15 +348,16 @@ def shown(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-_EM, _SKLEARN = ("numpy", "monai_deepgmm.em"), ("numpy", "sklearn.mixture")
-_SEGMENT = ("monai_deepgmm.cohort", "monai_deepgmm.segment")
-_UNET = ("numpy", "monai_deepgmm.model", "monai_deepgmm.networks")
+_PARTIAL_VOLUME = ("numpy", "monai_deepgmm.mixture.partial_volume")
+_EM, _SKLEARN = ("numpy", "monai_deepgmm.mixture.em"), ("numpy", "sklearn.mixture")
+_SEGMENT = ("monai_deepgmm.patients.discovery", "monai_deepgmm.results.segment")
+_UNET = ("numpy", "monai_deepgmm.methods.trained_network", "monai_deepgmm.networks.registry")
 #: Row → its sides.
 ROWS: Mapping[str, Mapping[str, Side]] = {
     "head": {
-        "pvgmm, 3 sequences": Side("head", ("numpy", "monai_deepgmm.pvgmm"), head(3, 2), "pvgmm, degree=0"),
-        "pvgmm, degree=0": Side("head", ("numpy", "monai_deepgmm.pvgmm"), head(3, 0)),
-        "pvgmm, T1": Side("head", ("numpy", "monai_deepgmm.pvgmm"), head(1, 2), "pvgmm, 3 sequences"),
+        "pvgmm, 3 sequences": Side("head", _PARTIAL_VOLUME, head(3, 2), "pvgmm, degree=0"),
+        "pvgmm, degree=0": Side("head", _PARTIAL_VOLUME, head(3, 0)),
+        "pvgmm, T1": Side("head", _PARTIAL_VOLUME, head(1, 2), "pvgmm, 3 sequences"),
     },
     "patient": {"segment, a head": Side("head", _SEGMENT, segmented("brain", "heads"))},
     "em-diag": {

@@ -4,7 +4,7 @@
 Segments phantom patients with the default method, divides what the true volume of each tissue has more than the found
 one by the estimated standard deviation, and prints the factor that makes 90 % intervals hold 90 % of the truths, on one
 half of the patients, with what they then hold on the other half. The factor in use is
-``monai_deepgmm.uncertainty.CALIBRATION``.
+``monai_deepgmm.results.uncertainty.CALIBRATION``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from monai_deepgmm import cohort, config, phantom
-from monai_deepgmm.segment import segment
-from monai_deepgmm.uncertainty import CALIBRATION, LEVEL, QUANTILE
+from monai_deepgmm.methods import config
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.phantom import heart as phantom
+from monai_deepgmm.results.segment import segment
+from monai_deepgmm.results.uncertainty import CALIBRATION, LEVEL, QUANTILE
 
 NAMES = ("blood", "myocardium", "edema", "scar")
 

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.mixture import GaussianMixture
 
-from monai_deepgmm.metrics import confusion, matched_dice
-from monai_deepgmm.phantom import SEQUENCES, PhantomConfig, PhantomPatient, make_patient
+from monai_deepgmm.phantom.heart import SEQUENCES, PhantomConfig, PhantomPatient, make_patient
+from monai_deepgmm.results.metrics import confusion, matched_dice
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -144,7 +144,7 @@ def em_labels(voxels: Floats, _: Labels) -> Labels:
     """The same by the package's own EM."""
     import torch
 
-    from monai_deepgmm import em
+    from monai_deepgmm.mixture import em
 
     torch.set_num_threads(1)
     image, mask = torch.from_numpy(voxels.T.copy())[None], torch.ones(1, 1, len(voxels), dtype=torch.float64)

@@ -35,10 +35,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from monai_deepgmm import cohort, files, metrics, nifti, protocol, scan, truth
-from monai_deepgmm.cohort import Cohort, Study
+from monai_deepgmm import protocol
 from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.images import labels as truth
+from monai_deepgmm.images import loading as scan
+from monai_deepgmm.images import nifti
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.patients.discovery import Cohort, Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.results import metrics
 
 Labels = npt.NDArray[np.integer[Any]]
 #: One patient's files → labels (X, Y, Z), the tissues' indices inside the mask.
@@ -65,7 +71,8 @@ def deepgmm(words: str) -> Segment:
     Raises:
         UsageError: one of them is unknown.
     """
-    from monai_deepgmm import batch, config
+    from monai_deepgmm import batch
+    from monai_deepgmm.methods import config
 
     given = [word for word in words.split(",") if word]
     named = [word for word in given if "=" not in word]

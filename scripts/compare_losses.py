@@ -25,9 +25,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from monai_deepgmm import cli, config, files, metrics, protocol, segment, truth
-from monai_deepgmm.cohort import find
-from monai_deepgmm.study import Study
+from monai_deepgmm import cli, protocol
+from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.images import labels as truth
+from monai_deepgmm.methods import config
+from monai_deepgmm.patients.discovery import find
+from monai_deepgmm.patients.study import Study
+from monai_deepgmm.results import metrics, segment
 
 
 class Experiment(NamedTuple):

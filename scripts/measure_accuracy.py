@@ -18,9 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from monai_deepgmm import metrics, nifti, protocol, truth
-from monai_deepgmm.cohort import Cohort, Study, find
+from monai_deepgmm import protocol
 from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.images import labels as truth
+from monai_deepgmm.images import nifti
+from monai_deepgmm.patients.discovery import Cohort, Study, find
+from monai_deepgmm.results import metrics
 
 Labels = npt.NDArray[np.int64]
 Values = npt.NDArray[np.floating[Any]]

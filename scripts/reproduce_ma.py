@@ -35,11 +35,14 @@ from numpy.typing import NDArray
 from reproduce_paper import Ledger, Stage, StageError, as_json, clock, interrupt, machine, run, run_apart
 from scipy import ndimage
 
-from monai_deepgmm import cli, files, metrics, nifti, protocol
+from monai_deepgmm import cli, protocol
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.phantom import write_nifti
-from monai_deepgmm.spec import WEIGHTS
-from monai_deepgmm.volume import Volume
+from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.images import nifti
+from monai_deepgmm.images.volume import Volume
+from monai_deepgmm.networks.model_spec import WEIGHTS
+from monai_deepgmm.phantom.heart import write_nifti
+from monai_deepgmm.results import metrics
 
 Labels = NDArray[np.int64]
 
@@ -102,7 +105,7 @@ ORDER3 = ("CSF", "GM", "WM")
 #: What a network is called in the paper, and the class whose filters can be chosen.
 KNOWN: Mapping[str, tuple[str, str]] = {
     "unet": ("U-Net", "monai_deepgmm.networks.UNet"),
-    "modifiedunet": ("Our method", "monai_deepgmm.modified_unet.ModifiedUNet"),
+    "modifiedunet": ("Our method", "monai_deepgmm.networks.ModifiedUNet"),
     "basicunetplusplus": ("U-Net++", ""),
     "unetr": ("ViT", ""),
 }

@@ -36,11 +36,17 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from monai_deepgmm import cli, cohort, files, metrics, mosaic, nifti, protocol, scan, truth
+from monai_deepgmm import cli, protocol
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.provenance import versions
-from monai_deepgmm.spec import WEIGHTS
-from monai_deepgmm.study import Cohort
+from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.images import labels as truth
+from monai_deepgmm.images import loading as scan
+from monai_deepgmm.images import nifti
+from monai_deepgmm.networks.model_spec import WEIGHTS
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.patients.study import Cohort
+from monai_deepgmm.results import metrics, mosaic
+from monai_deepgmm.results.provenance import versions
 
 TISSUES = ("blood", "myocardium", "edema", "scar")
 COLUMNS = (*TISSUES, "mean")

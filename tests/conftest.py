@@ -76,7 +76,7 @@ def make_patient() -> MakePatient:
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run without the mosaic, which takes most of a tiny patient's time."""
-    monkeypatch.setattr("monai_deepgmm.report.preview", lambda segmentation: b"no picture")
+    monkeypatch.setattr("monai_deepgmm.results.report.preview", lambda segmentation: b"no picture")
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from monai_deepgmm import anatomy, protocol
-from monai_deepgmm.anatomy import ANGLES, MAX_STEP, Ring, ring, smoothest
+from monai_deepgmm import protocol
+from monai_deepgmm.methods import endocardium as anatomy
+from monai_deepgmm.methods.endocardium import ANGLES, MAX_STEP, Ring, ring, smoothest
 from monai_deepgmm.protocol import Anatomy
 
 SEQUENCES = ("LGE", "T2", "bSSFP")

@@ -19,8 +19,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from monai_deepgmm import batch, cli, cohort, config, files, outputs, protocol, segment
+from monai_deepgmm import batch, cli, protocol
 from monai_deepgmm.cli import main
+from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.methods import config
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.results import outputs, segment
 
 PATIENTS = [f"pat{number}" for number in range(1, 8)]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from monai_deepgmm import bias, em
-from monai_deepgmm.mixture import COVARIANCES, Mixture, m_step
+from monai_deepgmm.mixture import bias_field as bias
+from monai_deepgmm.mixture import em
+from monai_deepgmm.mixture.gaussian import COVARIANCES, Mixture, m_step
 
 each_covariance = pytest.mark.parametrize("covariance", COVARIANCES)
 each_shape = pytest.mark.parametrize("shape", [(40, 36), (18, 16, 12)], ids=["2d", "3d"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from monai_deepgmm.boxes import cut, enclosing, paste
+from monai_deepgmm.mixture.bounding_box import cut, enclosing, paste
 
 MARGIN, MULTIPLE = 4, 16
 

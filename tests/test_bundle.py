@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from monai.bundle import ConfigParser, create_workflow, verify_net_in_out
 
-from monai_deepgmm import config, n4, phantom
 from monai_deepgmm.cli import main, parser
+from monai_deepgmm.images import n4
+from monai_deepgmm.methods import config
+from monai_deepgmm.phantom import heart as phantom
 
 CONFIGS = Path(__file__).parent.parent / "bundle" / "configs"
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from monai_deepgmm import layout, protocol
-from monai_deepgmm.cohort import Cohort, Study, find
+from monai_deepgmm import protocol
 from monai_deepgmm.errors import CODES, UsageError
+from monai_deepgmm.patients import layout
+from monai_deepgmm.patients.discovery import Cohort, Study, find
 
 INFARCT = protocol.load("infarct")
 BRAIN = protocol.load("brain")

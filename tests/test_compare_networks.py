@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from monai_deepgmm import networks
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.losses import MixtureNLL
+from monai_deepgmm.networks import registry as networks
+from monai_deepgmm.networks.nll_loss import MixtureNLL
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "compare_networks"
 TINY = {

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from monai_deepgmm import config, mapem, protocol, pvgmm
-from monai_deepgmm.config import Config, Means, Solver, build, default_method, solver
+from monai_deepgmm import protocol
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.methods import config
+from monai_deepgmm.methods.config import Config, Means, Solver, build, default_method, solver
+from monai_deepgmm.mixture import map_em as mapem
+from monai_deepgmm.mixture import partial_volume as pvgmm
 
 INFARCT, BRAIN = protocol.load("infarct"), protocol.load("brain")
 

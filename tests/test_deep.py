@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm import deep, em
-from monai_deepgmm.boxes import cut, enclosing, paste
-from monai_deepgmm.losses import MeanPrior
-from monai_deepgmm.mixture import e_step, m_step, nll
+from monai_deepgmm.mixture import em
+from monai_deepgmm.mixture.bounding_box import cut, enclosing, paste
+from monai_deepgmm.mixture.gaussian import e_step, m_step, nll
+from monai_deepgmm.networks import descent as deep
+from monai_deepgmm.networks.nll_loss import MeanPrior
 
 K, M = 3, 2
 CENTRES = torch.tensor([[-1.2, 0.0], [0.0, 1.3], [1.2, -0.6]], dtype=torch.float64)

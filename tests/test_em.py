@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from monai_deepgmm import em
-from monai_deepgmm.mixture import COVARIANCES, m_step, nll
+from monai_deepgmm.mixture import em
+from monai_deepgmm.mixture.gaussian import COVARIANCES, m_step, nll
 
 K, M = 3, 2
 SHAPES = [(20, 21), (6, 7, 10)]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from monai_deepgmm import protocol
-from monai_deepgmm.cohort import Cohort, Problem, Study
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.evaluate import MEASURES, as_json, evaluate, summary, write
+from monai_deepgmm.patients.discovery import Cohort, Problem, Study
+from monai_deepgmm.results.evaluate import MEASURES, as_json, evaluate, summary, write
 
 INFARCT = protocol.load("infarct")
 ALL = ("LGE", "T2", "bSSFP")

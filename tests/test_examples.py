@@ -12,10 +12,15 @@ import pytest
 import torch
 from monai.data import DataLoader
 
-from monai_deepgmm import anatomical, cohort, examples, phantom, protocol, transforms
-from monai_deepgmm.examples import Examples, RandDropd, augmentation, normalised, prepare_batch
-from monai_deepgmm.scan import Scan
-from monai_deepgmm.transforms import Units
+from monai_deepgmm import protocol
+from monai_deepgmm.images import cropping as transforms
+from monai_deepgmm.images.cropping import Units
+from monai_deepgmm.images.loading import Scan
+from monai_deepgmm.methods import anatomy as anatomical
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.phantom import heart as phantom
+from monai_deepgmm.training import dataset as examples
+from monai_deepgmm.training.dataset import Examples, RandDropd, augmentation, normalised, prepare_batch
 
 INFARCT = protocol.load("infarct")
 NEEDED = 40  # ten voxels for each of four tissues
@@ -198,7 +203,7 @@ def test_the_grid_is_the_one_asked_for(patients, made):
 
 
 def test_cohort_means_are_the_means_where_each_tissue_is_expected(patients):
-    from monai_deepgmm.tissues import signature_map
+    from monai_deepgmm.methods.naming import signature_map
 
     rows = []
     for p in patients:

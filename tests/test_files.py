@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from monai_deepgmm import files
 from monai_deepgmm.errors import StudyError
+from monai_deepgmm.images import atomic_files as files
 
 
 def parts(folder: Path) -> list[str]:

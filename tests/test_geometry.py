@@ -8,8 +8,12 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from monai_deepgmm import nifti, protocol, scan, tissues, transforms
-from monai_deepgmm.study import Study
+from monai_deepgmm import protocol
+from monai_deepgmm.images import cropping as transforms
+from monai_deepgmm.images import loading as scan
+from monai_deepgmm.images import nifti
+from monai_deepgmm.methods import naming as tissues
+from monai_deepgmm.patients.study import Study
 
 INFARCT = protocol.load("infarct")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from monai_deepgmm import bias
-from monai_deepgmm.gmm_loss import (
+from monai_deepgmm.mixture import bias_field as bias
+from monai_deepgmm.mixture.gaussian import COVARIANCES, Mixture, e_step, m_step, nll
+from monai_deepgmm.networks.gmm_loss import (
     IGNORE,
     REDUCTIONS,
     GMMLoss,
@@ -20,8 +21,7 @@ from monai_deepgmm.gmm_loss import (
     shaded,
     total_variation,
 )
-from monai_deepgmm.losses import MeanPrior, Staged
-from monai_deepgmm.mixture import COVARIANCES, Mixture, e_step, m_step, nll
+from monai_deepgmm.networks.nll_loss import MeanPrior, Staged
 
 K, M = 3, 2
 

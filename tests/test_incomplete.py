@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from monai_deepgmm import cohort, config, examples, model, protocol, segment, solvers, spec
+from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.mixture import m_step
-from monai_deepgmm.spec import SPEC
-from monai_deepgmm.training import plan, prepare
+from monai_deepgmm.methods import config
+from monai_deepgmm.methods import registry as solvers
+from monai_deepgmm.methods import trained_network as model
+from monai_deepgmm.mixture.gaussian import m_step
+from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.networks.model_spec import SPEC
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.results import segment
+from monai_deepgmm.training import dataset as examples
+from monai_deepgmm.training.prepare import plan, prepare
 
 INFARCT = protocol.load("infarct")
 TINY = "{_target_: monai_deepgmm.networks.UNet, filters: [4, 8]}"
@@ -61,7 +68,7 @@ def trained(patients, tmp_path_factory) -> Path:
 def results(unseen, trained, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("incomplete") / "results"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("monai_deepgmm.report.preview", lambda segmentation: b"no picture")
+        patched.setattr("monai_deepgmm.results.report.preview", lambda segmentation: b"no picture")
         assert main(["segment", str(unseen), str(out), "--model", str(trained), "--probabilities"]) == 0
     return out
 

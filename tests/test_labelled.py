@@ -11,13 +11,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from monai_deepgmm import cohort, examples, labelled, protocol, training
+from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.examples import Examples, augmentation, prepare_batch
-from monai_deepgmm.gmm_loss import IGNORE
-from monai_deepgmm.handlers import CHECKPOINT
-from monai_deepgmm.study import Problem, Study
+from monai_deepgmm.networks.gmm_loss import IGNORE
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.patients.study import Problem, Study
+from monai_deepgmm.training import dataset as examples
+from monai_deepgmm.training import label_split as labelled
+from monai_deepgmm.training import prepare as training
+from monai_deepgmm.training.dataset import Examples, augmentation, prepare_batch
+from monai_deepgmm.training.handlers import CHECKPOINT
 
 INFARCT = protocol.load("infarct")
 TINY = "{_target_: monai_deepgmm.networks.UNet, filters: [4, 8]}"

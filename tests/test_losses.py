@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm.losses import MeanPrior, MixtureNLL, Staged, StartCrossEntropy, Term, across_ranks
-from monai_deepgmm.mixture import VARIANCE_FLOOR, Mixture, m_step, nll
+from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture, m_step, nll
+from monai_deepgmm.networks.nll_loss import MeanPrior, MixtureNLL, Staged, StartCrossEntropy, Term, across_ranks
 
 K, M = 3, 2
 

@@ -10,11 +10,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from monai_deepgmm import mapem
-from monai_deepgmm.em import Fit
-from monai_deepgmm.mapem import Field, Prior, Shape, fit, standardised
-from monai_deepgmm.mixture import Mixture, e_step, m_step
-from monai_deepgmm.smoothing import smooth
+from monai_deepgmm.mixture import map_em as mapem
+from monai_deepgmm.mixture.em import Fit
+from monai_deepgmm.mixture.gaussian import Mixture, e_step, m_step
+from monai_deepgmm.mixture.map_em import Field, Prior, Shape, fit, standardised
+from monai_deepgmm.mixture.smoothing import smooth
 
 K, M = 3, 2
 DOUBLE = torch.float64

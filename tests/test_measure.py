@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from monai_deepgmm import protocol
-from monai_deepgmm.measure import measure, measure_slices
-from monai_deepgmm.segment import Segmentation
-from monai_deepgmm.volume import Volume
+from monai_deepgmm.images.volume import Volume
+from monai_deepgmm.results.measure import measure, measure_slices
+from monai_deepgmm.results.segment import Segmentation
 
 
 def segmentation(labels: np.ndarray, *, name: str = "infarct", sequences: tuple[str, ...] = (), **changes: Any):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import heart, save
 
-from monai_deepgmm import cohort, protocol
+from monai_deepgmm import protocol
+from monai_deepgmm.patients import discovery as cohort
 
 SHAPE = (48, 48, 2)
 INDEX = {500: 1, 200: 2, 1220: 3, 2221: 4}

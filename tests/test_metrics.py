@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from monai_deepgmm import metrics
+from monai_deepgmm.results import metrics
 
 INDICES = (1, 2, 3)
 

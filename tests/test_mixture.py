@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 from torch import Tensor
 
-from monai_deepgmm.mixture import (
+from monai_deepgmm.mixture.gaussian import (
     COVARIANCES,
     VARIANCE_FLOOR,
     Mixture,

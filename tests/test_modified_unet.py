@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from monai_deepgmm import networks
-from monai_deepgmm.losses import MixtureNLL
-from monai_deepgmm.modified_unet import ModifiedUNet
+from monai_deepgmm.networks import ModifiedUNet, UNet
+from monai_deepgmm.networks import registry as networks
+from monai_deepgmm.networks.nll_loss import MixtureNLL
 
 SMALL = (2, 4, 8, 16, 32)
 
@@ -115,7 +115,7 @@ def test_it_sees_further_than_a_plain_unet_with_as_many_levels():
         rows = torch.nonzero(image.grad.abs().sum((0, 1, 3)))
         return int(rows.max() - rows.min()) + 1
 
-    plain = networks.fresh(lambda: networks.UNet(2, 2, 3, filters=SMALL[:4]), 0)
+    plain = networks.fresh(lambda: UNet(2, 2, 3, filters=SMALL[:4]), 0)
     assert reach(plain) < reach(build(filters=SMALL[:4])) < reach(build())
 
 

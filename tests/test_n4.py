@@ -14,13 +14,17 @@ import torch
 from conftest import AFFINE, save
 from numpy.typing import NDArray
 
-from monai_deepgmm import model, n4, outputs, protocol, tissues
+from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
-from monai_deepgmm.config import build
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.segment import segment
-from monai_deepgmm.spec import SPEC, WEIGHTS, Spec
-from monai_deepgmm.study import Study
+from monai_deepgmm.images import n4
+from monai_deepgmm.methods import naming as tissues
+from monai_deepgmm.methods import trained_network as model
+from monai_deepgmm.methods.config import build
+from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS, Spec
+from monai_deepgmm.patients.study import Study
+from monai_deepgmm.results import outputs
+from monai_deepgmm.results.segment import segment
 
 Floats = NDArray[np.float64]
 

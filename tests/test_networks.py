@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from monai_deepgmm import networks
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.networks import registry as networks
 
 SIZES = {"in_channels": 2, "out_channels": 3}
 PRESETS = [

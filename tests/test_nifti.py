@@ -11,9 +11,10 @@ import pytest
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
-from monai_deepgmm import files, nifti
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.volume import Volume
+from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.images import nifti
+from monai_deepgmm.images.volume import Volume
 
 SECRET = b"Jane Doe"
 AFFINE = np.array([[-1.5, 0, 0, 20], [0, 1.25, 0, -30], [0, 0, 8, 5], [0, 0, 0, 1.0]])

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from conftest import AFFINE, heart, save
 
-from monai_deepgmm import files, outputs
 from monai_deepgmm.cli import main
-from monai_deepgmm.config import build
 from monai_deepgmm.errors import StudyError
+from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.methods.config import build
+from monai_deepgmm.results import outputs
 
 SECRET = b"Jane Doe"
 
@@ -390,7 +391,8 @@ def test_a_file_that_is_no_row_hides_nobody(cohort_dir, tmp_path):
 
 
 def test_the_fingerprint_depends_on_all_that_can_change_a_label(cohort_dir):
-    from monai_deepgmm import cohort, protocol
+    from monai_deepgmm import protocol
+    from monai_deepgmm.patients import discovery as cohort
 
     study = cohort.find(cohort_dir, protocol.load("infarct")).studies[0]
     base = outputs.fingerprint(study, build(), {"LGE": "a"})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.phantom import PhantomConfig, PhantomPatient, make_patient, write_cohort
+from monai_deepgmm.phantom.heart import PhantomConfig, PhantomPatient, make_patient, write_cohort
 
 CONFIG = PhantomConfig()
 

@@ -9,11 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from monai_deepgmm import cli, cohort, protocol
+from monai_deepgmm import cli, protocol
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.phantom import configured
-from monai_deepgmm.phantom_brain import BrainConfig, BrainPatient, make_patient, write_cohort
-from monai_deepgmm.phantom_brain_shapes import AVERAGE_MM, Part, Waves, draw, fractions
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.phantom.brain import BrainConfig, BrainPatient, make_patient, write_cohort
+from monai_deepgmm.phantom.brain_shapes import AVERAGE_MM, Part, Waves, draw, fractions
+from monai_deepgmm.phantom.heart import configured
 
 GM, WM, CSF = 1, 2, 3
 #: A whole brain on coarse voxels.

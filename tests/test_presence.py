@@ -10,12 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from monai_deepgmm import anatomical, anatomy, cohort, config, phantom, protocol, segment
-from monai_deepgmm.anatomy import ANGLES, Ring
-from monai_deepgmm.mapem import Field, Shape
-from monai_deepgmm.mixture import m_step
-from monai_deepgmm.presence import MIN_HEALTHY, UNKNOWN_SUPPORT, Region, believed, decide
+from monai_deepgmm import protocol
+from monai_deepgmm.methods import anatomy as anatomical
+from monai_deepgmm.methods import config
+from monai_deepgmm.methods import endocardium as anatomy
+from monai_deepgmm.methods.endocardium import ANGLES, Ring
+from monai_deepgmm.methods.region_filter import MIN_HEALTHY, UNKNOWN_SUPPORT, Region, believed, decide
+from monai_deepgmm.mixture.gaussian import m_step
+from monai_deepgmm.mixture.map_em import Field, Shape
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.phantom import heart as phantom
 from monai_deepgmm.protocol import Evidence, Tissue
+from monai_deepgmm.results import segment
 
 INFARCT = protocol.load("infarct")
 SEQUENCES = INFARCT.sequences

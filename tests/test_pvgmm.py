@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from monai_deepgmm import bias, pvgmm
-from monai_deepgmm.em import Fit
-from monai_deepgmm.mixture import Mixture
-from monai_deepgmm.pvgmm import NODES, PATCH_MM, Model, fit, mixing, nodes, worth
+from monai_deepgmm.mixture import bias_field as bias
+from monai_deepgmm.mixture import partial_volume as pvgmm
+from monai_deepgmm.mixture.em import Fit
+from monai_deepgmm.mixture.gaussian import Mixture
+from monai_deepgmm.mixture.partial_volume import NODES, PATCH_MM, Model, fit, mixing, nodes, worth
 
 BORDERS = ((0, 1), (1, 2))
 MEANS = torch.tensor([[1.0, 2.4, 2.0], [2.0, 3.4, 3.0], [3.5, 1.0, 1.5]])

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from monai_deepgmm import measure, mosaic, protocol, report
+from monai_deepgmm import protocol
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.segment import Segmentation
-from monai_deepgmm.volume import Volume
+from monai_deepgmm.images.volume import Volume
+from monai_deepgmm.results import measure, mosaic, report
+from monai_deepgmm.results.segment import Segmentation
 
 HOSTILE = "<script>alert('owned')</script>\"&"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

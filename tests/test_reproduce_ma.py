@@ -12,10 +12,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from monai_deepgmm import cohort, nifti, protocol, transforms
+from monai_deepgmm import protocol
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.phantom import configured
-from monai_deepgmm.phantom_brain import BrainConfig, write_cohort
+from monai_deepgmm.images import cropping as transforms
+from monai_deepgmm.images import nifti
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.phantom.brain import BrainConfig, write_cohort
+from monai_deepgmm.phantom.heart import configured
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TINY = {"naming": "ibsr", "shape": [32, 20, 34], "spacing_mm": [1.88, 3.0, 1.88], "shading": 0.2}

@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 from monai.bundle import create_workflow
 
-from monai_deepgmm import bundled, cohort, config, protocol, segment, solvers, spec, training
+from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.handlers import CHECKPOINT, Clip
-from monai_deepgmm.spec import WEIGHTS
+from monai_deepgmm.methods import config
+from monai_deepgmm.methods import registry as solvers
+from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.networks.model_spec import WEIGHTS
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.results import segment
+from monai_deepgmm.training import bundle as bundled
+from monai_deepgmm.training import prepare as training
+from monai_deepgmm.training.handlers import CHECKPOINT, Clip
 
 INFARCT = protocol.load("infarct")
 TINY = {"_target_": "monai_deepgmm.networks.UNet", "filters": [4, 8]}

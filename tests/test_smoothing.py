@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from monai_deepgmm.smoothing import TRUNCATE, smooth
+from monai_deepgmm.mixture.smoothing import TRUNCATE, smooth
 
 SHAPES = [((17, 23), (1.0, 1.0)), ((17, 23), (0.7, 1.9)), ((9, 12, 7), (1.2, 0.8, 3.0))]
 each_shape = pytest.mark.parametrize(("shape", "spacing_mm"), SHAPES, ids=["2d", "anisotropic", "3d"])

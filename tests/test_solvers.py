@@ -12,13 +12,17 @@ import torch
 from conftest import heart, save
 from torch import Tensor
 
-from monai_deepgmm import bias, em, protocol, pvgmm, solvers
+from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
-from monai_deepgmm.config import DEFAULT_DEGREE, build
-from monai_deepgmm.em import Fit
-from monai_deepgmm.mixture import Mixture
-from monai_deepgmm.segment import _about_field
-from monai_deepgmm.solvers import Images
+from monai_deepgmm.methods import registry as solvers
+from monai_deepgmm.methods.config import DEFAULT_DEGREE, build
+from monai_deepgmm.methods.registry import Images
+from monai_deepgmm.mixture import bias_field as bias
+from monai_deepgmm.mixture import em
+from monai_deepgmm.mixture import partial_volume as pvgmm
+from monai_deepgmm.mixture.em import Fit
+from monai_deepgmm.mixture.gaussian import Mixture
+from monai_deepgmm.results.segment import _about_field
 
 BRAIN = protocol.load("brain")
 SIDES = (30, 28, 6)

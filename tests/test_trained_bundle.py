@@ -15,11 +15,18 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ckpt_export, create_workflow, load, verify_net_in_out
 
-from monai_deepgmm import cli, cohort, config, model, phantom, protocol, segment, spec, training
-from monai_deepgmm.bundled import CONFIGS
+from monai_deepgmm import cli, protocol
 from monai_deepgmm.cli import main
-from monai_deepgmm.handlers import read_history
-from monai_deepgmm.spec import WEIGHTS
+from monai_deepgmm.methods import config
+from monai_deepgmm.methods import trained_network as model
+from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.networks.model_spec import WEIGHTS
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.phantom import heart as phantom
+from monai_deepgmm.results import segment
+from monai_deepgmm.training import prepare as training
+from monai_deepgmm.training.bundle import CONFIGS
+from monai_deepgmm.training.handlers import read_history
 
 SHIPPED = Path(__file__).parent.parent / "bundle" / "configs"
 INFARCT = protocol.load("infarct")

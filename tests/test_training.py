@@ -19,16 +19,23 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from monai_deepgmm import cohort, examples, files, handlers, model, protocol, spec, training
-from monai_deepgmm.bundled import curves
+from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.examples import Examples
-from monai_deepgmm.gmm_loss import GMMLoss, TotalLoss
-from monai_deepgmm.handlers import CHECKPOINT, HISTORY, Checkpoint, Clip, Epochs, read_checkpoint, read_history
-from monai_deepgmm.losses import MeanPrior, MixtureNLL, Staged
-from monai_deepgmm.spec import WEIGHTS
-from monai_deepgmm.training import ALPHA, BETA, GAMMA, Settings, plan, prepare
+from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.methods import trained_network as model
+from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.networks.gmm_loss import GMMLoss, TotalLoss
+from monai_deepgmm.networks.model_spec import WEIGHTS
+from monai_deepgmm.networks.nll_loss import MeanPrior, MixtureNLL, Staged
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.training import dataset as examples
+from monai_deepgmm.training import handlers
+from monai_deepgmm.training import prepare as training
+from monai_deepgmm.training.bundle import curves
+from monai_deepgmm.training.dataset import Examples
+from monai_deepgmm.training.handlers import CHECKPOINT, HISTORY, Checkpoint, Clip, Epochs, read_checkpoint, read_history
+from monai_deepgmm.training.prepare import ALPHA, BETA, GAMMA, Settings, plan, prepare
 
 INFARCT = protocol.load("infarct")
 TINY = "{_target_: monai_deepgmm.networks.UNet, filters: [4, 8]}"

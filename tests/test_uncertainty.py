@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from conftest import AFFINE, heart, save
 
-from monai_deepgmm import cohort, config, measure, protocol, uncertainty
-from monai_deepgmm import segment as room
+from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
-from monai_deepgmm.uncertainty import Interval, entropy, intervals, perturbed
+from monai_deepgmm.methods import config
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.results import measure, uncertainty
+from monai_deepgmm.results import segment as room
+from monai_deepgmm.results.uncertainty import Interval, entropy, intervals, perturbed
 
 INFARCT = protocol.load("infarct")
 TISSUES = [t.name for t in INFARCT.tissues]

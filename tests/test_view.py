@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from monai_deepgmm import view
-from monai_deepgmm.spec import CONTEXT
+from monai_deepgmm.images import resampling as view
+from monai_deepgmm.networks.model_spec import CONTEXT
 
 
 def box(shape: tuple[int, ...], *sides: slice) -> Tensor:

@@ -14,14 +14,21 @@ from monai.bundle import create_workflow
 from monai.inferers import SimpleInferer
 from torch import nn
 
-from monai_deepgmm import cohort, examples, model, networks, phantom_brain, protocol, spec, training
+from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.examples import Examples, RandWindowd, augmentation, cropping
-from monai_deepgmm.handlers import Clip, read_history
-from monai_deepgmm.phantom_brain import BrainConfig
-from monai_deepgmm.spec import SPEC, WEIGHTS, Spec
-from monai_deepgmm.training import Settings, plan, prepare
+from monai_deepgmm.methods import trained_network as model
+from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.networks import registry as networks
+from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS, Spec
+from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.phantom import brain as phantom_brain
+from monai_deepgmm.phantom.brain import BrainConfig
+from monai_deepgmm.training import dataset as examples
+from monai_deepgmm.training import prepare as training
+from monai_deepgmm.training.dataset import Examples, RandWindowd, augmentation, cropping
+from monai_deepgmm.training.handlers import Clip, read_history
+from monai_deepgmm.training.prepare import Settings, plan, prepare
 
 BRAIN = protocol.load("brain")
 TINY = "{_target_: monai_deepgmm.networks.UNet, filters: [4, 8]}"

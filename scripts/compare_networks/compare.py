@@ -28,9 +28,12 @@ from typing import Any
 
 import torch
 
-from monai_deepgmm import cli, files, model, protocol, spec
-from monai_deepgmm.cohort import find
+from monai_deepgmm import cli, protocol
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.methods import trained_network as model
+from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.patients.discovery import find
 
 #: Those of this folder, by the name that stands in the table.
 OWN = {"trmfcn": "trmfcn.TRMFCN", "transunet": "transunet.TransUNet", "mtunet": "mtunet.MTUNet"}

@@ -1,0 +1,226 @@
+"""NIfTI ⇄ tensors: a scan cut into the images that a mixture is fitted to, normalised, and the exact way back.
+
+The two transforms are MONAI's kind (one dictionary in, one out), so that they stand in a bundle's ``Compose`` beside
+MONAI's own. Nothing is interpolated on the way, so masks come back bit by bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.transforms import Compose, Transform
+from numpy.typing import NDArray
+from torch import Tensor
+
+from monai_deepgmm.images import loading as scan
+from monai_deepgmm.images import n4
+from monai_deepgmm.images.loading import Scan
+from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
+from monai_deepgmm.protocol import Protocol
+
+#: Voxels kept around the mask where the crop would cut it.
+MARGIN = 2
+#: An axis is taken for the slice axis when its spacing is larger than the others' by this factor.
+SLICE_FACTOR = 1.5
+
+
+class Units(NamedTuple):
+    """The images of one patient: its slices, or its whole volume as a batch of one.
+
+    Attributes:
+        image: (B, M, *S) float64, z-scored as the protocol says; 0 where the crop leaves the scan.
+        mask: (B, 1, *S) float64, 1 inside.
+        spacing_mm: of the axes in ``*S``.
+        slices: the index of each image along the slice axis; empty for a volume.
+        slice_axis: the array axis of the scan along which slices are stacked.
+        corners: (B, 3) where each image's first voxel lies in the scan; may be negative.
+        scan_shape: (X, Y, Z).
+        zero: (B, M) what the scan's 0 has become: no signal, which a field that multiplies intensities leaves alone.
+    """
+
+    image: Tensor
+    mask: Tensor
+    spacing_mm: tuple[float, ...]
+    slices: tuple[int, ...]
+    slice_axis: int
+    corners: NDArray[np.int64]
+    scan_shape: tuple[int, int, int]
+    zero: Tensor
+
+    def cut(self, volume: NDArray[Any]) -> NDArray[Any]:
+        """Cuts any other array (X, Y, Z) on the scan's grid as the image was cut: (B, *S), 0 beyond the scan."""
+        size = np.array(self.image.shape[2:])
+        size = np.insert(size, self.slice_axis, 1) if self.slices else size
+        whole = torch.from_numpy(np.ascontiguousarray(volume))[None]
+        cut = torch.stack([_cut(whole, corner, size)[0] for corner in self.corners])
+        return (cut.squeeze(1 + self.slice_axis) if self.slices else cut).numpy()
+
+    def restore(self, values: Tensor) -> NDArray[np.float32]:
+        """Maps (B, C, *S) back to where they came from: (C, X, Y, Z) float32, 0 outside the mask."""
+        out = np.zeros((values.shape[1], *self.scan_shape), dtype=np.float32)
+        inside = (values * self.mask).to(torch.float32).cpu().numpy()
+        for image, corner in zip(inside, self.corners, strict=True):
+            if self.slices:
+                image = np.expand_dims(image, 1 + self.slice_axis)
+            here, there = _overlap(corner, image.shape[1:], self.scan_shape)
+            out[(slice(None), *there)] = image[(slice(None), *here)]
+        return out
+
+
+def slice_axis(spacing_mm: tuple[float, float, float]) -> int:
+    """The axis along which slices are stacked: the one with clearly the largest spacing, or else the last."""
+    order = np.argsort(spacing_mm, kind="stable")
+    clear = spacing_mm[order[2]] > SLICE_FACTOR * spacing_mm[order[1]]
+    return int(order[2]) if clear else 2
+
+
+def units(patient: Scan, protocol: Protocol) -> Units:
+    """Cuts a scan into the protocol's images, and z-scores each sequence of each image (S §4.3).
+
+    With a ``crop_mm``, each image is a square (cube) of that side around the middle of its mask, larger where the mask
+    needs it, and the z-score is taken over all of it; else the image is the mask's box and the z-score is taken over
+    the mask.
+
+    Args:
+        patient: the scan.
+        protocol: the unit and the crop.
+
+    Returns:
+        The units, in order along the slice axis.
+    """
+    spacing = patient.reference.spacing_mm
+    axis = slice_axis(spacing)
+    by_slice = protocol.unit == "slice"
+    stack = [axis] if by_slice else []
+    if by_slice:
+        found = np.flatnonzero(patient.mask.any(axis=tuple(i for i in range(3) if i != axis)))
+        boxes = [_box(np.moveaxis(patient.mask, axis, 0)[i], axis, int(i)) for i in found]
+    else:
+        found, boxes = np.array([], dtype=int), [_box(patient.mask, None, 0)]
+    size = _size(boxes, spacing, protocol.crop_mm, stack)
+    corners = np.array([(low + high - size) // 2 for low, high in boxes])
+    whole = torch.from_numpy(np.concatenate([patient.image, patient.mask[None], np.ones_like(patient.mask)[None]]))
+    cut = torch.stack([_cut(whole, corner, size) for corner in corners]).double()
+    cut = cut.squeeze(2 + axis) if by_slice else cut
+    image, mask, covered = cut[:, :-2], cut[:, -2:-1], cut[:, -1:]
+    image, zero = _zscore(image, mask if protocol.crop_mm is None else covered)
+    kept = tuple(s for i, s in enumerate(spacing) if i not in stack)
+    return Units(image * covered, mask, kept, tuple(int(i) for i in found), axis, corners, patient.mask.shape, zero)
+
+
+def _box(mask: NDArray[np.bool_], axis: int | None, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and one-past-last voxel (3,) of a mask in scan coordinates; ``axis`` is the one a 2-D mask lacks."""
+    where = np.argwhere(mask)
+    low, high = where.min(0), where.max(0) + 1
+    if axis is None:
+        return low, high
+    return np.insert(low, axis, index), np.insert(high, axis, index + 1)
+
+
+def _size(
+    boxes: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    spacing_mm: tuple[float, float, float],
+    crop_mm: float | None,
+    stack: list[int],
+) -> NDArray[np.int64]:
+    """The side of every image in voxels (3,): the crop's, but never less than the largest mask needs."""
+    needed = np.max([high - low for low, high in boxes], axis=0) + 2 * MARGIN
+    wanted = np.zeros(3, int) if crop_mm is None else np.rint(crop_mm / np.array(spacing_mm)).astype(int)
+    size: NDArray[np.int64] = np.maximum(needed, wanted)
+    size[stack] = 1
+    return size
+
+
+def _overlap(
+    corner: NDArray[np.int64], size: tuple[int, ...], shape: tuple[int, int, int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a crop and the scan overlap: slices into the crop, slices into the scan."""
+    low = np.maximum(corner, 0)
+    high = np.minimum(corner + np.array(size), shape)
+    here = tuple(slice(int(a - c), int(b - c)) for a, b, c in zip(low, high, corner, strict=True))
+    return here, tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+
+
+def _cut(whole: Tensor, corner: NDArray[np.int64], size: NDArray[np.int64]) -> Tensor:
+    """The crop (C, *size) of (C, X, Y, Z), 0 where it leaves the scan."""
+    shape = whole.shape[1], whole.shape[2], whole.shape[3]
+    here, there = _overlap(corner, tuple(size), shape)
+    out = whole.new_zeros((len(whole), *size.tolist()))
+    out[(slice(None), *here)] = whole[(slice(None), *there)]
+    return out
+
+
+def _zscore(image: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sequence of each image with mean 0 and deviation 1 over ``over`` (B, 1, *S); where its 0 is then (B, M)."""
+    axes = tuple(range(2, image.ndim))
+    count = over.sum(axes, keepdim=True).clamp_min(1)
+    mean = (image * over).sum(axes, keepdim=True) / count
+    centred = image - mean
+    deviation = ((centred.square() * over).sum(axes, keepdim=True) / count).sqrt()
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    return centred / deviation, (-mean / deviation).flatten(1)
+
+
+class LoadStudyd(Transform):
+    """Adds ``scan``: the sequences and mask of ``study``, loaded by key, checked, on the reference's grid.
+
+    Args:
+        protocol: which sequence is the reference, which are needed.
+        frame: which frame of a 4-D file, counted from 0.
+        max_voxels: a larger image is refused before it is read.
+    """
+
+    def __init__(self, protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS) -> None:
+        self.protocol, self.frame, self.max_voxels = protocol, frame, max_voxels
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``study`` → ``study``, ``scan``."""
+        loaded = scan.load(data["study"], self.protocol, frame=self.frame, max_voxels=self.max_voxels)
+        return {**data, "scan": loaded}
+
+
+class CropUnitsd(Transform):
+    """Adds ``units``, and their ``image`` (B, M, *S) and ``mask`` (B, 1, *S): the scan cropped and normalised.
+
+    Args:
+        protocol: the unit, the crop and the normalisation.
+    """
+
+    def __init__(self, protocol: Protocol) -> None:
+        self.protocol = protocol
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``scan`` → ``scan``, ``units``, ``image``, ``mask``."""
+        cut = units(data["scan"], self.protocol)
+        return {**data, "units": cut, "image": cut.image, "mask": cut.mask}
+
+
+class CorrectShadingd(Transform):
+    """Divides each sequence of ``scan`` by its bias field, and adds the ``fields`` (M, X, Y, Z), by N4."""
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``scan`` → ``scan``, ``fields``."""
+        patient: Scan = data["scan"]
+        spacing_mm = patient.reference.spacing_mm
+        fields = np.stack([n4.field(image, patient.mask, spacing_mm) for image in patient.image])
+        return {**data, "scan": dataclasses.replace(patient, image=patient.image / fields), "fields": fields}
+
+
+def preprocessing(
+    protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS, shaded: bool = False
+) -> Compose:
+    """What happens to every study, on the command line and in the bundle alike: load, check, mask, crop, normalise.
+
+    Args:
+        protocol: what to look for.
+        frame: which frame of a 4-D file, counted from 0.
+        max_voxels: a larger image is refused before it is read.
+        shaded: whether N4 takes the shading off.
+    """
+    steps: list[Transform] = [LoadStudyd(protocol, frame=frame, max_voxels=max_voxels)]
+    steps += [CorrectShadingd()] if shaded else []
+    return Compose([*steps, CropUnitsd(protocol)])

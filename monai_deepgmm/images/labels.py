@@ -1,0 +1,78 @@
+"""Manual labels as a protocol's tissues, on another volume's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from monai_deepgmm.errors import StudyError
+from monai_deepgmm.images import nifti
+from monai_deepgmm.patients.discovery import Study
+from monai_deepgmm.protocol import Protocol
+
+
+class Truth(NamedTuple):
+    """What a patient's truth says.
+
+    Attributes:
+        labels: (X, Y, Z) indices of tissues, 0 elsewhere.
+        warnings: each begins with its code.
+    """
+
+    labels: npt.NDArray[np.int64]
+    warnings: tuple[str, ...]
+
+
+def read(study: Study, protocol: Protocol, sequences: Sequence[str], *, like: nifti.Volume) -> Truth:
+    """Reads a patient's truth; tissues that the sequences cannot show join those that the protocol names.
+
+    Args:
+        study: whose truth, and what its values mean.
+        protocol: the tissues.
+        sequences: those that the labels are compared on.
+        like: the grid wanted; a truth on another one is resampled by nearest neighbour, with a warning.
+
+    Raises:
+        StudyError: ``E_TRUTH`` for no truth, values that are not whole or none that means a tissue; ``E_GRID`` for a
+            truth that does not overlap ``like``; and whatever ``nifti.read`` finds.
+    """
+    if study.truth is None:
+        why = "".join(f"; {p.code}: {p.message}" for p in study.problems)
+        raise StudyError("E_TRUTH", f"no truth was found{why}", "Add a truth file, or leave this patient out")
+    volume = nifti.read(study.truth, dtype=np.float64)
+    name, data, warnings = f"{volume.name} (truth)", volume.data, list(volume.warnings)
+    if not nifti.grids_equal(volume, like):
+        if not nifti.overlaps(volume, like):
+            remedy = "Check that both belong to the same patient and examination"
+            raise StudyError("E_GRID", f"{name} does not overlap {like.name}", remedy)
+        data = nifti.resample(volume, like, nearest=True)
+        warnings.append(f"W_GRID: {name} lies on another grid; it was resampled by nearest neighbour")
+    meaning = study.truth_labels or {t.index: t.index for t in protocol.tissues}
+    unknown = _unknown(data, meaning, name)
+    if unknown and not study.truth_labels:
+        warnings.append(f"W_TRUTH: {name} holds values that are no tissue and count as background: {unknown[:10]}")
+    whole, merged = np.rint(data), protocol.merged(sequences)
+    labels = np.zeros(data.shape, dtype=np.int64)
+    for value, index in meaning.items():
+        labels[whole == value] = merged.get(index, 0)
+    return Truth(labels, tuple(warnings))
+
+
+def _unknown(data: npt.NDArray[np.floating[Any]], meaning: Mapping[int, int], name: str) -> list[int]:
+    """The values other than 0 that mean no tissue.
+
+    Raises:
+        StudyError: values are not whole, or all of them are unknown.
+    """
+    values = np.unique(data[data != 0])
+    if (broken := values[~np.isclose(values, np.rint(values), rtol=0, atol=1e-3)]).size:
+        message = f"{name} holds {broken[:5].tolist()}; expected whole numbers"
+        raise StudyError("E_TRUTH", message, "Save the labels unscaled, or resample them by nearest neighbour")
+    unknown = [int(value) for value in np.rint(values) if value not in meaning]
+    if len(unknown) == len(values):
+        message = f"{name} holds no tissue, but the values {[0, *unknown[:9]]}; expected some of {sorted(meaning)}"
+        raise StudyError("E_TRUTH", message, "Check the layout, which says what a value means, and the protocol")
+    return unknown

@@ -1,0 +1,149 @@
+"""Whether a tissue is there at all: a mixture always finds all its parts, a patient need not have them.
+
+Each connected region of a tissue that may be absent is weighed by what a reader looks for: is it more than a rim or a
+speck, is it also there in the neighbouring slices, is it clearly brighter than the healthy wall. What is not believed
+goes to the next probable tissue. What was seen and decided is kept, for the sidecar.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt, gaussian_filter1d, label
+from torch import Tensor
+
+from monai_deepgmm.methods.endocardium import ANGLES, Ring
+from monai_deepgmm.protocol import Evidence, Tissue
+
+#: What the neighbouring slices are taken to hold where there are none.
+UNKNOWN_SUPPORT = 0.2
+#: Angles over which a slice's share of a tissue is smoothed (standard deviation).
+ANGULAR_SD = 2.0
+#: Voxels of healthy wall needed to say what is brighter than it.
+MIN_HEALTHY = 20
+
+
+class Region(NamedTuple):
+    """A connected region of a tissue, and what speaks for it.
+
+    Attributes:
+        tissue: its name.
+        image: the index of the image that it lies in.
+        voxels: how many.
+        size: the diameter of the largest disc within it, in mm.
+        support: the tissue's share at the same angles in the neighbouring slices, 0 to 1.
+        contrast: how much brighter it is than the healthy wall, in that one's standard deviations.
+        believed: the decision.
+    """
+
+    tissue: str
+    image: int
+    voxels: int
+    size: float
+    support: float
+    contrast: float
+    believed: bool
+
+
+def decide(
+    resp: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    ring: Ring,
+    tissues: tuple[Tissue, ...],
+    sequences: tuple[str, ...],
+    *,
+    slices: tuple[int, ...] = (),
+    spacing_mm: tuple[float, ...],
+) -> tuple[Tensor, list[Region]]:
+    """Takes from each tissue the regions that are not believed.
+
+    Tissues are decided from the last to the first, and a region that is not believed goes to those still to be decided
+    or always there: what scar loses can still be edema, what edema loses is healthy wall. The healthy wall is the
+    first tissue with a level that needs no evidence.
+
+    Args:
+        resp: responsibilities ``(B, K, H, W)``, sum 1 inside the mask.
+        image: ``(B, M, H, W)``.
+        mask: ``(B, 1, H, W)``.
+        ring: the wall's borders.
+        tissues: the K tissues.
+        sequences: the M sequences.
+        slices: the position of each image along the stack, neighbours differ by 1; empty: none has neighbours.
+        spacing_mm: of H and W.
+
+    Returns:
+        Responsibilities with 0 where a tissue is not believed, which sum to 1 again, and every region.
+    """
+    resp = resp.clone()
+    wall = ((mask > 0) & (ring.inside == 0))[:, 0].cpu().numpy()
+    healthy = next((k for k, t in enumerate(tissues) if t.evidence is None and t.level), None)
+    regions: list[Region] = []
+    for k in reversed(range(len(tissues))):
+        evidence = tissues[k].evidence
+        if evidence is None or healthy is None or evidence.sequence not in sequences:
+            continue
+        gone = [j >= k and t.evidence is not None for j, t in enumerate(tissues)]
+        decided = torch.tensor(gone, device=resp.device)[:, None, None]
+        found = resp.argmax(1).cpu().numpy()
+        shares = [_by_angle(f == k, w, a) for f, w, a in zip(found, wall, ring.angle, strict=True)]
+        values = image[:, sequences.index(evidence.sequence)].cpu().numpy()
+        for i in range(len(resp)):
+            support = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1] if slices else []
+            inside = found[i] == k
+            parts, count = label(inside & wall[i])
+            rest = values[i][(found[i] == healthy) & wall[i]]
+            for part in range(1, count + 1):
+                where = parts == part
+                region = Region(
+                    tissue=tissues[k].name,
+                    image=i,
+                    voxels=int(where.sum()),
+                    size=2 * float(distance_transform_edt(where, sampling=spacing_mm).max()),
+                    support=_support(where, ring.angle[i], support),
+                    contrast=_contrast(values[i][where], rest),
+                    believed=False,
+                )
+                region = region._replace(believed=believed(region, evidence))
+                regions.append(region)
+                if not region.believed:
+                    resp[i] = torch.where(decided & torch.from_numpy(where).to(resp.device), 0, resp[i])
+    total = resp.sum(1, keepdim=True)
+    # Where nothing else was possible, the healthy wall is.
+    lost = (total[:, 0] <= 0) & (mask[:, 0] > 0)
+    if healthy is not None:
+        resp[:, healthy][lost] = 1
+    return resp / torch.where(total > 0, total, 1), regions
+
+
+def believed(region: Region, evidence: Evidence) -> bool:
+    """Whether a region's evidence suffices."""
+    score = sum(weight * getattr(region, name) for name, weight in evidence.weights.items())
+    return region.size >= evidence.size and score >= evidence.score
+
+
+def _by_angle(tissue: NDArray[np.bool_], wall: NDArray[np.bool_], angle: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The share of the wall that a tissue takes at each angle ``(ANGLES,)``, smoothed around the circle."""
+    counts = [
+        gaussian_filter1d(np.bincount(angle[where], minlength=ANGLES).astype(float), ANGULAR_SD, mode="wrap")
+        for where in (tissue & wall, wall)
+    ]
+    share: NDArray[np.float64] = counts[0] / np.maximum(counts[1], 1e-9)
+    return share
+
+
+def _support(where: NDArray[np.bool_], angle: NDArray[np.int64], neighbours: list[NDArray[np.float64]]) -> float:
+    """The mean share of the tissue in the neighbouring slices, at the angles where the region lies."""
+    if not neighbours:
+        return UNKNOWN_SUPPORT
+    return float(np.mean([share[angle[where]].mean() for share in neighbours]))
+
+
+def _contrast(region: NDArray[np.float64], healthy: NDArray[np.float64]) -> float:
+    """How much brighter a region is than the healthy wall, in standard deviations of the latter."""
+    if len(healthy) < MIN_HEALTHY or healthy.std() == 0:
+        return np.inf
+    return float((region.mean() - healthy.mean()) / healthy.std())

@@ -1,0 +1,208 @@
+"""How a trained network segments: one forward pass, and one M-step from what it says (S Alg. 4, after training).
+
+Of an image that is larger than the network takes at a time, the pass is one over windows that overlap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.images import resampling as view
+from monai_deepgmm.mixture.em import Fit, collapsed
+from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, e_step, m_step, nll
+from monai_deepgmm.networks import registry as networks
+from monai_deepgmm.networks.model_spec import MULTIPLE, SPEC, WEIGHTS, LabelRule, Reference, Spec
+
+
+def build(spec: Spec, *, seed: int = 0) -> nn.Module:
+    """The network that a specification describes, its weights drawn from a seed."""
+    return networks.fresh(functools.partial(networks.build, spec.network, **_shape(spec)), seed)
+
+
+def tried(spec: Spec) -> nn.Module:
+    """The network, after a batch of the training's size has gone through it and has come out as every tissue's logits.
+
+    Raises:
+        UsageError: it cannot be made, or trained.
+    """
+    target, shape = spec.network.get("_target_"), (2, spec.channels, *spec.given)
+    network = build(spec)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UsageError(f"--network {target}: it has no weights to train")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            _checked(networks.logits(network.train(), torch.zeros(shape)), torch.zeros(shape), len(spec.tissues))
+    except Exception as error:  # whatever a network of the user's own raises
+        raise UsageError(f"--network {target}: cannot be run on images of shape {shape} ({reason(error)})") from error
+    return network
+
+
+def complete(spec: Spec) -> dict[str, Any]:
+    """The same network's class and arguments, as a bundle's JSON holds them."""
+    return networks.complete(spec.network, **_shape(spec))
+
+
+def sides(spec: Spec) -> list[str | int]:
+    """The sides of images that the network takes, as metadata say it: any multiple of 32, or the training's.
+
+    Some networks are made for one size, or halve an image of 32 voxels until nothing is left to normalise.
+    """
+    small = dataclasses.replace(spec, size=(MULTIPLE,) * spec.spatial_dims, window=None)
+    if networks.SIZE not in complete(spec):
+        with contextlib.suppress(UsageError):
+            tried(small)
+            return [f"{MULTIPLE}*n"] * spec.spatial_dims
+    return list(spec.given)
+
+
+def _shape(spec: Spec) -> dict[str, Any]:
+    return {
+        "spatial_dims": spec.spatial_dims,
+        "in_channels": spec.channels,
+        "out_channels": len(spec.tissues),
+        "size": spec.given,
+    }
+
+
+@functools.lru_cache(maxsize=2)
+def load(reference: Reference, device: str) -> nn.Module:
+    """The network with its weights, ready to segment; kept, so that the next patient does not read it again.
+
+    Raises:
+        StudyError: ``E_MODEL``, the network cannot be made, or the weights are damaged or another network's.
+    """
+    file = SPEC
+    try:
+        network = build(reference.spec)
+        file = WEIGHTS.name
+        network.load_state_dict(read(reference.folder / WEIGHTS))
+    except Exception as error:  # whatever a network's class, or a damaged file, makes torch raise
+        message = f"{file} cannot be used ({reason(error)})"
+        raise StudyError("E_MODEL", message, "Train the model again") from error
+    return network.to(device).eval()
+
+
+def read(path: Path) -> Any:
+    """What ``torch.save`` wrote; nothing in it is executed, and a bit that has flipped since is noticed.
+
+    Raises:
+        Exception: of many kinds, for a file that is damaged or was written by something else.
+    """
+    with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+        if (part := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of its part {part} does not agree")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def reason(error: BaseException) -> str:
+    """An error's first line, or its kind where it has none to say."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def fit(
+    network: nn.Module,
+    spec: Spec,
+    image: Tensor,
+    mask: Tensor,
+    *,
+    spacing_mm: tuple[float, ...],
+    labels: LabelRule | None = None,
+    sequences: tuple[str, ...] | None = None,
+    merge: Tensor | None = None,
+) -> Fit:
+    """Segments images in one forward pass, and gives what EM would give.
+
+    A sequence that the network knows and the images lack is shown to it as 0; the mixture is that of the others.
+
+    Args:
+        network: trained as ``spec`` says.
+        spec: what the network expects.
+        image: ``(B, M, *S)``, its sequences in the order of ``spec``.
+        mask: ``(B, 1, *S)``.
+        spacing_mm: of the axes in ``*S``.
+        labels: what ``resp`` holds: the posterior Π·g, or the network's own output; None: as ``spec`` says.
+        sequences: the M sequences, where they are not all that ``spec`` names.
+        merge: ``(T, K)`` of 0 and 1, which of the network's K outputs make up each of T tissues; None: one each.
+
+    Returns:
+        The fit.
+
+    Raises:
+        StudyError: ``E_MODEL``, the network cannot be run on such an image.
+    """
+    own = [spec.sequences.index(s) for s in sequences or spec.sequences]
+    given = image.new_zeros(len(image), len(spec.sequences), *image.shape[2:])
+    given[:, own] = image
+    output = weights(network, spec, given, mask, spacing_mm=spacing_mm) * mask
+    if merge is not None:
+        output = (merge.to(output) @ output.flatten(2)).reshape(len(output), -1, *output.shape[2:])
+    mixture = m_step(image, output, mask, covariance=spec.covariance, spatial=spec.spatial, floor=VARIANCE_FLOOR)
+    final = nll(image, mask, mixture)
+    batch = torch.zeros(len(image), dtype=torch.long, device=image.device)
+    return Fit(
+        resp=output if (labels or spec.labels) == "network" else e_step(image, mask, mixture),
+        mixture=mixture,
+        nll=final,
+        trace=final[None],
+        iterations=batch,
+        converged=torch.ones_like(batch, dtype=torch.bool),
+        reseeded=batch,
+        collapsed=collapsed(output.flatten(2), mask.flatten(2)),
+    )
+
+
+def weights(network: nn.Module, spec: Spec, image: Tensor, mask: Tensor, *, spacing_mm: tuple[float, ...]) -> Tensor:
+    """The network's output w = Π on the image's own grid ``(B, K, *S)``; it sums to 1 over K everywhere.
+
+    One image after the other: a patient's slices then need no more memory than one, and no label depends on its
+    neighbours.
+
+    Raises:
+        StudyError: ``E_MODEL``, the network cannot be run on such an image.
+    """
+    each = zip(image, mask, strict=True)
+    return torch.cat([_weights(network, spec, i[None], m[None], spacing_mm=spacing_mm) for i, m in each])
+
+
+@torch.no_grad()
+def _weights(network: nn.Module, spec: Spec, image: Tensor, mask: Tensor, *, spacing_mm: tuple[float, ...]) -> Tensor:
+    """Of one image ``(1, M, *S)``."""
+    # As large as in training, since an instance norm counts the surroundings; larger only where the mask is.
+    needed = view.around(mask, spacing_mm, spec.grid_mm).size
+    size = tuple(max(sides) for sides in zip(needed, spec.given, strict=True))
+    # A network that is made for one size sees larger images by windows, however it was trained.
+    window = spec.given if spec.window is not None or networks.SIZE in complete(spec) else None
+    through = networks.inferer(None if window == size else window)
+    seen = view.around(mask, spacing_mm, spec.grid_mm, size)
+    try:
+        inside = view.look(mask.float(), seen, nearest=True)
+        given = view.inputs(view.look(image.float(), seen), inside, spec.grid_mm)
+        logits = through(given, lambda part: _checked(networks.logits(network, part), part, len(spec.tissues)))
+        output = logits.softmax(1)
+    except Exception as error:  # whatever a network of the user's own, or too large an image, raises
+        message = f"the network cannot be run on an image of {_sides(size)} voxels ({reason(error)})"
+        raise StudyError("E_MODEL", message, "Train another network, or use a method that needs none") from error
+    w = view.back(output, seen).to(image).clamp_min(0)
+    return w / w.sum(1, keepdim=True)
+
+
+def _sides(size: tuple[int, ...]) -> str:
+    return "×".join(map(str, size))
+
+
+def _checked(output: Tensor, given: Tensor, tissues: int) -> Tensor:
+    wanted = (len(given), tissues, *given.shape[2:])
+    if tuple(output.shape) != wanted:
+        raise ValueError(f"it gives an output of shape {tuple(output.shape)}, expected {wanted}")
+    if not output.isfinite().all():
+        raise ValueError("its output is not finite")
+    return output

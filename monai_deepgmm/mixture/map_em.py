@@ -1,0 +1,215 @@
+"""A mixture that knows what to expect: maximum a posteriori EM with a smooth spatial prior, within one place.
+
+Four things are added to the SVGMM (Schwab et al. 2024, §2.1). Priors on μ and Σ hold each component near the tissue
+that it stands for, so that it bears that tissue's name, and stays finite where the tissue is absent. Π(x) is the
+neighbourhood's average of the responsibilities instead of the voxel's own. And densities are tempered, g^β: the
+residuals of neighbouring voxels repeat each other, so that one voxel is worth less than one observation. And tails may
+be heavier than a Gaussian's: Student's t, and voxels that belong to no component.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from monai_deepgmm.mixture.bounding_box import cut, enclosing, paste
+from monai_deepgmm.mixture.em import Fit, collapsed
+from monai_deepgmm.mixture.gaussian import Mixture, log_density, masked_mean
+from monai_deepgmm.mixture.smoothing import Smoother
+
+#: A fit has converged when a responsibility changes by less than this on average.
+TOL = 5e-3
+MAX_ITER = 50
+
+
+class Prior(NamedTuple):
+    """What is expected of K components over M sequences, on the standardised scale of their place.
+
+    Attributes:
+        means: m ``(K, M)``.
+        shares: π₀ ``(K,)``, sum 1.
+        variance: v, the expected variance of each component in each sequence.
+        mean_strength: κ; the prior on a mean is worth κ π₀_k N voxels, N those of the place.
+        variance_strength: ν; likewise for a covariance.
+    """
+
+    means: Tensor
+    shares: Tensor
+    variance: float = 0.5
+    mean_strength: float = 0.3
+    variance_strength: float = 0.5
+
+
+class Shape(NamedTuple):
+    """How a component's density falls off, and what belongs to none.
+
+    Attributes:
+        dof: the degrees of freedom of Student's t; None: a Gaussian, which is its limit.
+        outliers: the share of voxels that belong to no component; where none explains a voxel, it does not move them.
+            Such voxels are labelled all the same.
+        span: an outlier may lie anywhere in a cube with this side, in standard deviations.
+    """
+
+    dof: float | None = 10.0
+    outliers: float = 0.0
+    span: float = 10.0
+
+
+class Field(NamedTuple):
+    """How neighbouring voxels hang together.
+
+    Attributes:
+        sigma_mm: standard deviation of the Gaussian neighbourhood that Π averages over.
+        temper: β, what one voxel is worth as an observation.
+        denoise_mm: standard deviation of the Gaussian that takes the noise off the image first.
+    """
+
+    sigma_mm: float = 2.2
+    temper: float = 0.3
+    denoise_mm: float = 0.5
+
+
+def standardised(image: Tensor, place: Tensor) -> Tensor:
+    """The image ``(B, M, *S)`` with median 0 and standard deviation 1 inside a place ``(B, 1, *S)``, 0 outside."""
+    out = torch.zeros_like(image)
+    for values, inside, target in zip(image, place[:, 0] > 0, out, strict=True):
+        if inside.any():
+            found = values[:, inside]
+            centred = found - found.median(1, keepdim=True).values
+            deviation = found.std(1, correction=0, keepdim=True)
+            target[:, inside] = centred / torch.where(deviation > 0, deviation, 1.0)
+    return out
+
+
+def fit(
+    image: Tensor,
+    place: Tensor,
+    prior: Prior,
+    spacing_mm: tuple[float, ...],
+    *,
+    field: Field | None = None,
+    shape: Shape | None = None,
+    tol: float = TOL,
+    max_iter: int = MAX_ITER,
+) -> Fit:
+    """Fits the mixture to the voxels of one place in each image.
+
+    E: ``w_xk ∝ Π_k(x) g(I(x) | μ_k, Σ_k)^β``; M: ``Π_k = (G ∗ w_k) / (G ∗ 1)``, and with ``n_k = Σ_x w_xk``
+
+    ``μ_k = (Σ_x w_xk I(x) + κ π₀_k N m_k) / (n_k + κ π₀_k N)``,
+    ``Σ_k = (Σ_x w_xk (I(x) − μ_k)(I(x) − μ_k)ᵀ + ν π₀_k N v 1) / (n_k + ν π₀_k N)``.
+
+    Args:
+        image: ``(B, M, *S)``; it is standardised within the place.
+        place: ``(B, 1, *S)``, where these K tissues can be.
+        prior: what is expected of them, in their order.
+        spacing_mm: of the axes in ``*S``.
+        field: the neighbourhood; None: the defaults.
+        shape: the densities; None: the defaults.
+        tol: a fit has converged when a responsibility changes by less on average.
+        max_iter: iterations at most.
+
+    Returns:
+        The fit: its components are in the order of the prior, its mixture is on the standardised scale, its NLL is
+        NLL_V with the smooth Π, untempered.
+    """
+    field, shape = field or Field(), shape or Shape()
+    prior = prior._replace(means=prior.means.to(image), shares=prior.shares.to(image))
+    box, full = enclosing(place), image.shape[2:]
+    image, place = cut(image, box), cut(place.to(image.dtype), box)
+    seen = Smoother(place, field.denoise_mm, spacing_mm)(standardised(image, place))
+    neighbourhood = Smoother(place, field.sigma_mm, spacing_mm)
+    n_images, n_sequences = image.shape[:2]
+    weights = prior.shares.reshape(1, -1, *[1] * (image.ndim - 2)) * torch.ones_like(place)
+    expected = prior.variance * torch.eye(n_sequences).to(image)
+    mixture = Mixture(
+        weights,
+        prior.means.expand(n_images, -1, -1),
+        expected.expand(n_images, len(prior.shares), -1, -1),
+    )
+    resp, worth, last = _e_step(seen, place, mixture, field.temper, shape)
+    trace = [last]
+    change = torch.full((n_images,), torch.inf)
+    iterations = torch.zeros(n_images, dtype=torch.long, device=image.device)
+    active = torch.ones(n_images, dtype=torch.bool, device=image.device)
+    while active.any() and len(trace) <= max_iter:
+        updated = _m_step(seen, resp, worth, place, prior, neighbourhood)
+        new, worth, nll = _e_step(seen, place, updated, field.temper, shape)
+        change = masked_mean((new - resp).abs().mean(1, keepdim=True), place)
+        # An image that has converged stays as it is, so that its neighbours in the batch change but roundings.
+        mixture = mixture.updated(updated, lambda old, new: _where(active, new, old))  # noqa: B023
+        resp, last = _where(active, new, resp), torch.where(active, nll, last)
+        trace.append(last)
+        iterations = iterations + active
+        active = active & (change >= tol)
+    mixture = mixture._replace(weights=paste(mixture.weights, box, full))
+    return Fit(
+        resp=paste(resp, box, full),
+        mixture=mixture,
+        nll=last,
+        trace=torch.stack(trace),
+        iterations=iterations,
+        converged=~active,
+        reseeded=torch.zeros_like(iterations),
+        collapsed=collapsed(resp.flatten(2), place.flatten(2)),
+    )
+
+
+def _e_step(
+    image: Tensor, place: Tensor, mixture: Mixture, temper: float, shape: Shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Responsibilities ``(B, K, *S)``, what each voxel is worth to each of them, and the untempered NLL_V ``(B,)``."""
+    density, worth = _density(image, mixture, shape.dof)
+    prior = mixture.weights.clamp_min(torch.finfo(image.dtype).tiny).log()
+    evidence = (prior + density).logsumexp(1, keepdim=True)
+    if shape.outliers > 0:
+        nowhere = math.log(shape.outliers) - image.shape[1] * math.log(shape.span)
+        inlier = math.log(1 - shape.outliers) + evidence
+        evidence = torch.logaddexp(inlier, torch.full_like(inlier, nowhere))
+        worth = worth * (inlier - evidence).exp()
+    nll = masked_mean(-evidence, place)
+    return (prior + temper * density).softmax(1) * place, worth, nll
+
+
+def _density(image: Tensor, mixture: Mixture, dof: float | None) -> tuple[Tensor, Tensor]:
+    """Each component's log density ``(B, K, *S)``, Gaussian or Student's t, and each voxel's weight in its moments."""
+    gaussian = log_density(image, mixture)
+    if dof is None:
+        return gaussian, torch.ones_like(gaussian)
+    m = image.shape[1]
+    peak = -0.5 * (m * math.log(2 * math.pi) + torch.logdet(mixture.covariances))  # (B, K)
+    peak = peak.reshape(*peak.shape, *[1] * (gaussian.ndim - 2))
+    distance = 2 * (peak - gaussian)  # Mahalanobis', squared
+    constant = math.lgamma((dof + m) / 2) - math.lgamma(dof / 2) + m / 2 * math.log(2 / dof)
+    student = peak + constant - (dof + m) / 2 * (1 + distance / dof).log()
+    return student, (dof + m) / (dof + distance)
+
+
+def _m_step(
+    image: Tensor,
+    resp: Tensor,
+    worth: Tensor,
+    place: Tensor,
+    prior: Prior,
+    neighbourhood: Smoother,
+) -> Mixture:
+    """The modes of the posterior of μ and Σ, and the smooth Π.
+
+    A t's scatter is divided by the sum of its weights, as parameter-expanded EM does: the same solution, sooner.
+    """
+    voxels, w = image.flatten(2), (resp * worth).flatten(2)
+    count, total = w.sum(-1), place.flatten(1).sum(1)[:, None] * prior.shares  # (B, K)
+    kappa, nu = (strength * total + 1e-9 for strength in (prior.mean_strength, prior.variance_strength))
+    means = (w @ voxels.mT + kappa[..., None] * prior.means) / (count + kappa)[..., None]
+    centred = voxels[:, None] - means[..., None]  # (B, K, M, N)
+    scatter = (centred * w[:, :, None]) @ centred.mT
+    expected = prior.variance * torch.eye(image.shape[1]).to(image)
+    covariances = (scatter + nu[..., None, None] * expected) / (count + nu)[..., None, None]
+    return Mixture(neighbourhood(resp), means, covariances)
+
+
+def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)

@@ -1,0 +1,237 @@
+"""Which files belong to which patient. A study is paths until it is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from monai_deepgmm.errors import UsageError
+from monai_deepgmm.patients import layout as layouts
+from monai_deepgmm.patients import manifest as manifests
+from monai_deepgmm.patients.claims import Claims, Found, claim
+from monai_deepgmm.patients.directory import NIFTI, Tree, holds_dicom, listed, scan, shown
+from monai_deepgmm.patients.judge import failed, judge
+from monai_deepgmm.patients.layout import Layout
+from monai_deepgmm.patients.study import Cohort, Problem, Study
+from monai_deepgmm.protocol import Protocol
+
+__all__ = ["MAX_ID_BYTES", "Cohort", "Problem", "Study", "find"]
+
+#: The longest id, in bytes: 255 less what is appended to it in the names of results.
+MAX_ID_BYTES = 200
+#: What lies beside the patients' folders in a run's results.
+RESERVED = {
+    *("summary.tsv", "measurements.tsv", "dseg.tsv", "dataset_description.json", "index.html", "deepgmm.log"),
+    *("evaluation.tsv", "evaluation.json", ".locks", ".refused", "model", ".cohort"),
+}
+
+
+def find(
+    root: Path,
+    protocol: Protocol,
+    *,
+    layout: str | Path | None = None,
+    manifest: Path | None = None,
+    mask: str | None = None,
+    mask_labels: Sequence[float] = (),
+    patients: Sequence[str] = (),
+) -> Cohort:
+    """Finds the patients of a folder by their files' names; no image is opened.
+
+    Args:
+        root: the folder.
+        protocol: says which sequences to look for.
+        layout: one of ``layout.ORDER``, or a YAML file; None tries them in turn and takes the first that matches
+            without a conflict: no file matched twice, no id shared, nothing left out that another layout finds.
+        manifest: a table of the patients' files, instead of a layout.
+        mask: None for the mask's file, "nonzero" for the voxels of the reference sequence that are not 0.
+        mask_labels: which values of the mask's file count; empty: those that the layout says.
+        patients: the ids to keep; empty: all.
+
+    Returns:
+        Every patient found, with the problems that names alone reveal.
+
+    Raises:
+        UsageError: no such folder, no patient, or options that contradict each other.
+    """
+    root = Path(root)
+    _check_options(root, layout, manifest, mask, mask_labels)
+    labels = tuple(float(value) for value in mask_labels)
+    if manifest is not None:
+        cohort = _from_manifest(root, Path(manifest), protocol, mask, labels)
+    else:
+        cohort = _from_layout(root, layout, protocol, mask, labels)
+    studies = _unique(_with_usable_id(study) for study in cohort.studies)
+    return replace(cohort, studies=_selected(studies, (patients,) if isinstance(patients, str) else patients))
+
+
+def _check_options(
+    root: Path, layout: str | Path | None, manifest: Path | None, mask: str | None, mask_labels: Sequence[float]
+) -> None:
+    if not root.exists():
+        raise UsageError(f"there is no folder {shown(root.name or '.')}")
+    if not root.is_dir():
+        raise UsageError(f"{shown(root.name or '.')} is a file; expected the folder that holds the patients")
+    if layout is not None and manifest is not None:
+        raise UsageError("--layout and --manifest both say where the files are: give one of them")
+    if mask not in (None, "nonzero"):
+        raise UsageError(f"--mask {mask}: the only choice is nonzero; a mask's file is found by its name or a manifest")
+    if mask is not None and len(mask_labels):
+        raise UsageError("--mask-labels choose values of a mask's file, --mask nonzero uses none: give one of them")
+
+
+def _from_manifest(
+    root: Path, manifest: Path, protocol: Protocol, mask: str | None, labels: tuple[float, ...]
+) -> Cohort:
+    table = manifests.read(manifest, layouts.load("folder").aliases(protocol))
+    here = manifest.parent
+    studies = []
+    for found in table:
+        missing = [n for n in found.files() if not os.path.exists(here / n) and not (mask and n in found.mask)]
+        study = judge(found, Tree(here, (), (), frozenset(), frozenset()), None, protocol, mask, labels)
+        problems = tuple(
+            Problem(
+                "E_FILE",
+                f"{shown(Path(name).name)} is named in {manifest.name} but does not exist",
+                "Correct the path; relative paths begin at the manifest's folder",
+            )
+            for name in missing
+        )
+        studies.append(replace(study, problems=problems + study.problems))
+    if not studies:
+        raise UsageError(f"--manifest {manifest.name} names no patient")
+    return Cohort(root, "manifest", tuple(studies))
+
+
+def _from_layout(
+    root: Path, name: str | Path | None, protocol: Protocol, mask: str | None, labels: tuple[float, ...]
+) -> Cohort:
+    tree = scan(root)
+    if "" in tree.own:
+        raise UsageError(
+            f"{shown(root.name or '.')} holds results of deepgmm; expected the folder that holds the patients' images"
+        )
+    if "" in tree.unreadable:
+        raise UsageError(f"{shown(root.name or '.')} cannot be read: check its permissions")
+    tried = [layouts.load(n) for n in ((name,) if name is not None else layouts.ORDER)]
+    fitting = [one for one in tried if one.fits(protocol)]
+    if not fitting:
+        raise UsageError(
+            f"--layout {name} holds other sequences or tissues than protocol {protocol.name}: choose another --protocol"
+        )
+    claims = [claim(tree, _reader(one, protocol, tree), protocol) for one in fitting]
+    chosen, notes = _choose(claims)
+    if not chosen.found and not any(_holds_scans(tree, one) for one in chosen.empty):
+        raise UsageError(_nobody(tree, protocol, tried))
+    studies = [judge(one, tree, chosen.layout, protocol, mask, labels) for one in chosen.found]
+    studies += [failed(one, tree, protocol) for one in chosen.empty]
+    return Cohort(root, chosen.layout.name, tuple(studies), notes)
+
+
+def _reader(layout: Layout, protocol: Protocol, tree: Tree) -> layouts.Reader:
+    plain = layouts.reader(layout, protocol, tree.root, needed=False)
+    needed = layout.channels is not None and any(plain.could_be_image(n) for n in tree.files if NIFTI.search(n))
+    return layouts.reader(layout, protocol, tree.root, needed=True) if needed else plain
+
+
+def _choose(claims: Sequence[Claims]) -> tuple[Claims, tuple[str, ...]]:
+    """The first layout that matches without a conflict; else the one with most patients free of clashes."""
+    files = [one.files() for one in claims]
+    left_out = [sorted(set().union(*files) - mine) for mine in files]
+    matching = [i for i, one in enumerate(claims) if one.found]
+    for i in matching:
+        if not left_out[i] and not claims[i].clashes():
+            return claims[i], ()
+    if not matching:
+        return claims[-1], ()
+    best = max(matching, key=lambda i: (len(claims[i].found) - claims[i].clashes(), len(files[i])))
+    notes: tuple[str, ...] = ()
+    if left_out[best]:
+        notes = (f"layout {claims[best].layout.name} leaves out {listed(left_out[best])}, which another layout finds",)
+    return claims[best], notes
+
+
+def _holds_scans(tree: Tree, found: Found) -> bool:
+    names = tree.below(found.folder or "")
+    return any(NIFTI.search(n) for n in names) or holds_dicom(tree, names)
+
+
+def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
+    flat = [n for n in tree.files if "/" not in n]
+    scans = [n for n in tree.files if NIFTI.search(n)]
+    looked = f"{len(tree.files)} files in {len(tree.folders)} folders, of which {len(scans)} are NIfTI"
+    hint = ""
+    if holds_dicom(tree, flat):
+        hint = " There are DICOM files: convert them with dcm2niix."
+    elif any(NIFTI.search(n) for n in flat):
+        hint = f" It holds {listed([n for n in flat if NIFTI.search(n)])}: if it is one patient's folder, give the "
+        hint += "folder around it."
+    return (
+        f"no patient found in {shown(tree.root.name or '.')} ({looked}): nothing is named like "
+        f"{', '.join(protocol.sequences)} in layout "
+        f"{', '.join(one.name for one in tried)}.{hint} Choose --protocol or --layout "
+        f"({', '.join(layouts.ORDER)}, or a YAML file), or list the files in a table (--manifest)"
+    )
+
+
+def _with_usable_id(study: Study) -> Study:
+    """The study, with a problem if its id cannot be the name of a folder and of files."""
+    name = study.patient
+    problem = None
+    odd = any(c in "/\\" or unicodedata.category(c) == "Cc" for c in name)
+    if odd or not name.strip() or name == "." or ".." in name:
+        remedy = "Use an id without separators, '..' or control characters: it becomes a folder's name"
+        problem = Problem("E_ID", f"the id {name!r} cannot be a folder's name", remedy)
+    elif name.casefold() in RESERVED:
+        problem = Problem("E_ID", f"the id {name!r} is the name of a file that every run writes", "Use another id")
+    elif (size := len(os.fsencode(name))) > MAX_ID_BYTES:
+        message = f"the id begins with {shown(name[:20])!r} and has {size} bytes; {MAX_ID_BYTES} are possible"
+        problem = Problem("E_NAME", message, "Shorten it")
+    return replace(study, problems=(problem, *study.problems)) if problem else study
+
+
+def _unique(studies: Iterable[Study]) -> tuple[Study, ...]:
+    """Sorted by id; those whose ids a file system may take for one another all fail."""
+
+    def key(patient: str) -> str:
+        return unicodedata.normalize("NFC", unicodedata.normalize("NFC", patient).casefold())
+
+    first: dict[str, Study] = {}
+    times: Counter[str] = Counter()
+    for study in studies:
+        times[study.patient] += 1
+        first.setdefault(study.patient, study)
+    alike: dict[str, list[str]] = {}
+    for patient in sorted(first):
+        alike.setdefault(key(patient), []).append(patient)
+    result = []
+    for patient in sorted(first):
+        study, group = first[patient], alike[key(patient)]
+        problem = None
+        if times[patient] > 1:
+            problem = f"{times[patient]} patients have the id {shown(patient)}"
+        elif len(group) > 1:
+            problem = f"the ids {', '.join(shown(p) for p in group)} differ only by case or by how accents are encoded"
+        if problem:
+            duplicate = Problem("E_DUPLICATE", problem, "Rename all but one of them")
+            study = replace(study, problems=(duplicate, *study.problems))
+        result.append(study)
+    return tuple(result)
+
+
+def _selected(studies: tuple[Study, ...], patients: Sequence[str]) -> tuple[Study, ...]:
+    """The studies of these ids; all of them if none is given."""
+    have = [study.patient for study in studies]
+    for patient in patients:
+        if patient not in have:
+            near = difflib.get_close_matches(patient, have, n=3, cutoff=0.4) or have[:3]
+            raise UsageError(
+                f"--patients: there is no patient {shown(patient)} among {len(have)}; "
+                f"near: {', '.join(map(shown, near))}"
+            )
+    return tuple(study for study in studies if not patients or study.patient in patients)

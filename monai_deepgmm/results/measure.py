@@ -1,0 +1,132 @@
+"""How much of each tissue there is: millilitres, grams and percent, for the whole heart or brain and slice by slice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.results.segment import Segmentation
+
+
+class Measurement(NamedTuple):
+    """One tissue of one patient: one line of ``measurements.tsv``.
+
+    Attributes:
+        patient: the id.
+        tissue: its name in the protocol.
+        voxels: how many voxels bear its label.
+        volume_ml: voxels times the size of a voxel, which comes from the affine.
+        mass_g: the volume times the protocol's density; None where it gives none.
+        percent: of the protocol's denominator (``percent_of``); None for a tissue that is no part of it, such as
+            blood, which is no part of the wall, and None where the denominator is empty.
+        expected_ml: the probabilities of the tissue, summed over the mask, times the size of a voxel. Where it
+            departs from ``volume_ml``, many voxels could as well have been another tissue.
+        percent_of: what ``percent`` is a percentage of.
+    """
+
+    patient: str
+    tissue: str
+    voxels: int
+    volume_ml: float
+    mass_g: float | None
+    percent: float | None
+    expected_ml: float
+    percent_of: str
+
+
+class SliceMeasurement(NamedTuple):
+    """One tissue in one slice that holds voxels of the mask.
+
+    Attributes:
+        slice: the index along the slice axis, counted from 0.
+        tissue: its name in the protocol.
+        voxels: how many voxels of the slice bear its label.
+        volume_ml: their volume.
+        percent: of the denominator in this slice; None as in ``Measurement``.
+    """
+
+    slice: int
+    tissue: str
+    voxels: int
+    volume_ml: float
+    percent: float | None
+
+
+def measure(segmentation: Segmentation) -> list[Measurement]:
+    """Volume, mass and share of each tissue that the present sequences can show, in order of index.
+
+    Returns:
+        One measurement per tissue; ``_asdict()`` turns it into a row of ``measurements.tsv``.
+    """
+    voxel_ml = float(segmentation.reference.voxel_ml)
+    protocol = segmentation.protocol
+    counts, inside = _counts(segmentation)
+    total, denominator = counts.sum(0), int(_denominator(counts, inside, protocol).sum())
+    expected = segmentation.probabilities.sum(axis=(1, 2, 3), dtype=np.float64) * voxel_ml
+    rows = []
+    for k, tissue in enumerate(segmentation.tissues):
+        voxels = int(total[tissue.index])
+        density = tissue.density_g_per_ml
+        rows.append(
+            Measurement(
+                patient=segmentation.patient,
+                tissue=tissue.name,
+                voxels=voxels,
+                volume_ml=_tidy(voxels * voxel_ml),
+                mass_g=None if density is None else _tidy(voxels * voxel_ml * density),
+                percent=_percent(voxels, denominator, tissue.name, protocol),
+                expected_ml=_tidy(float(expected[k])),
+                percent_of=protocol.percent_name,
+            )
+        )
+    return rows
+
+
+def measure_slices(segmentation: Segmentation) -> list[SliceMeasurement]:
+    """Volume and share of each tissue in each slice that holds voxels of the mask.
+
+    Empty where the protocol takes the volume as one image: its slices mean nothing of their own.
+    """
+    if segmentation.protocol.unit == "volume":
+        return []
+    voxel_ml = float(segmentation.reference.voxel_ml)
+    protocol = segmentation.protocol
+    counts, inside = _counts(segmentation)
+    denominators = _denominator(counts, inside, protocol)
+    return [
+        SliceMeasurement(
+            slice=int(k),
+            tissue=tissue.name,
+            voxels=int(counts[k, tissue.index]),
+            volume_ml=_tidy(int(counts[k, tissue.index]) * voxel_ml),
+            percent=_percent(int(counts[k, tissue.index]), int(denominators[k]), tissue.name, protocol),
+        )
+        for k in np.flatnonzero(inside)
+        for tissue in segmentation.tissues
+    ]
+
+
+def _counts(segmentation: Segmentation) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels per slice and label (slices, 256), and mask voxels per slice (slices,)."""
+    labels = np.moveaxis(segmentation.labels, segmentation.slice_axis, 0)
+    mask = np.moveaxis(segmentation.mask, segmentation.slice_axis, 0)
+    counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in labels])
+    return counts, np.count_nonzero(mask, axis=(1, 2))
+
+
+def _denominator(counts: np.ndarray, inside: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """Voxels per slice of what ``percent`` is a percentage of (slices,)."""
+    indices = [t.index for t in protocol.tissues if t.name in protocol.percent_of]
+    # A denominator of every tissue is the mask itself, voxels without a label included.
+    return inside if len(indices) == len(protocol.tissues) else counts[:, indices].sum(1)
+
+
+def _percent(voxels: int, denominator: int, tissue: str, protocol: Protocol) -> float | None:
+    return _tidy(100 * voxels / denominator) if denominator and tissue in protocol.percent_of else None
+
+
+def _tidy(value: float) -> float:
+    """The value to ten significant digits: 1.2, not 1.2000000000000002, in a table that people read."""
+    return float(f"{value:.10g}")

@@ -1,0 +1,309 @@
+"""The picture that a person checks: the images in grey, the tissues over them, and where the model was unsure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from monai_deepgmm.protocol import Tissue
+from monai_deepgmm.results.segment import Segmentation
+
+#: From certain to unsure; the page's legend shows the same ramp.
+UNCERTAINTY_COLORS = ("#10131a", "#3b2a6b", "#a53a7a", "#f08a4b", "#fdf3b5")
+MASK_COLOR = (90, 225, 235)
+YELLOW = "#ffe27a"
+PLANE_NAMES = ("sagittal", "coronal", "axial")
+
+_WIDTH_PX = 1080  # the mosaic's width, shared by its columns
+_TILE_PX = 260  # a tile's longer side at most
+_MARGIN_MM = 14.0  # shown around the mask
+_MAX_SLICES = 24  # rows at most, evenly spaced
+_ORTHOGONAL_SLICES = 8  # per orientation of a volume that is one image
+_GAP_PX, _GUTTER_PX, _HEAD_PX = 4, 34, 24
+
+
+class View(NamedTuple):
+    """How the slices of a volume are turned upright: axes swapped and flipped, nothing interpolated.
+
+    Attributes:
+        axes: the array axes of (slice, row, column).
+        flips: whether the rows and the columns run against their array axis.
+        edges: the patient's directions at the left, right, top and bottom edge, such as "R", "L", "A", "P"; oblique
+            edges carry two letters.
+        plane: index into ``PLANE_NAMES`` of the closest anatomical plane.
+    """
+
+    axes: tuple[int, int, int]
+    flips: tuple[bool, bool]
+    edges: tuple[str, str, str, str]
+    plane: int
+
+    def upright(self, volume: np.ndarray) -> np.ndarray:
+        """The volume (X, Y, Z) as (slices, rows, columns), a view without a copy."""
+        turned = volume.transpose(self.axes)
+        rows, columns = (slice(None, None, -1 if flip else 1) for flip in self.flips)
+        return turned[:, rows, columns]
+
+
+class _Block(NamedTuple):
+    """A grid of tiles of one size, with its headings."""
+
+    title: str
+    row_names: list[str]
+    column_names: list[str]
+    tiles: list[list[np.ndarray]]  # rows of columns of (height, width, 3) uint8
+
+
+def view(affine: np.ndarray, slice_axis: int) -> View:
+    """Turns slices the way radiologists look at them, as far as the affine tells.
+
+    The patient's right is on the left of axial and coronal planes and anterior on the left of sagittal ones; anterior
+    (axial) or superior (coronal, sagittal) is on top. An oblique plane follows the plane it is closest to.
+
+    Args:
+        affine: (4, 4), voxel → mm, towards right, anterior, superior.
+        slice_axis: the array axis along which slices are stacked.
+    """
+    closest = [int(axis) for axis in nib.orientations.io_orientation(affine)[:, 0]]
+    plane = closest[slice_axis]
+    row_axis, column_axis = closest.index(1 if plane == 2 else 2), closest.index(1 if plane == 0 else 0)
+    flips, edges = [], []
+    for axis in (row_axis, column_axis):
+        direction = affine[:3, axis] / np.linalg.norm(affine[:3, axis])
+        # Down is posterior or inferior, right is left or posterior: both run towards the negative world axis.
+        flip = bool(direction[closest[axis]] > 0)
+        flips.append(flip)
+        onward = -direction if flip else direction
+        edges.append((_letters(-onward), _letters(onward)))
+    (top, bottom), (left, right) = edges
+    return View((slice_axis, row_axis, column_axis), (flips[0], flips[1]), (left, right, top, bottom), plane)
+
+
+def preview(segmentation: Segmentation) -> bytes:
+    """Draws the mosaic that a person checks, as a PNG.
+
+    Slices that are images of their own get a row each: every sequence in grey with the mask's outline, then the
+    tissues over the reference sequence, then the entropy of the probabilities. A volume that is one image gets
+    evenly spaced slices in three orientations.
+    """
+    if segmentation.protocol.unit == "volume":
+        blocks = [_block(segmentation, axis, _ORTHOGONAL_SLICES) for axis in _by_plane(segmentation)]
+    else:
+        block = _block(segmentation, segmentation.slice_axis, _MAX_SLICES)
+        tiles = [list(row) for row in zip(*block.tiles, strict=True)]
+        blocks = [block._replace(title="", row_names=block.column_names, column_names=block.row_names, tiles=tiles)]
+    # 256 colours are plenty for greys and a few tissues and halve the file; this method keeps rare colours exact.
+    picture = _stack(blocks).quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _by_plane(segmentation: Segmentation) -> list[int]:
+    """The array axes in order axial, coronal, sagittal."""
+    affine = segmentation.reference.affine
+    return sorted(range(3), key=lambda axis: -view(affine, axis).plane)
+
+
+def _block(segmentation: Segmentation, slice_axis: int, most: int) -> _Block:
+    """One orientation: a row of tiles per panel, a column per slice."""
+    turned = view(segmentation.reference.affine, slice_axis)
+    mask = turned.upright(segmentation.mask)
+    chosen = _evenly(np.flatnonzero(mask.any(axis=(1, 2))), most)
+    spacing_mm = segmentation.reference.spacing_mm
+    row_mm, column_mm = float(spacing_mm[turned.axes[1]]), float(spacing_mm[turned.axes[2]])
+    rows, columns = _box(mask, row_mm, column_mm)
+    across = most if segmentation.protocol.unit == "volume" else len(segmentation.images) + 2
+    side_px = min(_TILE_PX, (_WIDTH_PX - _GUTTER_PX) // across - _GAP_PX)
+    height_mm, width_mm = (rows.stop - rows.start) * row_mm, (columns.stop - columns.start) * column_mm
+    scale = side_px / max(height_mm, width_mm)
+    size = max(1, round(height_mm * scale)), max(1, round(width_mm * scale))
+
+    cut = np.s_[chosen, rows, columns]
+    masks = mask[cut]
+    greys = {
+        name: [_grey(plane, window, size) for plane in cropped]
+        for name, image in segmentation.images.items()
+        for cropped in [turned.upright(image)[cut]]
+        for window in [_window(cropped)]
+    }
+    outlines = [_resized(m, size) for m in masks]
+    labels = [_resized(plane, size) for plane in turned.upright(segmentation.labels)[cut]]
+    unsure = [_entropy(segmentation.probabilities, turned, k)[rows, columns] for k in chosen]
+    reference = next(iter(greys))
+    panels = [[_outlined(g, o) for g, o in zip(tiles, outlines, strict=True)] for tiles in greys.values()]
+    panels.append([_painted(g, n, segmentation.tissues) for g, n in zip(greys[reference], labels, strict=True)])
+    panels.append([_heated(u, g, o, size) for u, g, o in zip(unsure, greys[reference], outlines, strict=True)])
+    panels[0][0] = _lettered(panels[0][0], turned.edges)
+    panels[0][min(1, len(chosen) - 1)] = _scaled(panels[0][min(1, len(chosen) - 1)], scale)
+    names = [*segmentation.images, "tissues", "unsure"]
+    return _Block(PLANE_NAMES[turned.plane], names, [str(k) for k in chosen], panels)
+
+
+def _letters(direction: np.ndarray) -> str:
+    """The patient's direction a unit vector points to: its main letter, and a second one if it is oblique."""
+    order = np.argsort(-np.abs(direction))[:2]
+    return "".join(
+        ("LR", "PA", "IS")[axis][int(direction[axis] > 0)]
+        for rank, axis in enumerate(order)
+        if rank == 0 or abs(direction[axis]) > 0.38  # more than about 22 degrees off the main direction
+    )
+
+
+def _evenly(indices: np.ndarray, most: int) -> np.ndarray:
+    """All indices, or as many as allowed, evenly spaced and without the very ends."""
+    if len(indices) <= most:
+        return indices
+    return np.asarray(indices[np.linspace(0, len(indices) - 1, most + 2)[1:-1].round().astype(int)])
+
+
+def _box(mask: np.ndarray, row_mm: float, column_mm: float) -> tuple[slice, slice]:
+    """The rows and columns that hold the mask in any slice, with a margin, within the image."""
+    box = []
+    for axes, step_mm in (((0, 2), row_mm), ((0, 1), column_mm)):
+        held = np.flatnonzero(mask.any(axis=axes))
+        margin = int(np.ceil(_MARGIN_MM / step_mm))
+        size = mask.shape[3 - sum(axes)]
+        box.append(slice(max(0, int(held[0]) - margin), min(size, int(held[-1]) + 1 + margin)))
+    return box[0], box[1]
+
+
+def _window(image: np.ndarray) -> tuple[float, float]:
+    """The intensities shown as black and white, robust against a few bright or dark voxels."""
+    finite = image[np.isfinite(image)]
+    low, high = np.percentile(finite, [1.0, 99.5]) if finite.size else (0.0, 1.0)
+    return float(low), float(max(high, low + 1e-6 * max(1.0, abs(low))))
+
+
+def _grey(plane: np.ndarray, window: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+    """(rows, columns) intensities → (height, width, 3) uint8."""
+    low, high = window
+    filled = np.nan_to_num(plane.astype(np.float32), nan=low, posinf=high, neginf=low)
+    grey = np.clip((filled - low) / (high - low), 0, 1) * 255
+    return np.repeat(_resized(grey.astype(np.uint8), size, smooth=True)[..., None], 3, axis=2)
+
+
+def _resized(plane: np.ndarray, size: tuple[int, int], *, smooth: bool = False) -> np.ndarray:
+    """(rows, columns) → (height, width); labels keep their values, images are interpolated."""
+    method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    picture = Image.fromarray(np.ascontiguousarray(plane, dtype=np.uint8)).resize((size[1], size[0]), method)
+    return np.asarray(picture)
+
+
+def _entropy(probabilities: np.ndarray, turned: View, index: int) -> np.ndarray:
+    """How undecided each voxel of a slice is: 0 one tissue is certain, 1 all are equally likely (rows, columns)."""
+    p = np.stack([turned.upright(tissue)[index] for tissue in probabilities]).astype(np.float64)
+    # p log p is 0 at p = 0; the floor keeps the logarithm finite there.
+    return np.asarray(-(p * np.log(np.maximum(p, 1e-12))).sum(0) / np.log(max(2, len(p))))
+
+
+def _edges(labels: np.ndarray) -> np.ndarray:
+    """The outermost pixels of every region, on its inner side (height, width)."""
+    padded = np.pad(labels, 1)
+    centre = padded[1:-1, 1:-1]
+    neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    return np.asarray(np.any([centre != n for n in neighbours], axis=0) & (centre > 0))
+
+
+def _outlined(grey: np.ndarray, outline: np.ndarray) -> np.ndarray:
+    tile = grey.copy()
+    edge = _edges(outline)
+    tile[edge] = (0.3 * tile[edge] + 0.7 * np.array(MASK_COLOR)).astype(np.uint8)
+    return tile
+
+
+def _painted(grey: np.ndarray, labels: np.ndarray, tissues: Sequence[Tissue]) -> np.ndarray:
+    """The tissues over the image: see-through inside, solid along their borders."""
+    tile, edge = grey.astype(np.float32), _edges(labels)
+    for tissue in tissues:
+        color = np.array(_rgb(tissue.color), dtype=np.float32)
+        here = labels == tissue.index
+        tile[here] = 0.4 * tile[here] + 0.6 * color  # strong enough to tell colours apart on white
+        tile[here & edge] = color
+    return tile.astype(np.uint8)
+
+
+def _heated(unsure: np.ndarray, grey: np.ndarray, outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The entropy inside the mask, over a faint image outside."""
+    level = _resized((np.clip(unsure, 0, 1) * 255).astype(np.uint8), size)
+    ramp = np.array([_rgb(color) for color in UNCERTAINTY_COLORS], dtype=np.float64)
+    at = np.linspace(0, 255, len(ramp))
+    heat = np.stack([np.interp(level, at, ramp[:, channel]) for channel in range(3)], axis=-1)
+    return np.where(outline[..., None] > 0, heat, grey * 0.35).astype(np.uint8)
+
+
+def _rgb(color: str) -> tuple[int, int, int]:
+    red, green, blue, *_ = ImageColor.getrgb(color)
+    return red, green, blue
+
+
+def _lettered(tile: np.ndarray, edges: tuple[str, str, str, str]) -> np.ndarray:
+    """The patient's directions at the tile's left, right, top and bottom edge."""
+    picture = Image.fromarray(tile)
+    draw, (width, height) = ImageDraw.Draw(picture), picture.size
+    places = [
+        (5, height // 2, "lm"),
+        (width - 5, height // 2, "rm"),
+        (width // 2, 4, "mt"),
+        (width // 2, height - 4, "mb"),
+    ]
+    for (x, y, anchor), letters in zip(places, edges, strict=True):
+        draw.text((x, y), letters, YELLOW, _font(15), anchor, stroke_width=2, stroke_fill="black")
+    return np.asarray(picture)
+
+
+def _scaled(tile: np.ndarray, px_per_mm: float) -> np.ndarray:
+    """A bar of 10 mm in a corner, or of 50 mm where 10 would be too short to see."""
+    picture = Image.fromarray(tile)
+    draw, bar_mm = ImageDraw.Draw(picture), 10 if 10 * px_per_mm >= 12 else 50
+    x, y = 8, picture.height - 9
+    draw.line((x, y, x + bar_mm * px_per_mm, y), fill=YELLOW, width=2)
+    draw.text((x, y - 4), f"{bar_mm} mm", YELLOW, _font(12), "lb", stroke_width=2, stroke_fill="black")
+    return np.asarray(picture)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _stack(blocks: Sequence[_Block]) -> Image.Image:
+    """The blocks one below the other on white."""
+    parts = [_grid(block) for block in blocks]
+    canvas = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
+    y = 0
+    for part in parts:
+        canvas.paste(part, (0, y))
+        y += part.height
+    return canvas
+
+
+def _grid(block: _Block) -> Image.Image:
+    """The tiles of a block with headings above and beside them."""
+    height, width = block.tiles[0][0].shape[:2]
+    gutter = _GUTTER_PX if all(len(n) < 4 for n in block.row_names) else 2 * _GUTTER_PX
+    title_px = _HEAD_PX if block.title else 0
+    canvas = Image.new(
+        "RGB",
+        (
+            gutter + len(block.column_names) * (width + _GAP_PX),
+            title_px + _HEAD_PX + len(block.row_names) * (height + _GAP_PX),
+        ),
+        "white",
+    )
+    draw = ImageDraw.Draw(canvas)
+    if block.title:
+        draw.text((gutter, title_px // 2), block.title, fill="#1c2733", font=_font(16), anchor="lm")
+    for column, name in enumerate(block.column_names):
+        x = gutter + column * (width + _GAP_PX) + width // 2
+        draw.text((x, title_px + _HEAD_PX // 2), name, fill="#445261", font=_font(14), anchor="mm")
+    for row, name in enumerate(block.row_names):
+        y = title_px + _HEAD_PX + row * (height + _GAP_PX)
+        draw.text((gutter - 8, y + height // 2), name, fill="#445261", font=_font(14), anchor="rm")
+        for column, tile in enumerate(block.tiles[row]):
+            canvas.paste(Image.fromarray(tile), (gutter + column * (width + _GAP_PX), y))
+    return canvas

@@ -1,0 +1,76 @@
+"""A cohort that is its own training set: every patient is fitted, one network learns from all the fits, and segments.
+
+No label is involved, so the patients to be segmented may be those that are learnt from. The network lies in the
+results' folder as any other trained model does, and can segment patients who come later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from monai_deepgmm.errors import ChangedError, NobodyError
+from monai_deepgmm.methods.config import Config
+from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.patients.study import Cohort
+
+#: Where in the results' folder the network lies.
+MODEL = "model"
+#: Lies in the results' folder where that network was trained by this method, and may be trained anew by it.
+MARKER = ".cohort"
+
+logger = logging.getLogger(__name__)
+
+
+def taught(cohort: Cohort, out: Path, config: Config) -> Config:
+    """Trains the cohort's network in ``out``, or goes on with a training that was interrupted.
+
+    A training that began with other patients, files or options is begun anew: its network would not be this cohort's.
+
+    Args:
+        cohort: everyone.
+        out: the results' folder.
+        config: with the method cohort; its seed is the training's.
+
+    Returns:
+        The configuration with that model; without one if nobody can be trained on, and then nobody can be segmented
+        either.
+
+    Raises:
+        UsageError: the model's folder holds another training.
+        StudyError: ``E_DISK`` or ``E_WRITE``.
+    """
+    from monai_deepgmm.training import bundle as bundled
+
+    folder = out / MODEL
+    options = {
+        "cohort": cohort,
+        "model_dir": str(folder),
+        "protocol": config.protocol,
+        # As text: the configuration's parser would make a network of the mapping.
+        "network": None if config.network is None else json.dumps(dict(config.network)),
+        "set": {} if config.solver.covariance is None else {"covariance": config.solver.covariance},
+        "seed": config.seed,
+        "frame": config.frame,
+        "max_voxels": config.max_voxels,
+        "device": config.device,
+        "resume": True,
+    }
+    marker = out / MARKER
+    ours = marker.exists()
+    if not folder.exists():
+        marker.touch()
+    try:
+        bundled.train(options)
+    except NobodyError:
+        return config
+    except ChangedError:
+        if not ours:
+            raise
+        logger.info("the cohort has changed: its network is trained anew")
+        shutil.rmtree(folder)
+        bundled.train(options)
+    return dataclasses.replace(config, model=spec.read(folder, config.protocol))
