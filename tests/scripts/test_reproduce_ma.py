@@ -20,7 +20,7 @@ from monai_deepgmm.patients import discovery as cohort
 from monai_deepgmm.phantom.brain import BrainConfig, write_cohort
 from monai_deepgmm.phantom.heart import configured
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 TINY = {"naming": "ibsr", "shape": [32, 20, 34], "spacing_mm": [1.88, 3.0, 1.88], "shading": 0.2}
 
 

@@ -14,7 +14,7 @@ import pytest
 
 
 def _script() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+    path = Path(__file__).parents[2] / "scripts" / "benchmark.py"
     spec = importlib.util.spec_from_file_location("benchmark", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["benchmark"] = module  # named tuples look their module up

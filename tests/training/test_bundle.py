@@ -28,7 +28,7 @@ from monai_deepgmm.training import prepare as training
 from monai_deepgmm.training.bundle import CONFIGS
 from monai_deepgmm.training.handlers import read_history
 
-SHIPPED = Path(__file__).parent.parent / "bundle" / "configs"
+SHIPPED = Path(__file__).parents[2] / "bundle" / "configs"
 INFARCT = protocol.load("infarct")
 TINY = "{_target_: monai_deepgmm.networks.UNet, filters: [4, 8]}"
 SEEN = ("Phantom001", "Phantom002", "Phantom003", "Phantom004")

@@ -21,7 +21,7 @@ CONFIG = PhantomConfig()
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
     """The script that measures phantoms."""
-    path = Path(__file__).parents[1] / "scripts" / "check_phantom.py"
+    path = Path(__file__).parents[2] / "scripts" / "check_phantom.py"
     spec = importlib.util.spec_from_file_location("check_phantom", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["check_phantom"] = module  # dataclasses look their module up

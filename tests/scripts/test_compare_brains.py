@@ -23,7 +23,7 @@ LEVELS = {1: 100.0, 2: 150.0, 3: 40.0}
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "compare_brains.py"
+    path = Path(__file__).parents[2] / "scripts" / "compare_brains.py"
     spec = importlib.util.spec_from_file_location("compare_brains", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["compare_brains"] = module  # named tuples look their module up

@@ -16,7 +16,7 @@ from PIL import Image
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "reproduce_paper.py"
+    path = Path(__file__).parents[2] / "scripts" / "reproduce_paper.py"
     spec = importlib.util.spec_from_file_location("reproduce_paper", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["reproduce_paper"] = module  # dataclasses look their module up

@@ -23,7 +23,7 @@ INDEX = {500: 1, 200: 2, 1220: 3, 2221: 4}
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "measure_accuracy.py"
+    path = Path(__file__).parents[2] / "scripts" / "measure_accuracy.py"
     spec = importlib.util.spec_from_file_location("measure_accuracy", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["measure_accuracy"] = module  # named tuples look their module up

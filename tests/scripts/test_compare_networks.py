@@ -19,7 +19,7 @@ from monai_deepgmm.errors import UsageError
 from monai_deepgmm.networks import registry as networks
 from monai_deepgmm.networks.nll_loss import MixtureNLL
 
-FOLDER = Path(__file__).parents[1] / "scripts" / "compare_networks"
+FOLDER = Path(__file__).parents[2] / "scripts" / "compare_networks"
 TINY = {
     "trmfcn.TRMFCN": {"filters": [2, 4, 8, 16]},
     "mtunet.MTUNet": {"filters": [4, 8, 16, 32], "heads": 2},
