@@ -20,7 +20,7 @@ _EXPORTS = {
     "Segmentation": "results.segment",
     "evaluate": "results.evaluate",
     "Mixture": "mixture.gaussian",
-    "Fit": "mixture.em",
+    "Fit": "mixture.fit",
     "fit_em": "mixture.em:fit",
     "GMMLoss": "networks.gmm_loss",
     "MixtureNLL": "networks.nll_loss",

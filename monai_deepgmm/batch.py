@@ -6,9 +6,11 @@ Workers are sent paths and a configuration, never arrays. Whatever happens to on
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import threading
@@ -19,19 +21,21 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from monai.data import Dataset
+from monai.transforms import Compose
 
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import atomic_files as files
-from monai_deepgmm.images import loading as scan
+from monai_deepgmm.images import loading
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.results import outputs
 from monai_deepgmm.results.outputs import Row
-from monai_deepgmm.results.segment import segment
-from monai_deepgmm.training import self_training as selftaught
+from monai_deepgmm.results.segment import Inferer, Solver, segment
+from monai_deepgmm.training import self_training
 
 OK, SOME_FAILED, USAGE, ALL_FAILED, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -41,7 +45,7 @@ Rows = Generator[Row, None, None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BatchOptions:
     """How a batch is worked through; none of it changes a label.
 
     Attributes:
@@ -59,14 +63,69 @@ class Plan:
     fail_fast: bool = False
 
 
-def run(cohort: Cohort, out: Path, config: Config, plan: Plan, *, progress: Progress = lambda row: None) -> int:
+class Steps(NamedTuple):
+    """What happens to a patient where it is not what the configuration says; a part that is None is.
+
+    Attributes:
+        preprocessing: from files to images.
+        inferer: fits the mixture.
+    """
+
+    preprocessing: Compose | None = None
+    inferer: Inferer | None = None
+
+    @classmethod
+    def unless_default(cls, preprocessing: Compose, inferer: Inferer, config: Config) -> Steps | None:
+        """Those of a bundle's configuration; None where they are the configuration's own anyway."""
+        own = isinstance(inferer, Solver) and inferer.config == config
+        steps = cls(preprocessing, None if own else inferer)
+        default = cls(config.preprocessing.transforms(config.protocol))
+        return None if own and steps.digest() == default.digest() else steps
+
+    def digest(self) -> str:
+        """A hash that changes with any of it."""
+        return hashlib.sha256(pickle.dumps(self)).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is done to every patient, as workers are sent it.
+
+    Attributes:
+        out: the output folder.
+        config: what to do.
+        overwrite: also do again what is done.
+        steps: what happens to a patient; None: what the configuration says.
+    """
+
+    out: Path
+    config: Config
+    overwrite: bool = False
+    steps: Steps | None = None
+
+    @property
+    def digest(self) -> str | None:
+        """Of steps that are not the configuration's own."""
+        return None if self.steps is None else self.steps.digest()
+
+
+def run(
+    cohort: Cohort,
+    out: Path,
+    config: Config,
+    options: BatchOptions,
+    *,
+    steps: Steps | None = None,
+    progress: Progress = lambda row: None,
+) -> int:
     """Segments every patient of a cohort into ``out``.
 
     Args:
         cohort: the patients.
         out: the output folder; made if need be.
         config: what to do.
-        plan: how to go about it.
+        options: how to go about it.
+        steps: what happens to a patient; None: what the configuration says.
         progress: called in this process with each patient's row as it comes.
 
     Returns:
@@ -77,51 +136,70 @@ def run(cohort: Cohort, out: Path, config: Config, plan: Plan, *, progress: Prog
         StudyError: ``E_DISK`` or ``E_WRITE``, not even the folder's own files could be written.
         KeyboardInterrupt: the user stopped the run; what is done is complete, and the tables are up to date.
     """
-    studies = select(cohort, plan)
+    studies = select(cohort, options)
     outputs.check(out, cohort)
-    _check_cohort(config, plan)
-    work = _work(studies, out, config, plan)
-    if config.method == "cohort" and config.model is None:
+    _check_cohort(config, options)
+    job = Job(out, config, options.overwrite, steps)
+    work = _work(studies, job, options)
+    if config.method.name == "cohort" and config.model is None:
         outputs.prepare(out, config.protocol)
-        config = selftaught.taught(cohort, out, config)
-        work = _work(studies, out, config, plan)
+        config = self_training.train_on_pseudo_labels(cohort, out, config)
+        job = dataclasses.replace(job, config=config)
+        work = _work(studies, job, options)
     outputs.prepare(out, config.protocol)
     with _log_file(out):
-        return _run(studies, work, out, config, plan, progress)
+        return _run(studies, work, job, options, progress)
 
 
-def _check_cohort(config: Config, plan: Plan) -> None:
+def _check_cohort(config: Config, options: BatchOptions) -> None:
     """Refuses to let parts of a cohort learn from each other.
 
     Raises:
         UsageError: the method is cohort, and only a part is to be done.
     """
-    if config.method == "cohort" and plan.part != (1, 1):
-        hint = f"run it without --part; then others can use --model OUT/{selftaught.MODEL}"
+    if config.method.name == "cohort" and options.part != (1, 1):
+        hint = f"run it without --part; then others can use --model OUT/{self_training.MODEL}"
         raise UsageError(f"--part: --method cohort learns from every patient; {hint}")
 
 
 class Batch:
     """A run that a bundle's configuration can hold: what to do is given first, ``run`` does it.
 
+    Each study of the data set goes through the data set's transforms and the inferer, each on its own: a patient that
+    fails stops nobody.
+
     Args:
-        cohort: the patients.
+        dataset: MONAI's, of ``{"study": Study}``, with the preprocessing as its transform.
+        inferer: fits the mixture to a patient's images.
+        cohort: where the studies come from.
         output_dir: the output folder.
         config: what to do.
-        plan: how to go about it.
+        options: how to go about it.
     """
 
-    def __init__(self, cohort: Cohort, output_dir: str | Path, config: Config, plan: Plan) -> None:
-        self.cohort, self.output_dir, self.config, self.plan = cohort, Path(output_dir), config, plan
+    def __init__(
+        self,
+        dataset: Dataset,
+        inferer: Inferer,
+        *,
+        cohort: Cohort,
+        output_dir: str | Path,
+        config: Config,
+        options: BatchOptions,
+    ) -> None:
+        studies = tuple(item["study"] for item in dataset.data)
+        self.cohort, self.output_dir = dataclasses.replace(cohort, studies=studies), Path(output_dir)
+        self.config, self.options = config, options
+        self.steps = Steps.unless_default(dataset.transform, inferer, config)
         self.exit_code = OK
 
     def run(self) -> int:
         """Segments every patient, and returns (and keeps) the exit code of ``run``."""
-        self.exit_code = run(self.cohort, self.output_dir, self.config, self.plan)
+        self.exit_code = run(self.cohort, self.output_dir, self.config, self.options, steps=self.steps)
         return self.exit_code
 
 
-def _run(studies: Sequence[Study], work: Rows, out: Path, config: Config, plan: Plan, progress: Progress) -> int:
+def _run(studies: Sequence[Study], work: Rows, job: Job, options: BatchOptions, progress: Progress) -> int:
     finished: dict[str, Row] = {}
     disk_full = False
     try:
@@ -131,13 +209,13 @@ def _run(studies: Sequence[Study], work: Rows, out: Path, config: Config, plan: 
                 _log(row)
                 progress(row)
                 disk_full = row["code"] == "E_DISK"
-                if disk_full or (plan.fail_fast and row["status"] == "failed"):
+                if disk_full or (options.fail_fast and row["status"] == "failed"):
                     break
-        if plan.fail_fast:
-            _skip(out, [s for s in studies if s.patient not in finished], config)
+        if options.fail_fast:
+            _skip([s for s in studies if s.patient not in finished], job)
     finally:
-        outputs.sweep(out)
-        trouble = _tables(out)
+        outputs.sweep(job.out)
+        trouble = _tables(job.out)
     if disk_full or trouble == "E_DISK":
         return DISK_FULL
     failed = sum(row["status"] == "failed" for row in finished.values())
@@ -146,27 +224,28 @@ def _run(studies: Sequence[Study], work: Rows, out: Path, config: Config, plan: 
     return SOME_FAILED if failed or trouble else OK
 
 
-def select(cohort: Cohort, plan: Plan) -> tuple[Study, ...]:
+def select(cohort: Cohort, options: BatchOptions) -> tuple[Study, ...]:
     """The patients of this part."""
-    index, parts = plan.part
+    index, parts = options.part
     return cohort.studies[index - 1 :: parts]
 
 
-def dry_run(cohort: Cohort, out: Path, config: Config, plan: Plan) -> Iterator[Row]:
+def dry_run(cohort: Cohort, out: Path, config: Config, options: BatchOptions) -> Iterator[Row]:
     """What a run would meet: each patient is loaded and checked, nothing is fitted, nothing is written.
 
     Yields:
         Rows with the status ``done``, ``ready`` or ``failed``.
     """
     outputs.check(out, cohort)
-    _check_cohort(config, plan)
-    for study in select(cohort, plan):
+    _check_cohort(config, options)
+    for study in select(cohort, options):
         row = _row(study, config)
-        if not plan.overwrite and outputs.done(out, study, config):
+        if not options.overwrite and outputs.done(out, study, config):
             yield {**row, "status": "done"}
             continue
         try:
-            found = scan.load(study, config.protocol, frame=config.frame, max_voxels=config.max_voxels)
+            given = config.preprocessing
+            found = loading.load(study, config.protocol, frame=given.frame, max_voxels=given.max_voxels)
             yield {**row, "status": "ready", "warnings": list(found.warnings)}
         except StudyError as error:
             yield {**row, **_failure(error)}
@@ -177,32 +256,33 @@ def dry_run(cohort: Cohort, out: Path, config: Config, plan: Plan) -> Iterator[R
 # One patient -------------------------------------------------------------------------------------------------------
 
 
-def process(study: Study, out: Path, config: Config, overwrite: bool) -> Row:
+def process(study: Study, job: Job) -> Row:
     """Segments one patient and writes its files, or its failure; runs in whichever process or machine.
 
     Returns:
         The patient's row. Its code is ``E_DISK`` when the run has to stop.
     """
     try:
-        with _one_thread(), outputs.lock(out, study.patient):
-            row = None if overwrite else outputs.done(out, study, config)
-            return {**row, "resumed": True} if row else _anew(study, out, config)
+        with _one_thread(), outputs.lock(job.out, study.patient):
+            row = None if job.overwrite else outputs.done(job.out, study, job.config, job.digest)
+            return {**row, "resumed": True} if row else _anew(study, job)
     except StudyError as error:  # not even the failure could be written
-        return _row(study, config) | _failure(error)
+        return _row(study, job.config) | _failure(error)
 
 
-def _anew(study: Study, out: Path, config: Config) -> Row:
-    began, row = time.monotonic(), _row(study, config)
+def _anew(study: Study, job: Job) -> Row:
+    began, row = time.monotonic(), _row(study, job.config)
+    steps = job.steps or Steps()
     try:
-        segmentation = segment(study, config)
+        segmentation = segment(study, job.config, preprocessing=steps.preprocessing, inferer=steps.inferer)
         row |= {"seconds": round(time.monotonic() - began, 3)}
-        return outputs.write(out, study, segmentation, row, config)
+        return outputs.write(job.out, study, segmentation, row, job.config, job.digest)
     except StudyError as error:
         row |= _failure(error)
     except Exception as error:  # one patient's surprise must not stop the others
         row |= _surprise(error)
     row |= {"seconds": round(time.monotonic() - began, 3)}
-    return _fail(out, study, row)
+    return _fail(job.out, study, row)
 
 
 @contextmanager
@@ -239,7 +319,7 @@ def _row(study: Study, config: Config) -> Row:
         "message": "",
         "remedy": "",
         "seconds": 0.0,
-        "method": config.method,
+        "method": config.method.name,
         "warnings": [],
     }
 
@@ -256,12 +336,12 @@ def _surprise(error: Exception) -> Row:
     return failure | {"traceback": "".join(traceback.format_exception(error))}
 
 
-def _skip(out: Path, studies: Sequence[Study], config: Config) -> None:
+def _skip(studies: Sequence[Study], job: Job) -> None:
     for study in studies:
-        with outputs.lock(out, study.patient):
-            if not outputs.done(out, study, config):
+        with outputs.lock(job.out, study.patient):
+            if not outputs.done(job.out, study, job.config, job.digest):
                 skipped = {"status": "skipped", "message": "left out after an earlier patient failed (--fail-fast)"}
-                _fail(out, study, _row(study, config) | skipped)
+                _fail(job.out, study, _row(study, job.config) | skipped)
 
 
 def _tables(out: Path) -> str | None:
@@ -318,36 +398,36 @@ def _log(row: Row) -> None:
 # Where the work is done --------------------------------------------------------------------------------------------
 
 
-def _work(studies: Sequence[Study], out: Path, config: Config, plan: Plan) -> Rows:
+def _work(studies: Sequence[Study], job: Job, options: BatchOptions) -> Rows:
     """Rows as they come. Only Dask's absence is found before the first is asked for."""
-    if plan.dask is not None:
-        return _on_dask(studies, out, config, plan, _dask_client(plan.dask))
-    if plan.jobs > 1:
-        return _in_processes(studies, out, config, plan)
-    return (process(study, out, config, plan.overwrite) for study in studies)
+    if options.dask is not None:
+        return _on_dask(studies, job, _dask_client(options.dask))
+    if options.jobs > 1:
+        return _in_processes(studies, job, options)
+    return (process(study, job) for study in studies)
 
 
-def _in_processes(studies: Sequence[Study], out: Path, config: Config, plan: Plan) -> Rows:
+def _in_processes(studies: Sequence[Study], job: Job, options: BatchOptions) -> Rows:
     """In processes. If one dies, whoever has no row yet is tried again together, and at last each alone."""
     left = {study.patient: study for study in studies}
     for _ in range(2):
-        with closing(_pooled(list(left.values()), out, config, plan)) as rows:
+        with closing(_pooled(list(left.values()), job, options)) as rows:
             for row in rows:
                 del left[row["patient"]]
                 yield row
     for study in left.values():
-        yield from list(_pooled([study], out, config, plan)) or [_crashed(out, study, config)]
+        yield from list(_pooled([study], job, options)) or [_crashed(study, job)]
 
 
-def _pooled(studies: Sequence[Study], out: Path, config: Config, plan: Plan) -> Rows:
+def _pooled(studies: Sequence[Study], job: Job, options: BatchOptions) -> Rows:
     """Rows as they come, until all are there or a process has died."""
     if not studies:
         return
     # Forking a process that runs torch's threads can hang; a fresh interpreter cannot.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(plan.jobs, len(studies)), mp_context=context, initializer=_quiet_worker)
+    pool = ProcessPoolExecutor(min(options.jobs, len(studies)), mp_context=context, initializer=_quiet_worker)
     try:
-        for future in as_completed([pool.submit(process, s, out, config, plan.overwrite) for s in studies]):
+        for future in as_completed([pool.submit(process, s, job) for s in studies]):
             yield future.result()
     except BrokenProcessPool:
         logger.warning("a worker process died (out of memory, or killed); patients without a result are tried again")
@@ -378,10 +458,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _crashed(out: Path, study: Study, config: Config) -> Row:
+def _crashed(study: Study, job: Job) -> Row:
     remedy = "Give the patient more memory (fewer --jobs), or leave it out with --patients"
     error = StudyError("E_CRASH", "the process died each time it handled this patient", remedy)
-    return _fail(out, study, _row(study, config) | _failure(error))
+    return _fail(job.out, study, _row(study, job.config) | _failure(error))
 
 
 def _dask_client(address: str) -> Any:
@@ -395,12 +475,12 @@ def _dask_client(address: str) -> Any:
         raise UsageError(f"--dask {address}: no scheduler answers there ({error})") from error
 
 
-def _on_dask(studies: Sequence[Study], out: Path, config: Config, plan: Plan, client: Any) -> Rows:
+def _on_dask(studies: Sequence[Study], job: Job, client: Any) -> Rows:
     from distributed import as_completed as dask_as_completed
 
     with client:
-        arguments = (out.resolve(), config, plan.overwrite)
-        futures = {client.submit(process, s, *arguments, pure=False, retries=1): s for s in studies}
+        job = dataclasses.replace(job, out=job.out.resolve())
+        futures = {client.submit(process, s, job, pure=False, retries=1): s for s in studies}
         for future in dask_as_completed(list(futures)):
             crashed = future.status != "finished"
-            yield _crashed(out, futures[future], config) if crashed else future.result()
+            yield _crashed(futures[future], job) if crashed else future.result()

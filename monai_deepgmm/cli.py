@@ -83,7 +83,7 @@ def segment(arguments: argparse.Namespace) -> int:
     from monai_deepgmm import batch
 
     config, found = _config(arguments), _find(arguments)
-    plan = batch.Plan(
+    options = batch.BatchOptions(
         jobs=arguments.jobs,
         dask=arguments.dask,
         part=arguments.part,
@@ -91,13 +91,13 @@ def segment(arguments: argparse.Namespace) -> int:
         fail_fast=arguments.fail_fast,
     )
     if arguments.dry_run:
-        rows = list(batch.dry_run(found, arguments.out, config, plan))
+        rows = list(batch.dry_run(found, arguments.out, config, options))
         for row in rows:
             detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else "; ".join(row["warnings"])
             print(f"{_shown(row['patient'])}\t{row['status']}\t{detail}")
         return _exit_code(sum(row["status"] == "failed" for row in rows), len(rows))
-    with _bar(len(batch.select(found, plan))) as bar:
-        code = batch.run(found, arguments.out, config, plan, progress=lambda row: bar.update())
+    with _bar(len(batch.select(found, options))) as bar:
+        code = batch.run(found, arguments.out, config, options, progress=lambda row: bar.update())
     logger.log(logging.INFO if code == OK else logging.WARNING, "%s", _closing_line(arguments.out, code))
     return code
 
@@ -108,6 +108,9 @@ def train(arguments: argparse.Namespace) -> int:
 
     found = _find(arguments)  # before torch and MONAI are asked for anything: most mistakes are here
     _refuse_inside(arguments.model_dir, arguments.directory)
+    # What MONAI's and ignite's own loggers would tell, our log tells.
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
+    logging.getLogger("ignite.engine.engine").setLevel(logging.CRITICAL)
     prepared = bundled.train(
         {
             "dataset_dir": str(arguments.directory),
@@ -133,15 +136,19 @@ def _refuse_inside(target: Path, source: Path) -> None:
 
 def means(arguments: argparse.Namespace) -> int:
     """Writes μ_data from labelled patients."""
-    from monai_deepgmm.images import atomic_files as files
-    from monai_deepgmm.training import class_means as mu_data
+    from monai_deepgmm.images import atomic_files
+    from monai_deepgmm.images.preprocessing import Preprocessing
+    from monai_deepgmm.methods import settings
+    from monai_deepgmm.training import class_means
 
     protocol = protocols.load(arguments.protocol)
+    begun = Preprocessing(frame=arguments.frame, max_voxels=arguments.max_voxels)
+    preprocessing = settings.changed(begun, settings.parsed(arguments.set), "deepgmm means")
     found = _find(arguments)
-    computed, unused = mu_data.compute(found.studies, protocol, frame=arguments.frame, max_voxels=arguments.max_voxels)
+    computed, unused = class_means.compute(found.studies, protocol, preprocessing)
     for patient, error in unused.items():
         logger.warning("%s was not used: %s: %s", _shown(patient), error.code, error)
-    files.write_whole(arguments.output, mu_data.as_json(computed))
+    atomic_files.write_whole(arguments.output, computed.as_json())
     for tissue, row in computed.means.items():
         print(f"{tissue:12s}" + "".join(f"  {sequence} {value:7.3f}" for sequence, value in row.items()))
     print(f"from {computed.n_slices} images of {len(found.studies) - len(unused)} patients → {arguments.output}")
@@ -195,10 +202,14 @@ def phantom(arguments: argparse.Namespace) -> int:
 
 def _phantom_settings(given: Sequence[str], kind: type[Any]) -> dict[str, Any]:
     if not given:
-        return {}  # without the wait for torch, which the module of settings needs
-    from monai_deepgmm.methods import config
+        return {}
+    from monai_deepgmm.methods import settings
 
-    return config.chosen(given, [f.name for f in dataclasses.fields(kind)])
+    values = settings.parsed(given)
+    known = [f.name for f in dataclasses.fields(kind)]
+    if unknown := [key for key in values if key not in known]:
+        raise UsageError(f"--set {unknown[0]}: no such setting of a phantom; it has {', '.join(known)}")
+    return values
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -281,13 +292,16 @@ def _add_scan(commands: Any) -> None:
 
 
 def _add_segment(commands: Any) -> None:
-    from monai_deepgmm.methods.config import METHODS
+    from monai_deepgmm.methods import METHODS
 
     made = _command(commands, segment, "segment every patient in DIR into OUT")
     _add_cohort(made)
     made.add_argument("out", metavar="OUT", type=Path, help="the folder for the results")
     group = made.add_argument_group("what to do")
     group.add_argument("--method", choices=METHODS, help="the solver; the protocol's best, or with --model network")
+    group.add_argument(
+        "--help-method", action=_HelpMethod, choices=METHODS, help="print a method's settings for --set, and leave"
+    )
     group.add_argument("--means", type=Path, metavar="FILE", help="known class means, from deepgmm means")
     group.add_argument("--network", metavar="NETWORK", help="of deepg and deepsvg: a name, a class, or a file")
     group.add_argument("--model", type=Path, metavar="MODEL_DIR", help="a network from deepgmm train")
@@ -354,6 +368,17 @@ def _add_demo(commands: Any) -> None:
     made.add_argument("-n", "--number", type=_positive, default=4, metavar="N", help="how many patients")
     made.add_argument("--seed", type=int, default=0, help="of every random draw")
     made.add_argument("--jobs", type=_positive, default=2, metavar="N", help="patients at the same time")
+
+
+class _HelpMethod(argparse.Action):
+    """Prints what ``--set`` can change of a method, with defaults and units."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: Any) -> None:
+        from monai_deepgmm.methods import registry
+
+        name = rest[0]
+        protocol = protocols.load("brain" if name == "pvgmm" else "infarct")
+        parser.exit(message="\n".join(registry.help_method(name, protocol)) + "\n")
 
 
 def _positive(text: str) -> int:

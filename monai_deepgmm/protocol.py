@@ -38,8 +38,8 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What a connected region of a tissue must show to be believed (``presence.decide``).
+class RegionCriteria:
+    """What a connected region of a tissue must show to be accepted (``region_filter.decide``).
 
     Attributes:
         size: the least diameter of the largest disc within it, in mm.
@@ -72,7 +72,7 @@ class Tissue:
         level: sequence → how bright the tissue is among those that share its place, in standard deviations from their
             median; what an anatomical mixture expects of its mean.
         share: of the voxels of that place, as expected.
-        evidence: without it the tissue is not believed; None: it is always there.
+        criteria: what its regions must show (``evidence`` in YAML); None: the tissue is always there.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Tissue:
     merges_into: str | None
     level: Mapping[str, float] = field(default_factory=dict)
     share: float = 1.0
-    evidence: Evidence | None = None
+    criteria: RegionCriteria | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,8 @@ def as_yaml(protocol: Protocol) -> str:
     """A protocol as a file that ``load`` reads."""
     anatomy = protocol.anatomy
     tissues = [dataclasses.asdict(t) | {"seen_in": list(t.seen_in)} for t in protocol.tissues]
+    for tissue in tissues:
+        tissue["evidence"] = tissue.pop("criteria")
     content = {
         "name": protocol.name,
         "title": protocol.title,
@@ -255,11 +257,11 @@ def _anatomy(raw: Mapping[str, Any], unit: str, sequences: tuple[str, ...], tiss
     return Anatomy(tuple(raw["inside"]), {s: float(w) for s, w in raw["contrast"].items()}, (mean, sd))
 
 
-def _evidence(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Evidence:
+def _evidence(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> RegionCriteria:
     if raw["sequence"] not in sequences or set(raw["weights"]) - {"size", "support", "contrast"}:
         raise ValueError("evidence: its sequence or its weights")
     weights = {name: float(weight) for name, weight in raw["weights"].items()}
-    return Evidence(float(raw["size"]), float(raw["score"]), weights, raw["sequence"])
+    return RegionCriteria(float(raw["size"]), float(raw["score"]), weights, raw["sequence"])
 
 
 def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
@@ -286,5 +288,5 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         merges_into=raw.get("merges_into"),
         level=levels,
         share=share,
-        evidence=None if raw.get("evidence") is None else _evidence(raw["evidence"], sequences),
+        criteria=None if raw.get("evidence") is None else _evidence(raw["evidence"], sequences),
     )

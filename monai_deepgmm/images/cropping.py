@@ -1,25 +1,18 @@
-"""NIfTI ⇄ tensors: a scan cut into the images that a mixture is fitted to, normalised, and the exact way back.
+"""A scan cut into the images that a mixture is fitted to, normalised, and the exact way back.
 
-The two transforms are MONAI's kind (one dictionary in, one out), so that they stand in a bundle's ``Compose`` beside
-MONAI's own. Nothing is interpolated on the way, so masks come back bit by bit.
+Nothing is interpolated on the way, so masks come back bit by bit.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.transforms import Compose, Transform
 from numpy.typing import NDArray
 from torch import Tensor
 
-from monai_deepgmm.images import loading as scan
-from monai_deepgmm.images import n4
 from monai_deepgmm.images.loading import Scan
-from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
 
 #: Voxels kept around the mask where the crop would cut it.
@@ -28,7 +21,7 @@ MARGIN = 2
 SLICE_FACTOR = 1.5
 
 
-class Units(NamedTuple):
+class Crops(NamedTuple):
     """The images of one patient: its slices, or its whole volume as a batch of one.
 
     Attributes:
@@ -78,7 +71,7 @@ def slice_axis(spacing_mm: tuple[float, float, float]) -> int:
     return int(order[2]) if clear else 2
 
 
-def units(patient: Scan, protocol: Protocol) -> Units:
+def crops(patient: Scan, protocol: Protocol) -> Crops:
     """Cuts a scan into the protocol's images, and z-scores each sequence of each image (S §4.3).
 
     With a ``crop_mm``, each image is a square (cube) of that side around the middle of its mask, larger where the mask
@@ -90,7 +83,7 @@ def units(patient: Scan, protocol: Protocol) -> Units:
         protocol: the unit and the crop.
 
     Returns:
-        The units, in order along the slice axis.
+        The crops, in order along the slice axis.
     """
     spacing = patient.reference.spacing_mm
     axis = slice_axis(spacing)
@@ -109,7 +102,7 @@ def units(patient: Scan, protocol: Protocol) -> Units:
     image, mask, covered = cut[:, :-2], cut[:, -2:-1], cut[:, -1:]
     image, zero = _zscore(image, mask if protocol.crop_mm is None else covered)
     kept = tuple(s for i, s in enumerate(spacing) if i not in stack)
-    return Units(image * covered, mask, kept, tuple(int(i) for i in found), axis, corners, patient.mask.shape, zero)
+    return Crops(image * covered, mask, kept, tuple(int(i) for i in found), axis, corners, patient.mask.shape, zero)
 
 
 def _box(mask: NDArray[np.bool_], axis: int | None, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -163,64 +156,3 @@ def _zscore(image: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
     deviation = ((centred.square() * over).sum(axes, keepdim=True) / count).sqrt()
     deviation = torch.where(deviation > 0, deviation, 1.0)
     return centred / deviation, (-mean / deviation).flatten(1)
-
-
-class LoadStudyd(Transform):
-    """Adds ``scan``: the sequences and mask of ``study``, loaded by key, checked, on the reference's grid.
-
-    Args:
-        protocol: which sequence is the reference, which are needed.
-        frame: which frame of a 4-D file, counted from 0.
-        max_voxels: a larger image is refused before it is read.
-    """
-
-    def __init__(self, protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS) -> None:
-        self.protocol, self.frame, self.max_voxels = protocol, frame, max_voxels
-
-    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """``study`` → ``study``, ``scan``."""
-        loaded = scan.load(data["study"], self.protocol, frame=self.frame, max_voxels=self.max_voxels)
-        return {**data, "scan": loaded}
-
-
-class CropUnitsd(Transform):
-    """Adds ``units``, and their ``image`` (B, M, *S) and ``mask`` (B, 1, *S): the scan cropped and normalised.
-
-    Args:
-        protocol: the unit, the crop and the normalisation.
-    """
-
-    def __init__(self, protocol: Protocol) -> None:
-        self.protocol = protocol
-
-    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """``scan`` → ``scan``, ``units``, ``image``, ``mask``."""
-        cut = units(data["scan"], self.protocol)
-        return {**data, "units": cut, "image": cut.image, "mask": cut.mask}
-
-
-class CorrectShadingd(Transform):
-    """Divides each sequence of ``scan`` by its bias field, and adds the ``fields`` (M, X, Y, Z), by N4."""
-
-    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """``scan`` → ``scan``, ``fields``."""
-        patient: Scan = data["scan"]
-        spacing_mm = patient.reference.spacing_mm
-        fields = np.stack([n4.field(image, patient.mask, spacing_mm) for image in patient.image])
-        return {**data, "scan": dataclasses.replace(patient, image=patient.image / fields), "fields": fields}
-
-
-def preprocessing(
-    protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS, shaded: bool = False
-) -> Compose:
-    """What happens to every study, on the command line and in the bundle alike: load, check, mask, crop, normalise.
-
-    Args:
-        protocol: what to look for.
-        frame: which frame of a 4-D file, counted from 0.
-        max_voxels: a larger image is refused before it is read.
-        shaded: whether N4 takes the shading off.
-    """
-    steps: list[Transform] = [LoadStudyd(protocol, frame=frame, max_voxels=max_voxels)]
-    steps += [CorrectShadingd()] if shaded else []
-    return Compose([*steps, CropUnitsd(protocol)])

@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from monai_deepgmm.images.resampling import relative_depth
-from monai_deepgmm.mixture.em import Fit
+from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.protocol import Tissue
 
 #: How far a voxel may stray from its tissue's signature: in standard deviations inside the mask, and in relative depth.
@@ -147,7 +147,9 @@ def reorder(fit: Fit, order: Tensor) -> Fit:
         means=pick(mixture.means),
         covariances=covariances if tied else pick(covariances),
     )
-    return fit._replace(resp=pick(fit.resp), mixture=named, collapsed=pick(fit.collapsed))
+    lost = fit.diagnostics.collapsed
+    diagnostics = fit.diagnostics if lost is None else fit.diagnostics._replace(collapsed=pick(lost))
+    return Fit(pick(fit.resp), named, diagnostics)
 
 
 def looks_swapped(

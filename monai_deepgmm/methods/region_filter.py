@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, gaussian_filter1d, label
 from torch import Tensor
 
-from monai_deepgmm.methods.endocardium import ANGLES, Ring
-from monai_deepgmm.protocol import Evidence, Tissue
+from monai_deepgmm.methods.endocardium import ANGLES
+from monai_deepgmm.methods.task import Images
+from monai_deepgmm.protocol import RegionCriteria
 
 #: What the neighbouring slices are taken to hold where there are none.
 UNKNOWN_SUPPORT = 0.2
@@ -36,7 +37,7 @@ class Region(NamedTuple):
         size: the diameter of the largest disc within it, in mm.
         support: the tissue's share at the same angles in the neighbouring slices, 0 to 1.
         contrast: how much brighter it is than the healthy wall, in that one's standard deviations.
-        believed: the decision.
+        accepted: the decision.
     """
 
     tissue: str
@@ -45,52 +46,38 @@ class Region(NamedTuple):
     size: float
     support: float
     contrast: float
-    believed: bool
+    accepted: bool
 
 
-def decide(
-    resp: Tensor,
-    image: Tensor,
-    mask: Tensor,
-    ring: Ring,
-    tissues: tuple[Tissue, ...],
-    sequences: tuple[str, ...],
-    *,
-    slices: tuple[int, ...] = (),
-    spacing_mm: tuple[float, ...],
-) -> tuple[Tensor, list[Region]]:
-    """Takes from each tissue the regions that are not believed.
+def decide(resp: Tensor, images: Images) -> tuple[Tensor, list[Region]]:
+    """Takes from each tissue the regions that do not meet its criteria.
 
-    Tissues are decided from the last to the first, and a region that is not believed goes to those still to be decided
+    Tissues are decided from the last to the first, and a region that is not accepted goes to those still to be decided
     or always there: what scar loses can still be edema, what edema loses is healthy wall. The healthy wall is the
-    first tissue with a level that needs no evidence.
+    first tissue with a level that needs no criteria.
 
     Args:
         resp: responsibilities ``(B, K, H, W)``, sum 1 inside the mask.
-        image: ``(B, M, H, W)``.
-        mask: ``(B, 1, H, W)``.
-        ring: the wall's borders.
-        tissues: the K tissues.
-        sequences: the M sequences.
-        slices: the position of each image along the stack, neighbours differ by 1; empty: none has neighbours.
-        spacing_mm: of H and W.
+        images: with the wall's borders.
 
     Returns:
-        Responsibilities with 0 where a tissue is not believed, which sum to 1 again, and every region.
+        Responsibilities with 0 where a tissue is not accepted, which sum to 1 again, and every region.
     """
+    ring, tissues, sequences, slices = images.border(), images.tissues, images.sequences, images.slices
+    image, mask, spacing_mm = images.image, images.mask, images.spacing_mm
     resp = resp.clone()
     wall = ((mask > 0) & (ring.inside == 0))[:, 0].cpu().numpy()
-    healthy = next((k for k, t in enumerate(tissues) if t.evidence is None and t.level), None)
+    healthy = next((k for k, t in enumerate(tissues) if t.criteria is None and t.level), None)
     regions: list[Region] = []
     for k in reversed(range(len(tissues))):
-        evidence = tissues[k].evidence
-        if evidence is None or healthy is None or evidence.sequence not in sequences:
+        criteria = tissues[k].criteria
+        if criteria is None or healthy is None or criteria.sequence not in sequences:
             continue
-        gone = [j >= k and t.evidence is not None for j, t in enumerate(tissues)]
+        gone = [j >= k and t.criteria is not None for j, t in enumerate(tissues)]
         decided = torch.tensor(gone, device=resp.device)[:, None, None]
         found = resp.argmax(1).cpu().numpy()
         shares = [_by_angle(f == k, w, a) for f, w, a in zip(found, wall, ring.angle, strict=True)]
-        values = image[:, sequences.index(evidence.sequence)].cpu().numpy()
+        values = image[:, sequences.index(criteria.sequence)].cpu().numpy()
         for i in range(len(resp)):
             support = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1] if slices else []
             inside = found[i] == k
@@ -105,11 +92,11 @@ def decide(
                     size=2 * float(distance_transform_edt(where, sampling=spacing_mm).max()),
                     support=_support(where, ring.angle[i], support),
                     contrast=_contrast(values[i][where], rest),
-                    believed=False,
+                    accepted=False,
                 )
-                region = region._replace(believed=believed(region, evidence))
+                region = region._replace(accepted=accepted(region, criteria))
                 regions.append(region)
-                if not region.believed:
+                if not region.accepted:
                     resp[i] = torch.where(decided & torch.from_numpy(where).to(resp.device), 0, resp[i])
     total = resp.sum(1, keepdim=True)
     # Where nothing else was possible, the healthy wall is.
@@ -119,10 +106,10 @@ def decide(
     return resp / torch.where(total > 0, total, 1), regions
 
 
-def believed(region: Region, evidence: Evidence) -> bool:
-    """Whether a region's evidence suffices."""
-    score = sum(weight * getattr(region, name) for name, weight in evidence.weights.items())
-    return region.size >= evidence.size and score >= evidence.score
+def accepted(region: Region, criteria: RegionCriteria) -> bool:
+    """Whether a region meets a tissue's criteria."""
+    score = sum(weight * getattr(region, name) for name, weight in criteria.weights.items())
+    return region.size >= criteria.size and score >= criteria.score
 
 
 def _by_angle(tissue: NDArray[np.bool_], wall: NDArray[np.bool_], angle: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -17,18 +17,19 @@ from torch import Tensor, nn
 
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import resampling as view
-from monai_deepgmm.mixture.em import Fit, collapsed
+from monai_deepgmm.methods.model_spec import SPEC, WEIGHTS, ModelReference, ModelSpec
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, e_step, m_step, nll
 from monai_deepgmm.networks import registry as networks
-from monai_deepgmm.networks.model_spec import MULTIPLE, SPEC, WEIGHTS, LabelRule, Reference, Spec
+from monai_deepgmm.networks.sizes import MULTIPLE
 
 
-def build(spec: Spec, *, seed: int = 0) -> nn.Module:
+def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
     """The network that a specification describes, its weights drawn from a seed."""
     return networks.fresh(functools.partial(networks.build, spec.network, **_shape(spec)), seed)
 
 
-def tried(spec: Spec) -> nn.Module:
+def tried(spec: ModelSpec) -> nn.Module:
     """The network, after a batch of the training's size has gone through it and has come out as every tissue's logits.
 
     Raises:
@@ -46,12 +47,12 @@ def tried(spec: Spec) -> nn.Module:
     return network
 
 
-def complete(spec: Spec) -> dict[str, Any]:
+def complete(spec: ModelSpec) -> dict[str, Any]:
     """The same network's class and arguments, as a bundle's JSON holds them."""
     return networks.complete(spec.network, **_shape(spec))
 
 
-def sides(spec: Spec) -> list[str | int]:
+def sides(spec: ModelSpec) -> list[str | int]:
     """The sides of images that the network takes, as metadata say it: any multiple of 32, or the training's.
 
     Some networks are made for one size, or halve an image of 32 voxels until nothing is left to normalise.
@@ -64,7 +65,7 @@ def sides(spec: Spec) -> list[str | int]:
     return list(spec.given)
 
 
-def _shape(spec: Spec) -> dict[str, Any]:
+def _shape(spec: ModelSpec) -> dict[str, Any]:
     return {
         "spatial_dims": spec.spatial_dims,
         "in_channels": spec.channels,
@@ -74,7 +75,7 @@ def _shape(spec: Spec) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def load(reference: Reference, device: str) -> nn.Module:
+def load(reference: ModelReference, device: str) -> nn.Module:
     """The network with its weights, ready to segment; kept, so that the next patient does not read it again.
 
     Raises:
@@ -110,12 +111,12 @@ def reason(error: BaseException) -> str:
 
 def fit(
     network: nn.Module,
-    spec: Spec,
+    spec: ModelSpec,
     image: Tensor,
     mask: Tensor,
     *,
     spacing_mm: tuple[float, ...],
-    labels: LabelRule | None = None,
+    posterior: bool = True,
     sequences: tuple[str, ...] | None = None,
     merge: Tensor | None = None,
 ) -> Fit:
@@ -129,7 +130,7 @@ def fit(
         image: ``(B, M, *S)``, its sequences in the order of ``spec``.
         mask: ``(B, 1, *S)``.
         spacing_mm: of the axes in ``*S``.
-        labels: what ``resp`` holds: the posterior Π·g, or the network's own output; None: as ``spec`` says.
+        posterior: whether ``resp`` holds the posterior Π·g, or else the network's own output.
         sequences: the M sequences, where they are not all that ``spec`` names.
         merge: ``(T, K)`` of 0 and 1, which of the network's K outputs make up each of T tissues; None: one each.
 
@@ -145,22 +146,24 @@ def fit(
     output = weights(network, spec, given, mask, spacing_mm=spacing_mm) * mask
     if merge is not None:
         output = (merge.to(output) @ output.flatten(2)).reshape(len(output), -1, *output.shape[2:])
-    mixture = m_step(image, output, mask, covariance=spec.covariance, spatial=spec.spatial, floor=VARIANCE_FLOOR)
-    final = nll(image, mask, mixture)
-    batch = torch.zeros(len(image), dtype=torch.long, device=image.device)
+    mixture = m_step(
+        image,
+        output,
+        mask,
+        covariance=spec.training.covariance or "tied",
+        spatial=spec.training.spatial,
+        floor=VARIANCE_FLOOR,
+    )
     return Fit(
-        resp=output if (labels or spec.labels) == "network" else e_step(image, mask, mixture),
+        resp=e_step(image, mask, mixture) if posterior else output,
         mixture=mixture,
-        nll=final,
-        trace=final[None],
-        iterations=batch,
-        converged=torch.ones_like(batch, dtype=torch.bool),
-        reseeded=batch,
-        collapsed=collapsed(output.flatten(2), mask.flatten(2)),
+        diagnostics=Diagnostics(nll=nll(image, mask, mixture), collapsed=collapsed(output.flatten(2), mask.flatten(2))),
     )
 
 
-def weights(network: nn.Module, spec: Spec, image: Tensor, mask: Tensor, *, spacing_mm: tuple[float, ...]) -> Tensor:
+def weights(
+    network: nn.Module, spec: ModelSpec, image: Tensor, mask: Tensor, *, spacing_mm: tuple[float, ...]
+) -> Tensor:
     """The network's output w = Π on the image's own grid ``(B, K, *S)``; it sums to 1 over K everywhere.
 
     One image after the other: a patient's slices then need no more memory than one, and no label depends on its
@@ -174,18 +177,20 @@ def weights(network: nn.Module, spec: Spec, image: Tensor, mask: Tensor, *, spac
 
 
 @torch.no_grad()
-def _weights(network: nn.Module, spec: Spec, image: Tensor, mask: Tensor, *, spacing_mm: tuple[float, ...]) -> Tensor:
+def _weights(
+    network: nn.Module, spec: ModelSpec, image: Tensor, mask: Tensor, *, spacing_mm: tuple[float, ...]
+) -> Tensor:
     """Of one image ``(1, M, *S)``."""
     # As large as in training, since an instance norm counts the surroundings; larger only where the mask is.
-    needed = view.around(mask, spacing_mm, spec.grid_mm).size
+    needed = view.around(mask, spacing_mm, spec.training.grid_mm).size
     size = tuple(max(sides) for sides in zip(needed, spec.given, strict=True))
     # A network that is made for one size sees larger images by windows, however it was trained.
     window = spec.given if spec.window is not None or networks.SIZE in complete(spec) else None
     through = networks.inferer(None if window == size else window)
-    seen = view.around(mask, spacing_mm, spec.grid_mm, size)
+    seen = view.around(mask, spacing_mm, spec.training.grid_mm, size)
     try:
         inside = view.look(mask.float(), seen, nearest=True)
-        given = view.inputs(view.look(image.float(), seen), inside, spec.grid_mm)
+        given = view.inputs(view.look(image.float(), seen), inside, spec.training.grid_mm)
         logits = through(given, lambda part: _checked(networks.logits(network, part), part, len(spec.tissues)))
         output = logits.softmax(1)
     except Exception as error:  # whatever a network of the user's own, or too large an image, raises

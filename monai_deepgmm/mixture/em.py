@@ -7,125 +7,17 @@ another method's output) is a function that returns them. Several restarts are o
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from monai_deepgmm.mixture import bias_field as bias
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_joint, m_step, masked_mean
 
-#: A component that explains fewer voxels than this has collapsed.
-MIN_VOXELS = 5.0
 #: How often one image's collapsed components are moved elsewhere before they are left as they are.
 MAX_RESEEDS = 3
-
-
-class Fit(NamedTuple):
-    """A fitted mixture, whoever fitted it.
-
-    Attributes:
-        resp: responsibilities ``(B, K, *S)``, 0 outside the mask.
-        mixture: the parameters.
-        nll: the final NLL per voxel ``(B,)``.
-        trace: the NLL of the start and after each iteration ``(T + 1, B)``; it falls, except where a component was
-            moved elsewhere. An image that has converged repeats its last value.
-        iterations: how many of them each image needed ``(B,)``.
-        converged: whether the gain fell below the tolerance ``(B,)``.
-        reseeded: how often a collapsed component was moved elsewhere ``(B,)``.
-        collapsed: components that explain (nearly) no voxel in the end ``(B, K)``.
-    """
-
-    resp: Tensor
-    mixture: Mixture
-    nll: Tensor
-    trace: Tensor
-    iterations: Tensor
-    converged: Tensor
-    reseeded: Tensor
-    collapsed: Tensor
-
-
-# Start -----------------------------------------------------------------------------------------------------------
-
-
-def kmeans_start(
-    image: Tensor, mask: Tensor, components: int, *, generator: torch.Generator, lloyd_steps: int = 50
-) -> Tensor:
-    """Responsibilities (0 or 1) from k-means++ seeding and Lloyd's iterations, for each image of the batch.
-
-    Args:
-        image: ``(B, M, *S)``; distances are Euclidean, so bring the sequences to one scale first.
-        mask: ``(B, 1, *S)``.
-        components: K.
-        generator: a CPU generator, whatever the image's device, so that every device draws the same numbers.
-        lloyd_steps: at most this many iterations; they stop earlier when nothing moves.
-
-    Returns:
-        ``(B, K, *S)``, 0 outside the mask.
-    """
-    packed, where = _pack_index(mask.to(image.dtype))
-    inside, voxels = packed[:, 0], _pack(image, where, packed).mT  # (B, N), (B, N, M)
-    centres: list[Tensor] = []
-    nearest = inside
-    for _ in range(components):
-        draw = torch.rand(len(image), 1, generator=generator, dtype=torch.float64).to(image)
-        # Where every voxel already lies on a centre, any of them will do; a draw may round to 1, but must stay below.
-        left = nearest * inside
-        mass = torch.where(left.sum(1, keepdim=True) > 0, left, inside).cumsum(1)
-        draw = draw.clamp_max(1 - torch.finfo(draw.dtype).eps)
-        index = torch.searchsorted(mass, draw * mass[:, -1:], right=True).clamp_max(inside.shape[1] - 1)
-        centres.append(voxels.take_along_dim(index[..., None], 1))  # (B, 1, M)
-        squared = (voxels - centres[-1]).square().sum(-1)
-        nearest = squared if len(centres) == 1 else torch.minimum(nearest, squared)
-    means = torch.cat(centres, 1)
-    labels = _nearest(voxels, means)
-    for _ in range(lloyd_steps):
-        member = torch.nn.functional.one_hot(labels, components).to(image.dtype) * inside[..., None]
-        count = member.sum(1)[..., None]
-        means = torch.where(count > 0, member.mT @ voxels / count.clamp_min(1), means)
-        previous, labels = labels, _nearest(voxels, means)
-        if torch.equal(previous, labels):
-            break
-    everywhere = labels.new_zeros(mask.flatten(1).shape).scatter(1, where, labels)
-    return labels_start(everywhere.reshape(mask.shape), mask.to(image.dtype), components)
-
-
-def _nearest(voxels: Tensor, means: Tensor) -> Tensor:
-    """The nearest of the means ``(B, K, M)`` to each voxel ``(B, N, M)``, from differences: exact at any offset."""
-    return torch.cdist(voxels, means, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
-
-
-def means_start(image: Tensor, mask: Tensor, means: Tensor) -> Tensor:
-    """Responsibilities from known means (μ_data, S §4.2): one E-step with equal weights and equal covariances.
-
-    The covariance, shared by all components, is diagonal: the mean square distance to the nearest mean.
-
-    Args:
-        image: ``(B, M, *S)``.
-        mask: ``(B, 1, *S)``.
-        means: μ ``(K, M)`` or ``(B, K, M)``, on the image's scale.
-
-    Returns:
-        ``(B, K, *S)``, 0 outside the mask.
-    """
-    means = means.to(image).expand(len(image), *means.shape[-2:])
-    image = torch.where(mask > 0, image, 0)
-    squared = (image.flatten(2)[:, None] - means[..., None]).square()  # (B, K, M, N)
-    # The variance of each sequence around the nearest mean, shared by all components.
-    nearest = squared.sum(2, keepdim=True).argmin(1, keepdim=True).expand(-1, -1, image.shape[1], -1)
-    around = squared.take_along_dim(nearest, 1).mT * mask.flatten(2)[..., None]  # (B, 1, N, M)
-    variances = around.sum(2) / mask.flatten(1).sum(1)[:, None, None].clamp_min(1) + VARIANCE_FLOOR
-    weights = torch.full(means.shape[:2], 1 / means.shape[1]).to(image)
-    mixture = Mixture(weights, means, variances.expand_as(means))
-    return log_joint(image, mixture).softmax(1) * mask
-
-
-def labels_start(labels: Tensor, mask: Tensor, components: int) -> Tensor:
-    """Responsibilities from a label map: ``(B, 1, *S)`` integers 0 … K−1 inside the mask → ``(B, K, *S)``."""
-    inside = torch.where(mask > 0, labels, 0)[:, 0].long()
-    return torch.nn.functional.one_hot(inside, components).movedim(-1, 1) * mask
 
 
 # Step ------------------------------------------------------------------------------------------------------------
@@ -282,13 +174,8 @@ def _loop(image: Tensor, mask: Tensor, start: Tensor, options: _Options, basis: 
         active = active[~converged[active]]
         if len(active) == 0:
             break
-    return Fit(resp, mixture, last, torch.stack(trace), iterations, converged, reseeded, collapsed(resp, mask))
-
-
-def collapsed(resp: Tensor, mask: Tensor) -> Tensor:
-    """Which components explain (nearly) no voxel ``(B, K)``; in a tiny image, none is called so for its size."""
-    limit = torch.minimum(torch.full_like(mask.sum(-1), MIN_VOXELS), mask.sum(-1) / (4 * resp.shape[1]))
-    return resp.sum(-1) < limit
+    lost = collapsed(resp, mask)
+    return Fit(resp, mixture, Diagnostics(last, torch.stack(trace), iterations, converged, reseeded, lost))
 
 
 def variance_inside(image: Tensor, mask: Tensor) -> Tensor:
@@ -309,29 +196,14 @@ def _put(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
 # Result ----------------------------------------------------------------------------------------------------------
 
 
-def joined(fits: Sequence[Fit]) -> Fit:
-    """Fits of single images as one of a batch; shorter traces repeat their last value."""
-    longest = max(len(f.trace) for f in fits)
-    traces = [torch.cat([f.trace, f.trace[-1:].expand(longest - len(f.trace), -1)]) for f in fits]
-    fields = [f.mixture.field for f in fits if f.mixture.field is not None]
-    weights, means, covariances = (
-        torch.cat([getattr(f.mixture, name) for f in fits]) for name in ("weights", "means", "covariances")
-    )
-    mixture = Mixture(weights, means, covariances, torch.cat(fields) if fields else None)
-    rest = ("resp", "nll", "iterations", "converged", "reseeded", "collapsed")
-    each = {name: torch.cat([getattr(f, name) for f in fits]) for name in rest}
-    return Fit(mixture=mixture, trace=torch.cat(traces, 1), **each)
-
-
 def _best(fits: Fit, restarts: int) -> Fit:
     """Keeps, for each image, the restart with the lowest NLL."""
-    if restarts == 1:
+    nll = fits.diagnostics.nll
+    if restarts == 1 or nll is None:
         return fits
-    rows = len(fits.nll) // restarts
-    choice = fits.nll.reshape(restarts, rows).argmin(0)
-    index = choice * rows + torch.arange(rows, device=choice.device)
-    rest = {name: getattr(fits, name)[index] for name in ("resp", "nll", "iterations", "converged", "reseeded")}
-    return Fit(mixture=fits.mixture.rows(index), trace=fits.trace[:, index], collapsed=fits.collapsed[index], **rest)
+    rows = len(nll) // restarts
+    choice = nll.reshape(restarts, rows).argmin(0)
+    return fits.rows(choice * rows + torch.arange(rows, device=choice.device))
 
 
 def _pack_index(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.mixture.bounding_box import cut, enclosing, paste
-from monai_deepgmm.mixture.em import Fit, collapsed
+from monai_deepgmm.mixture.fit import Diagnostics, Fit
 from monai_deepgmm.mixture.gaussian import Mixture, log_density, masked_mean
 from monai_deepgmm.mixture.smoothing import Smoother
 
@@ -43,7 +43,7 @@ class Prior(NamedTuple):
     variance_strength: float = 0.5
 
 
-class Shape(NamedTuple):
+class DensityModel(NamedTuple):
     """How a component's density falls off, and what belongs to none.
 
     Attributes:
@@ -58,7 +58,7 @@ class Shape(NamedTuple):
     span: float = 10.0
 
 
-class Field(NamedTuple):
+class SpatialPrior(NamedTuple):
     """How neighbouring voxels hang together.
 
     Attributes:
@@ -90,8 +90,8 @@ def fit(
     prior: Prior,
     spacing_mm: tuple[float, ...],
     *,
-    field: Field | None = None,
-    shape: Shape | None = None,
+    spatial: SpatialPrior | None = None,
+    density: DensityModel | None = None,
     tol: float = TOL,
     max_iter: int = MAX_ITER,
 ) -> Fit:
@@ -107,8 +107,8 @@ def fit(
         place: ``(B, 1, *S)``, where these K tissues can be.
         prior: what is expected of them, in their order.
         spacing_mm: of the axes in ``*S``.
-        field: the neighbourhood; None: the defaults.
-        shape: the densities; None: the defaults.
+        spatial: the neighbourhood; None: the defaults.
+        density: the densities' tails; None: the defaults.
         tol: a fit has converged when a responsibility changes by less on average.
         max_iter: iterations at most.
 
@@ -116,12 +116,12 @@ def fit(
         The fit: its components are in the order of the prior, its mixture is on the standardised scale, its NLL is
         NLL_V with the smooth Π, untempered.
     """
-    field, shape = field or Field(), shape or Shape()
+    spatial, model = spatial or SpatialPrior(), density or DensityModel()
     prior = prior._replace(means=prior.means.to(image), shares=prior.shares.to(image))
     box, full = enclosing(place), image.shape[2:]
     image, place = cut(image, box), cut(place.to(image.dtype), box)
-    seen = Smoother(place, field.denoise_mm, spacing_mm)(standardised(image, place))
-    neighbourhood = Smoother(place, field.sigma_mm, spacing_mm)
+    seen = Smoother(place, spatial.denoise_mm, spacing_mm)(standardised(image, place))
+    neighbourhood = Smoother(place, spatial.sigma_mm, spacing_mm)
     n_images, n_sequences = image.shape[:2]
     weights = prior.shares.reshape(1, -1, *[1] * (image.ndim - 2)) * torch.ones_like(place)
     expected = prior.variance * torch.eye(n_sequences).to(image)
@@ -130,14 +130,14 @@ def fit(
         prior.means.expand(n_images, -1, -1),
         expected.expand(n_images, len(prior.shares), -1, -1),
     )
-    resp, worth, last = _e_step(seen, place, mixture, field.temper, shape)
+    resp, t_weights, last = _e_step(seen, place, mixture, spatial.temper, model)
     trace = [last]
     change = torch.full((n_images,), torch.inf)
     iterations = torch.zeros(n_images, dtype=torch.long, device=image.device)
     active = torch.ones(n_images, dtype=torch.bool, device=image.device)
     while active.any() and len(trace) <= max_iter:
-        updated = _m_step(seen, resp, worth, place, prior, neighbourhood)
-        new, worth, nll = _e_step(seen, place, updated, field.temper, shape)
+        updated = _m_step(seen, resp, t_weights, place, prior, neighbourhood)
+        new, t_weights, nll = _e_step(seen, place, updated, spatial.temper, model)
         change = masked_mean((new - resp).abs().mean(1, keepdim=True), place)
         # An image that has converged stays as it is, so that its neighbours in the batch change but roundings.
         mixture = mixture.updated(updated, lambda old, new: _where(active, new, old))  # noqa: B023
@@ -146,32 +146,23 @@ def fit(
         iterations = iterations + active
         active = active & (change >= tol)
     mixture = mixture._replace(weights=paste(mixture.weights, box, full))
-    return Fit(
-        resp=paste(resp, box, full),
-        mixture=mixture,
-        nll=last,
-        trace=torch.stack(trace),
-        iterations=iterations,
-        converged=~active,
-        reseeded=torch.zeros_like(iterations),
-        collapsed=collapsed(resp.flatten(2), place.flatten(2)),
-    )
+    return Fit(paste(resp, box, full), mixture, Diagnostics(last, torch.stack(trace), iterations, ~active))
 
 
 def _e_step(
-    image: Tensor, place: Tensor, mixture: Mixture, temper: float, shape: Shape
+    image: Tensor, place: Tensor, mixture: Mixture, temper: float, model: DensityModel
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Responsibilities ``(B, K, *S)``, what each voxel is worth to each of them, and the untempered NLL_V ``(B,)``."""
-    density, worth = _density(image, mixture, shape.dof)
+    density, t_weights = _density(image, mixture, model.dof)
     prior = mixture.weights.clamp_min(torch.finfo(image.dtype).tiny).log()
     evidence = (prior + density).logsumexp(1, keepdim=True)
-    if shape.outliers > 0:
-        nowhere = math.log(shape.outliers) - image.shape[1] * math.log(shape.span)
-        inlier = math.log(1 - shape.outliers) + evidence
+    if model.outliers > 0:
+        nowhere = math.log(model.outliers) - image.shape[1] * math.log(model.span)
+        inlier = math.log(1 - model.outliers) + evidence
         evidence = torch.logaddexp(inlier, torch.full_like(inlier, nowhere))
-        worth = worth * (inlier - evidence).exp()
+        t_weights = t_weights * (inlier - evidence).exp()
     nll = masked_mean(-evidence, place)
-    return (prior + temper * density).softmax(1) * place, worth, nll
+    return (prior + temper * density).softmax(1) * place, t_weights, nll
 
 
 def _density(image: Tensor, mixture: Mixture, dof: float | None) -> tuple[Tensor, Tensor]:
@@ -191,7 +182,7 @@ def _density(image: Tensor, mixture: Mixture, dof: float | None) -> tuple[Tensor
 def _m_step(
     image: Tensor,
     resp: Tensor,
-    worth: Tensor,
+    t_weights: Tensor,
     place: Tensor,
     prior: Prior,
     neighbourhood: Smoother,
@@ -200,7 +191,7 @@ def _m_step(
 
     A t's scatter is divided by the sum of its weights, as parameter-expanded EM does: the same solution, sooner.
     """
-    voxels, w = image.flatten(2), (resp * worth).flatten(2)
+    voxels, w = image.flatten(2), (resp * t_weights).flatten(2)
     count, total = w.sum(-1), place.flatten(1).sum(1)[:, None] * prior.shares  # (B, K)
     kappa, nu = (strength * total + 1e-9 for strength in (prior.mean_strength, prior.variance_strength))
     means = (w @ voxels.mT + kappa[..., None] * prior.means) / (count + kappa)[..., None]

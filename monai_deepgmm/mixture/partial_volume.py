@@ -25,7 +25,7 @@ from torch.nn import functional
 from monai_deepgmm.mixture import bias_field as bias
 from monai_deepgmm.mixture import em
 from monai_deepgmm.mixture.bounding_box import cut, enclosing, paste
-from monai_deepgmm.mixture.em import Fit, collapsed, joined
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture, floored_matrices, log_density
 
 #: A fit has converged when the nodes' responsibilities change by less than this, summed over a voxel, on average.
@@ -39,9 +39,9 @@ COARSER = 6
 MIXELS = 0.3
 #: So many voxels at a time, so that a whole head needs little memory.
 CHUNK = 1 << 17
-#: The degree with which a field proves itself first.
-PROOF = 2
-#: Voxels repeat each other: so wide a patch of tissue, in mm, is worth one observation where a field must prove itself.
+#: The degree of the bias field's polynomials, and that of the first field, which must gain BIC.
+DEGREE, FIRST_DEGREE = 3, 2
+#: Voxels repeat each other: so wide a patch of tissue, in mm, counts as one observation in BIC.
 PATCH_MM = 16.0
 
 
@@ -51,7 +51,7 @@ class Model(NamedTuple):
     Attributes:
         borders: pairs of tissues that touch, and so share voxels.
         degree: of the bias field; 0: none.
-        proven: whether the field must explain more than its parameters are worth (``worth``), or is dropped.
+        require_bic_gain: whether the field must explain more than its parameters cost (``bic_penalty``), or is dropped.
         pooling: ν; a tissue's covariance is drawn towards the average of all, as by ν N voxels of N.
         coupling: β, how strongly neighbours agree; 0: not at all.
         sweeps: mean-field iterations.
@@ -59,8 +59,8 @@ class Model(NamedTuple):
     """
 
     borders: tuple[tuple[int, int], ...]
-    degree: int = 3
-    proven: bool = True
+    degree: int = DEGREE
+    require_bic_gain: bool = True
     pooling: float = 0.1
     coupling: float = 3.0
     sweeps: int = 3
@@ -125,7 +125,7 @@ def nodes(pure: Mixture, weights: Tensor, fractions: Tensor) -> Mixture:
     return Mixture(weights, fractions @ pure.means, covariances, pure.field)
 
 
-def worth(terms: int, mask: Tensor, spacing_mm: Sequence[float]) -> float:
+def bic_penalty(terms: int, mask: Tensor, spacing_mm: Sequence[float]) -> float:
     """The NLL per voxel that a field must gain: half a logarithm of the observations for each parameter, as in BIC.
 
     Args:
@@ -191,16 +191,14 @@ def _one(
         weights=resp.flatten(2).sum(-1) / mask.sum(),
         field=None if field is None else 1 + paste(field - 1, box, full),
     )
-    return Fit(
-        resp=paste(resp, box, full),
-        mixture=pure,
+    diagnostics = Diagnostics(
         nll=last,
         trace=found.trace,
         iterations=torch.tensor([len(found.trace) - 1]),
         converged=torch.tensor([found.converged]),
-        reseeded=torch.zeros(1, dtype=torch.long),
         collapsed=collapsed(resp.flatten(2), mask.flatten(2)),
     )
+    return Fit(paste(resp, box, full), pure, diagnostics)
 
 
 class _Lattice:
@@ -314,7 +312,7 @@ def _likelier(
 
 def _first(model: Model) -> int:
     """The degree of the first field."""
-    return min(PROOF, model.degree) if model.proven else model.degree
+    return min(FIRST_DEGREE, model.degree) if model.require_bic_gain else model.degree
 
 
 def _shaded(
@@ -326,9 +324,9 @@ def _shaded(
     model: Model,
     stop: _Stop,
 ) -> tuple[_State, Tensor | None]:
-    """The fit with a field, and that field on the whole lattice; without, and None, if it is not worth its parameters.
+    """The fit with a field, and that field on the whole lattice; without, and None, if it gains no BIC.
 
-    Of a field that must prove itself the low degrees go first, which cost least.
+    Where BIC must gain, the low degree goes first, which costs least.
 
     Args:
         step: on the lattice.
@@ -346,7 +344,7 @@ def _shaded(
         shaded = _em(step, pure, weights, lattice.inside(basis), stop)
         gain = float(found.trace[-1] - shaded.trace[-1])
         terms = step.voxels.shape[1] * (basis.shape[1] - 1)
-        if model.proven and field is None and gain <= worth(terms, lattice.mask, spaced):
+        if model.require_bic_gain and field is None and gain <= bic_penalty(terms, lattice.mask, spaced):
             break
         found, field = shaded, _extended(shaded.pure.field, basis, lattice)
         pure, weights = shaded.pure, shaded.weights

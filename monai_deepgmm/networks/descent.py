@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from monai_deepgmm.mixture.bounding_box import Box, around, cut, enclosing, paste
-from monai_deepgmm.mixture.em import Fit, collapsed, joined
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, e_step, nll
-from monai_deepgmm.networks.model_spec import LabelRule
 from monai_deepgmm.networks.nll_loss import MixtureNLL, Regulariser, Staged, Term
 from monai_deepgmm.networks.registry import fresh, inferer, logits
 
@@ -68,7 +67,7 @@ def fit(
     covariance: Covariance = "diag",
     terms: Sequence[Term | tuple[float, Regulariser]] = (),
     together: bool = False,
-    labels: LabelRule = "posterior",
+    posterior: bool = True,
     floor: float = VARIANCE_FLOOR,
     descent: Descent | None = None,
 ) -> Fit:
@@ -86,7 +85,7 @@ def fit(
         covariance: the shape of Σ.
         terms: regularisers λ r(Π, μ, Σ).
         together: one network for all images, such as the slices of a patient, instead of one for each.
-        labels: what ``resp`` holds: the posterior Π·g (for deepG π·g), or the network's own output.
+        posterior: whether ``resp`` holds the posterior Π·g (for deepG π·g), or else the network's own output.
         floor: the variance floor, as a fraction of a sequence's variance.
         descent: the optimiser's settings; None: the defaults.
 
@@ -98,7 +97,7 @@ def fit(
     groups = [slice(None)] if together else [slice(i, i + 1) for i in range(len(image))]
     fits = [
         _descend(
-            image[g], mask[g], start[g], context[g], fresh(network, seed), loss, labels, descent or Descent(), seed
+            image[g], mask[g], start[g], context[g], fresh(network, seed), loss, posterior, descent or Descent(), seed
         )
         for g in groups
     ]
@@ -115,7 +114,7 @@ def _descend(
     context: Tensor,
     network: nn.Module,
     loss: MixtureNLL,
-    labels: LabelRule,
+    posterior: bool,
     descent: Descent,
     seed: int,
 ) -> Fit:
@@ -158,7 +157,7 @@ def _descend(
     through = inferer(None if descent.window is None else _clipped(descent.window, inside))
     with torch.no_grad():
         weights = through(seen, functools.partial(logits, network)).softmax(1)
-    return _result(image, mask, paste(weights, box, shape), loss, labels, trace, converged)
+    return _result(image, mask, paste(weights, box, shape), loss, posterior, trace, converged)
 
 
 def _settled(values: list[float], steps: int, tol: float) -> bool:
@@ -190,7 +189,7 @@ def _result(
     mask: Tensor,
     output: Tensor,
     loss: MixtureNLL,
-    labels: LabelRule,
+    posterior: bool,
     trace: list[Tensor],
     converged: bool,
 ) -> Fit:
@@ -202,12 +201,13 @@ def _result(
     count = torch.full((len(image),), len(trace), device=image.device)
     inside = mask.flatten(2)
     return Fit(
-        resp=resp if labels == "network" else e_step(image, mask, mixture),
+        resp=e_step(image, mask, mixture) if posterior else resp,
         mixture=mixture,
-        nll=final,
-        trace=torch.stack([*(t.to(final) for t in trace), final]),
-        iterations=count,
-        converged=flags,
-        reseeded=torch.zeros_like(count),
-        collapsed=collapsed(resp.flatten(2), inside),
+        diagnostics=Diagnostics(
+            nll=final,
+            trace=torch.stack([*(t.to(final) for t in trace), final]),
+            iterations=count,
+            converged=flags,
+            collapsed=collapsed(resp.flatten(2), inside),
+        ),
     )

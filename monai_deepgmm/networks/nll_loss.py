@@ -10,7 +10,7 @@ mask, the target is both of them, one after the other along the channels: ``cat(
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,17 +81,12 @@ class MeanPrior(nn.Module):
 
     Args:
         means: μ_data ``(K, M)``, on the image's scale. Where a value is NaN the mean is free.
-        over: "image": the mean over the images of each image's r. "batch": r of the means averaged over the batch, as
-            the paper's code has it; across ranks the batch is everybody's.
     """
 
     means: Tensor
 
-    def __init__(self, means: Tensor | Sequence[Sequence[float]], *, over: Literal["image", "batch"] = "image") -> None:
+    def __init__(self, means: Tensor | Sequence[Sequence[float]]) -> None:
         super().__init__()
-        if over not in ("image", "batch"):
-            raise ValueError(f"over: {over!r} (choose one of image, batch)")
-        self.over = over
         self.register_buffer("means", torch.as_tensor(means, dtype=torch.float64), persistent=False)
 
     def forward(self, mixture: Mixture, resp: Tensor, image: Tensor, mask: Tensor) -> Tensor:
@@ -99,10 +94,6 @@ class MeanPrior(nn.Module):
         wanted = self.means.to(mixture.means)
         known = ~wanted.isnan()
         counted = (mask.flatten(1).sum(1) > 0).to(mixture.means.dtype)[:, None, None]
-        if self.over == "batch":
-            total, count = across_ranks((mixture.means * counted).sum(0)), across_ranks(counted.sum(0))
-            counts = known & (count > 0)
-            return torch.where(counts, total / count.clamp_min(1) - wanted.nan_to_num(), 0).square().sum()
         squared = torch.where(known, mixture.means - wanted.nan_to_num(), 0).square() * counted
         return squared.sum() / counted.sum().clamp_min(1)
 
@@ -149,17 +140,3 @@ class Staged(nn.Module):
             return torch.as_tensor(place)
         out: Tensor = self.loss(logits, scan) + self.start_weight * place
         return out
-
-
-def across_ranks(statistic: Tensor) -> Tensor:
-    """The sum of a statistic over all ranks of a distributed run, through which gradients flow; alone, itself.
-
-    Each rank then holds a loss of the whole batch. Averaged over ranks, as DistributedDataParallel does, the gradients
-    are those of one rank with everybody's images.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return statistic
-    from torch.distributed.nn.functional import all_reduce
-
-    summed: Tensor = all_reduce(statistic)  # type: ignore[no-untyped-call]
-    return summed

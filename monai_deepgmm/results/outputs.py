@@ -111,16 +111,19 @@ def folder(out: Path, study: Study) -> Path:
     return out / study.patient
 
 
-def fingerprint(study: Study, config: Config, hashes: Mapping[str, str]) -> str:
+def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: str | None = None) -> str:
     """What a patient's result depends on, in one hash: the input files' bytes, the mask's rule and the configuration.
 
     Args:
         study: whose mask's rule counts.
         config: what is or was asked for.
         hashes: sequence (or "mask") → SHA-256 of its file.
+        steps: a hash of what is done otherwise than the configuration says, or None.
     """
     mask = {"labels": list(study.mask_labels), "rule": study.mask_rule}
     content = {"inputs": dict(hashes), "mask": mask, "configuration": config.as_json(), "versions": versions()}
+    if steps is not None:
+        content["steps"] = steps
     return _digest(json.dumps(content, sort_keys=True))
 
 
@@ -135,7 +138,7 @@ def _hashes_read(sidecar: Mapping[str, Any]) -> dict[str, str]:
     return {name: facts["sha256"] for name, facts in sidecar["inputs"].items() if "sha256" in facts}
 
 
-def done(out: Path, study: Study, config: Config) -> Row | None:
+def done(out: Path, study: Study, config: Config, steps: str | None = None) -> Row | None:
     """The row of a patient whose files are all there and were made from the same inputs and configuration."""
     place = folder(out, study)
     row = _read(place / f"{study.patient}_row.json") if not study.problems else None
@@ -150,13 +153,16 @@ def done(out: Path, study: Study, config: Config) -> Row | None:
         return None
     sidecar = _read(place / f"{study.patient}_dseg.json")
     try:
-        same = sidecar is not None and sidecar.get("fingerprint") == fingerprint(study, config, _hashes_now(study))
+        now = fingerprint(study, config, _hashes_now(study), steps)
+        same = sidecar is not None and sidecar.get("fingerprint") == now
     except StudyError:
         return None
     return row if same else None
 
 
-def write(out: Path, study: Study, segmentation: Segmentation, row: Row, config: Config) -> Row:
+def write(
+    out: Path, study: Study, segmentation: Segmentation, row: Row, config: Config, steps: str | None = None
+) -> Row:
     """Writes one patient's files: label map, probabilities, sidecar, picture, row, page.
 
     The old row goes first and the new one comes last, so that a run killed in between is seen to be unfinished.
@@ -180,7 +186,8 @@ def write(out: Path, study: Study, segmentation: Segmentation, row: Row, config:
             for suffix, values in zip(SHADING, both, strict=True):
                 nifti.write_map(place / f"{name}_{sequence}{suffix}", values, like=segmentation.reference)
     files.write_whole(place / f"{name}_preview.png", report.preview(segmentation))
-    sidecar = {**segmentation.sidecar, "fingerprint": fingerprint(study, config, _hashes_read(segmentation.sidecar))}
+    made_from = fingerprint(study, config, _hashes_read(segmentation.sidecar), steps)
+    sidecar = {**segmentation.sidecar, "fingerprint": made_from}
     files.write_whole(place / f"{name}_dseg.json", _json(sidecar))
     row = {
         **row,

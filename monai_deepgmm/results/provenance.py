@@ -5,39 +5,45 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from monai_deepgmm.images.cropping import Units
-from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.nifti import Volume
+from monai_deepgmm.images.preparation import Prepared
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.naming import Naming
 from monai_deepgmm.methods.region_filter import Region
-from monai_deepgmm.mixture.em import Fit
+from monai_deepgmm.methods.task import Images
+from monai_deepgmm.mixture.fit import Diagnostics, Fit
 from monai_deepgmm.protocol import Tissue
 from monai_deepgmm.results import uncertainty
+from monai_deepgmm.results.assembly import Assembly
 from monai_deepgmm.results.uncertainty import Interval
 
 DISCLAIMER = "Research use only. Not a medical device."
 
 
-class Evidenced(NamedTuple):
-    """What is known of the tissues beyond the fit.
+class Outcome(NamedTuple):
+    """What is known of a patient after the fit.
 
     Attributes:
-        regions: what spoke for and against each region of those that need evidence.
+        fit: of the images that have one, its components in the order of the tissues.
+        naming: how the components got their names.
+        regions: of those tissues whose regions must meet criteria.
         intervals: of each tissue's volume.
-        doubt: the mean entropy inside the mask, 0 to 1.
+        entropy: the mean over the mask, 0 to 1.
     """
 
-    regions: Sequence[Region]
-    intervals: Sequence[Interval]
-    doubt: float
+    fit: Fit
+    naming: Naming
+    regions: Sequence[Region] = ()
+    intervals: Sequence[Interval] = ()
+    entropy: float = 0.0
 
 
 def versions() -> dict[str, str]:
@@ -47,86 +53,95 @@ def versions() -> dict[str, str]:
 
 
 def sidecar(
-    patient: Scan,
-    sequences: tuple[str, ...],
-    units: Units,
-    visible: tuple[Tissue, ...],
-    fit: Fit,
-    naming: Naming,
-    evidenced: Evidenced,
-    large: Tensor,
-    config: Config,
-    warnings: tuple[str, ...],
+    prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config, warnings: tuple[str, ...]
 ) -> dict[str, Any]:
     """Everything, ready for JSON."""
-    names = [t.name for t in visible]
-    slices = [units.slices[int(i)] if units.slices else None for i in large]
-    voxels = units.mask.flatten(1).sum(1)[large]
-    certainty = float((naming.certainty * voxels).sum() / voxels.sum())
+    scan, images = prepared.scan, assembly.images
+    names = [t.name for t in images.tissues]
+    slices: list[int | None] = list(images.slices) or [None] * len(images.image)
+    converged = outcome.fit.diagnostics.converged
     return {
         "Disclaimer": DISCLAIMER,
         "GeneratedBy": "monai-deepgmm",
         "versions": versions(),
-        "method": config.method,
-        "sequences": list(sequences),
-        "tissues": [{"name": t.name, "index": t.index, "color": t.color} for t in visible],
+        "method": config.method.name,
+        "sequences": list(images.sequences),
+        "tissues": [{"name": t.name, "index": t.index, "color": t.color} for t in images.tissues],
         "configuration": config.as_json(),
         "seed": config.seed,
-        "inputs": patient.inputs,
-        "grid": _grid(patient.reference),
-        "slice_axis": units.slice_axis,
-        "converged": bool(fit.converged.all()),
-        "naming": {
-            "rule": _naming_rule(config),
-            "certainty": round(certainty, 4),
-            "units": [
-                {
-                    "slice": slices[i],
-                    "certainty": round(float(naming.certainty[i]), 4),
-                    "assignment": dict(zip(names, naming.order[i].tolist(), strict=True)),
-                    "agreement": dict(zip(names, _rounded(naming.agreement[i]), strict=True)),
-                }
-                for i in range(len(large))
-            ],
-        },
-        "presence": _presence(evidenced.regions, visible, slices) if config.presence else None,
+        "inputs": scan.inputs,
+        "grid": _grid(scan.reference),
+        "slice_axis": prepared.crops.slice_axis,
+        "converged": None if converged is None else bool(converged.all()),
+        "naming": _named(outcome, images, slices, config),
+        "presence": _presence(outcome.regions, images.tissues, slices) if config.presence else None,
         "uncertainty": {
-            "entropy": round(evidenced.doubt, 4),
+            "entropy": round(outcome.entropy, 4),
             "level": uncertainty.LEVEL,
             "volumes": {
                 name: {key: round(value, 4) for key, value in interval._asdict().items()}
-                for name, interval in zip(names, evidenced.intervals, strict=True)
+                for name, interval in zip(names, outcome.intervals, strict=True)
             },
         },
-        "fit": {
-            "units": [
-                {
-                    "slice": slices[i],
-                    "nll": round(float(fit.nll[i]), 7),
-                    "converged": bool(fit.converged[i]),
-                    "iterations": int(fit.iterations[i]),
-                    "reseeded": int(fit.reseeded[i]),
-                    "trace": _rounded(fit.trace[: int(fit.iterations[i]) + 1, i], 7),
-                }
-                for i in range(len(large))
-            ]
-        },
+        "fit": {"units": [_fitted(outcome.fit.diagnostics, i, where) for i, where in enumerate(slices)]},
         "mixture": {
-            "units": [_parameters(fit, i, slices[i], names, sequences) for i in range(len(large))],
-            "covariance": config.covariance,
-            "scale": config.protocol.normalisation,
+            "units": [_parameters(outcome.fit, i, where, names, images.sequences) for i, where in enumerate(slices)],
+            "scale": config.preprocessing.normalisation(config.protocol),
         },
         "warnings": list(warnings),
     }
+
+
+def bias(config: Config, fields: Mapping[str, NDArray[np.float32]], mask: NDArray[np.bool_]) -> dict[str, Any] | None:
+    """What the sidecar says of the shading; None where none was looked for."""
+    if not fields:
+        return None
+    own = f"Legendre polynomials of degree {config.degree} in the fit"
+    if all(bool((b == 1).all()) for b in fields.values()):
+        own += ", dropped: they explained less than they cost"
+    return {
+        "rule": "N4 before the fit" if config.preprocessing.n4 else own,
+        "range": {s: [round(float(b[mask].min()), 4), round(float(b[mask].max()), 4)] for s, b in fields.items()},
+    }
+
+
+def _named(outcome: Outcome, images: Images, slices: list[int | None], config: Config) -> dict[str, Any]:
+    found, names = outcome.naming, [t.name for t in images.tissues]
+    voxels = images.mask.flatten(1).sum(1).cpu()
+    return {
+        "rule": _naming_rule(config),
+        "certainty": round(float((found.certainty * voxels).sum() / voxels.sum()), 4),
+        "units": [
+            {
+                "slice": where,
+                "certainty": round(float(found.certainty[i]), 4),
+                "assignment": dict(zip(names, found.order[i].tolist(), strict=True)),
+                "agreement": dict(zip(names, _rounded(found.agreement[i]), strict=True)),
+            }
+            for i, where in enumerate(slices)
+        ],
+    }
+
+
+def _fitted(known: Diagnostics, index: int, where: int | None) -> dict[str, Any]:
+    """How one image's fit went, as far as its method knows."""
+    out: dict[str, Any] = {"slice": where}
+    out |= {} if known.nll is None else {"nll": round(float(known.nll[index]), 7)}
+    out |= {} if known.converged is None else {"converged": bool(known.converged[index])}
+    out |= {} if known.reseeded is None else {"reseeded": int(known.reseeded[index])}
+    if known.iterations is not None and known.trace is not None:
+        count = int(known.iterations[index])
+        out |= {"iterations": count, "trace": _rounded(known.trace[: count + 1, index], 7)}
+    return out
 
 
 def _presence(regions: Sequence[Region], visible: tuple[Tissue, ...], slices: list[int | None]) -> dict[str, Any]:
     """Of each tissue that needs evidence: whether the patient has it, in which slices, and every region."""
     return {
         tissue.name: {
-            "present": any(r.believed for r in mine),
-            "slices": sorted({s for r in mine if r.believed and (s := slices[r.image]) is not None}),
-            "evidence": dataclasses.asdict(tissue.evidence),
+            "present": any(r.accepted for r in mine),
+            "slices": sorted({s for r in mine if r.accepted and (s := slices[r.image]) is not None}),
+            "criteria": dataclasses.asdict(tissue.criteria),
             "regions": [
                 {
                     "slice": slices[r.image],
@@ -134,13 +149,13 @@ def _presence(regions: Sequence[Region], visible: tuple[Tissue, ...], slices: li
                     "size_mm": round(r.size, 3),
                     "support": round(r.support, 4),
                     "contrast_sd": round(r.contrast, 4) if math.isfinite(r.contrast) else None,
-                    "believed": r.believed,
+                    "accepted": r.accepted,
                 }
                 for r in mine
             ],
         }
         for tissue in visible
-        if tissue.evidence is not None
+        if tissue.criteria is not None
         for mine in [[r for r in regions if r.tissue == tissue.name]]
     }
 
@@ -148,7 +163,7 @@ def _presence(regions: Sequence[Region], visible: tuple[Tissue, ...], slices: li
 def _naming_rule(config: Config) -> str:
     if config.model is not None:
         return "the trained network's outputs, in the order that its training gave them"
-    if config.method in ("anatomy", "pvgmm"):
+    if config.method.named:
         return "each component stands for its tissue from the start, by the protocol's priors"
     source = "the given means" if config.means is not None else "the protocol's signatures and places"
     return f"components named together, by largest overlap with the map expected from {source}"

@@ -1,39 +1,33 @@
-"""One study: load, solve, name the tissues, put them back on the source grid."""
+"""One study: prepare, fit, name the tissues, decide which regions stand, put them back on the source grid."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from monai.transforms import Compose
+from numpy.typing import NDArray
 
-from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import cropping as transforms
-from monai_deepgmm.images.cropping import Units
-from monai_deepgmm.images.loading import MIN_VOXELS_PER_TISSUE, Scan
 from monai_deepgmm.images.nifti import Volume
-from monai_deepgmm.methods import anatomy as anatomical
-from monai_deepgmm.methods import naming as tissues
-from monai_deepgmm.methods import registry as solvers
+from monai_deepgmm.images.preparation import Prepared, prepare
+from monai_deepgmm.methods import naming, region_filter
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.naming import Naming
 from monai_deepgmm.methods.region_filter import Region
-from monai_deepgmm.methods.registry import Images
-from monai_deepgmm.mixture import bias_field as bias
-from monai_deepgmm.mixture import em
-from monai_deepgmm.mixture.em import Fit
-from monai_deepgmm.mixture.gaussian import Mixture, e_step
+from monai_deepgmm.methods.task import Images
+from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol, Tissue
-from monai_deepgmm.results import provenance, uncertainty
-from monai_deepgmm.results.provenance import Evidenced
-from monai_deepgmm.results.uncertainty import Interval
+from monai_deepgmm.results import notes, provenance, uncertainty
+from monai_deepgmm.results.assembly import Assembly, assemble
+from monai_deepgmm.results.provenance import Outcome
 
-#: Names given with less certainty than this are reported.
-CERTAIN = 0.5
+#: What fits a mixture to a patient's images.
+Inferer = Callable[[Images], Fit]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,279 +64,135 @@ class Segmentation:
     fields: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def segment(study: Study, config: Config, *, network: nn.Module | None = None) -> Segmentation:
+def segment(
+    study: Study, config: Config, *, preprocessing: Compose | None = None, inferer: Inferer | None = None
+) -> Segmentation:
     """Segments one patient.
 
     Args:
         study: the files.
         config: what to do with them.
-        network: for the method network: its weights, already loaded; None: those in the model's folder.
+        preprocessing: the steps from files to images; None: the configuration's.
+        inferer: what fits the mixture; None: the configuration's method.
 
     Raises:
         StudyError: the patient cannot be segmented; the code says why.
     """
-    data: dict[str, Any] = {"study": study}
-    # Step by step, because Compose would hide a StudyError inside a RuntimeError.
-    steps = transforms.preprocessing(
-        config.protocol, frame=config.frame, max_voxels=config.max_voxels, shaded=config.solver.n4
+    prepared = prepare(study, preprocessing or config.preprocessing.transforms(config.protocol))
+    assembly = assemble(prepared, config)
+    fit = (inferer or Solver(config))(assembly.images)
+    fit, names = named(fit, assembly.images, config)
+    fit, regions = filtered(fit, assembly.images, config)
+    return _on_source_grid(study, prepared, assembly, Outcome(fit, names, regions), config)
+
+
+class Solver:
+    """The configuration's method, as a bundle's configuration can hold it.
+
+    Args:
+        config: its method and device are used.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(self, images: Images) -> Fit:
+        """Fits the mixture to each image."""
+        return self.config.method.solve(images, device=self.config.device)
+
+
+def named(fit: Fit, images: Images, config: Config) -> tuple[Fit, Naming]:
+    """The fit with its components in the order of the tissues, and how certain that is."""
+    found = naming.name(fit.resp, images.expected, given=config.method.named)
+    return naming.reorder(fit, found.order), found
+
+
+def filtered(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region]]:
+    """The fit without the regions that do not meet the protocol's criteria, and all regions."""
+    if not (config.presence and images.slices):
+        return fit, []
+    resp, regions = region_filter.decide(fit.resp, images)
+    return fit._replace(resp=resp), regions
+
+
+def _on_source_grid(
+    study: Study, prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config
+) -> Segmentation:
+    """Labels by Bayes' rule (S §2) on the grid of the scan, and what is to be told of them."""
+    scan, crops, images = prepared.scan, prepared.crops, assembly.images
+    probabilities = crops.restore(assembly.everywhere(outcome.fit).cpu())
+    index = np.array([t.index for t in images.tissues], dtype=np.uint8)
+    labels = np.where(scan.mask, index[probabilities.argmax(0)], 0).astype(np.uint8)
+    outcome = outcome._replace(
+        intervals=_intervals(labels, probabilities, prepared, assembly, config),
+        entropy=float(uncertainty.entropy(probabilities)[scan.mask].mean()),
     )
-    for step in steps.transforms:
-        data = step(data)
-    patient: Scan = data["scan"]
-    units: Units = data["units"]
-    sequences = _sequences(patient, config)
-    visible = config.protocol.visible(sequences)
-    channels = [patient.sequences.index(s) for s in sequences]
-    image, mask = units.image[:, channels].to(config.device), units.mask.to(config.device)
-    means = known_means(config, visible, sequences)
-    if means is None:
-        expected = tissues.signature_map(image, mask, visible, sequences, units.spacing_mm)
-    else:
-        expected = em.means_start(image, mask, means)
-    # A network needs no voxels of its own to learn from; a fit does.
-    large = _large(units, visible, config.protocol) if config.model is None else torch.arange(len(image))
-    slices = tuple(units.slices[int(i)] for i in large) if units.slices else ()
-    chosen = slice(None) if len(large) == len(image) else large  # a volume is not worth copying
-    images = Images(
-        image[chosen],
-        mask[chosen],
-        expected[chosen],
-        visible,
-        sequences,
-        units.spacing_mm,
-        slices,
-        means,
-        units.zero[large][:, channels],
-    )
-    fit = solvers.solve(images, config, network=network)
-    named = config.model is not None or config.method in ("anatomy", "pvgmm")
-    naming = tissues.name(fit.resp, images.expected, given=named)
-    fit = tissues.reorder(fit, naming.order)
-    regions: list[Region] = []
-    if config.presence:
-        fit, regions = _believed(fit, images, config)
-    resp = _all_units(fit, image, mask, large)
-    probabilities = units.restore(resp.cpu())
-    labels = _labels(probabilities, patient.mask, visible)
-    counted = [int((labels == t.index).sum()) * patient.reference.voxel_ml for t in visible]
-    pixel_mm2 = math.prod(s for a, s in enumerate(patient.reference.spacing_mm) if a != units.slice_axis)
-    sure = uncertainty.intervals(
-        counted,
-        probabilities,
-        _restarted(images, config, patient.reference.voxel_ml, image, mask, large),
-        voxel_ml=patient.reference.voxel_ml,
-        pixel_mm2=pixel_mm2,
-    )
-    doubt = float(uncertainty.entropy(probabilities)[patient.mask].mean())
-    evidenced = Evidenced(regions, sure, doubt)
-    warnings = (
-        *patient.warnings,
-        *_about_sequences(config.protocol, sequences),
-        *_about_order(units, patient, visible),
-        *_about_fit(fit, naming, units, large, visible),
-        *_about_doubt(visible, sure),
-        *_about_field(fit, images),
-    )
-    fields = _fields(fit, units, large, sequences)
-    if "fields" in data:  # of all sequences, whichever a trained network looks at
-        fields = dict(zip(patient.sequences, data["fields"], strict=True))
+    fields = _fields(outcome.fit, prepared, assembly)
+    warnings = (*scan.warnings, *notes.about(prepared, assembly, outcome, config))
+    taken_off = 1 if prepared.fields is None else prepared.fields
     return Segmentation(
         patient=study.patient,
         protocol=config.protocol,
-        tissues=visible,
-        images=dict(zip(patient.sequences, patient.image * data.get("fields", 1), strict=True)),
-        mask=patient.mask,
+        tissues=images.tissues,
+        images=dict(zip(scan.sequences, scan.image * taken_off, strict=True)),
+        mask=scan.mask,
         labels=labels,
         probabilities=probabilities,
-        reference=patient.reference,
-        slice_axis=units.slice_axis,
-        sidecar=provenance.sidecar(patient, sequences, units, visible, fit, naming, evidenced, large, config, warnings)
-        | {"bias": _about_bias(config, fields, patient.mask)},
+        reference=scan.reference,
+        slice_axis=crops.slice_axis,
+        sidecar=provenance.sidecar(prepared, assembly, outcome, config, warnings)
+        | {"bias": provenance.bias(config, fields, scan.mask)},
         warnings=warnings,
         fields=fields,
     )
 
 
-def _fields(fit: Fit, units: Units, large: Tensor, sequences: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Each sequence's bias field on the scan's grid as the fit has it; 1 in slices that have no fit of their own."""
-    if fit.mixture.field is None:
-        return {}
-    above = torch.zeros(len(units.image), *fit.mixture.field.shape[1:], dtype=units.mask.dtype)
-    above[large] = fit.mixture.field.to(above) - 1
-    return dict(zip(sequences, 1 + units.restore(above), strict=True))
+def _intervals(
+    labels: NDArray[np.uint8],
+    probabilities: NDArray[np.float32],
+    prepared: Prepared,
+    assembly: Assembly,
+    config: Config,
+) -> list[uncertainty.Interval]:
+    """Where each tissue's volume may lie."""
+    reference = prepared.scan.reference
+    axis = prepared.crops.slice_axis
+    return uncertainty.intervals(
+        [int((labels == t.index).sum()) * reference.voxel_ml for t in assembly.images.tissues],
+        probabilities,
+        _refitted_ml(assembly, config, reference.voxel_ml),
+        voxel_ml=reference.voxel_ml,
+        pixel_mm2=math.prod(s for a, s in enumerate(reference.spacing_mm) if a != axis),
+    )
 
 
-def _about_bias(config: Config, fields: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, Any] | None:
-    """What the sidecar says of the shading; None where none was looked for."""
-    if not fields:
-        return None
-    own = f"Legendre polynomials of degree {config.degree} in the fit"
-    if all(bool((b == 1).all()) for b in fields.values()):
-        own += ", dropped: they explained less than they cost"
-    return {
-        "rule": "N4 before the fit" if config.solver.n4 else own,
-        "range": {s: [round(float(b[mask].min()), 4), round(float(b[mask].max()), 4)] for s, b in fields.items()},
-    }
-
-
-def _restarted(
-    images: Images, config: Config, voxel_ml: float, image: Tensor, mask: Tensor, large: Tensor
-) -> list[list[float]]:
+def _refitted_ml(assembly: Assembly, config: Config, voxel_ml: float) -> list[list[float]]:
     """The volumes of each tissue, in ml, that fits with perturbed priors give."""
-    if config.method != "anatomy":
-        return []
     volumes = []
-    for number in range(config.solver.perturbations):
-        moved, other = _perturbed(images, config, number)
-        fit = solvers.solve(moved, other)
-        if config.presence:
-            fit, _ = _believed(fit, moved, other)
-        labels = _all_units(fit, image, mask, large).argmax(1)[:, None]
-        inside = mask > 0
+    for number in range(getattr(config.method, "perturbations", 0)):
+        images = _perturbed(assembly.images, config.seed, number)
+        fit, _ = filtered(config.method.solve(images, device=config.device), images, config)
+        labels = assembly.everywhere(fit).argmax(1)[:, None]
+        inside = assembly.mask > 0
         volumes.append([float(((labels == k) & inside).sum()) * voxel_ml for k in range(len(images.tissues))])
     return volumes
 
 
-def _perturbed(images: Images, config: Config, number: int) -> tuple[Images, Config]:
+def _perturbed(images: Images, seed: int, number: int) -> Images:
     """The same task with priors as plausible as the protocol's own."""
-    protocol = uncertainty.perturbed(config.protocol, config.seed, number)
-    tissues_ = tuple(protocol.tissue(t.name) for t in images.tissues)
-    return images._replace(tissues=tissues_), replace(config, protocol=protocol)
+    protocol = uncertainty.perturbed(images.protocol, seed, number)
+    tissues = tuple(protocol.tissue(t.name) for t in images.tissues)
+    moved = images._replace(protocol=protocol, tissues=tissues, ring=None)
+    return moved._replace(ring=moved.border())
 
 
-def _believed(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region]]:
-    """The fit without the regions that lack the protocol's evidence, and all regions."""
-    if config.protocol.anatomy is None or not images.slices:
-        return fit, []
-    resp, regions = anatomical.believed(
-        fit.resp,
-        images.image,
-        images.mask,
-        images.tissues,
-        images.sequences,
-        images.spacing_mm,
-        config.protocol.anatomy,
-        slices=images.slices,
-    )
-    return fit._replace(resp=resp), regions
-
-
-def known_means(config: Config, visible: tuple[Tissue, ...], sequences: tuple[str, ...]) -> Tensor | None:
-    """μ_data ``(K, M)`` of these tissues in these sequences, or None where none was given.
-
-    Raises:
-        StudyError: ``E_MEANS``, the means lack a tissue or a sequence.
-    """
-    if config.means is None:
-        return None
-    try:
-        return torch.tensor([[config.means.means[t.name][s] for s in sequences] for t in visible], dtype=torch.float64)
-    except KeyError as error:
-        message = f"the means have no value for {error}, which this patient's sequences show"
-        raise StudyError("E_MEANS", message, "Compute the means from patients with these sequences") from error
-
-
-def _sequences(patient: Scan, config: Config) -> tuple[str, ...]:
-    """The sequences that are looked at: all, or those that the trained network knows.
-
-    Raises:
-        StudyError: ``E_MODEL``, the network needs one that the patient lacks.
-    """
-    if config.model is None:
-        return patient.sequences
-    spec = config.model.spec
-    known = tuple(s for s in spec.sequences if s in patient.sequences)
-    absent = [s for s in spec.sequences if s not in known]
-    if not known or (absent and not spec.incomplete):
-        message = f"the network was trained with {', '.join(absent)}, which this patient lacks"
-        raise StudyError("E_MODEL", message, "Segment this patient with a method that needs no trained network")
-    return known
-
-
-def _large(units: Units, visible: tuple[Tissue, ...], protocol: Protocol) -> Tensor:
-    """The indices of the images with enough voxels for a fit of their own."""
-    needed = MIN_VOXELS_PER_TISSUE * len(visible)
-    large = torch.nonzero(units.mask.flatten(1).sum(1) >= needed).flatten()
-    if len(large) == 0:
-        message = f"no {protocol.unit} of the mask has the {needed} voxels that a fit needs"
-        raise StudyError("E_MASK_SMALL", message, f"Check that the mask covers the {protocol.mask}")
-    return large
-
-
-def _all_units(fit: Fit, image: Tensor, mask: Tensor, large: Tensor) -> Tensor:
-    """Responsibilities of every image: its own fit's, or for a small one by the mixture of the nearest large one."""
-    resp = fit.resp.new_zeros((len(image), *fit.resp.shape[1:]))
-    resp[large] = fit.resp
-    for index in sorted(set(range(len(image))) - set(large.tolist())):
-        near = int((large - index).abs().argmin())
-        weights = fit.resp[near].flatten(1).mean(1)
-        means, covariances = fit.mixture.means[near][None], fit.mixture.covariances[near][None]
-        borrowed = Mixture((weights / weights.sum())[None], means, covariances)
-        resp[index] = e_step(image[index][None], mask[index][None], borrowed)[0]
-    return resp
-
-
-def _labels(probabilities: np.ndarray, mask: np.ndarray, visible: tuple[Tissue, ...]) -> np.ndarray:
-    """Bayes' rule (S §2): the most probable tissue of each voxel inside the mask."""
-    index = np.array([t.index for t in visible], dtype=np.uint8)
-    return np.where(mask, index[probabilities.argmax(0)], 0).astype(np.uint8)
-
-
-# What to tell the user -------------------------------------------------------------------------------------------
-
-
-def _about_sequences(protocol: Protocol, sequences: tuple[str, ...]) -> list[str]:
-    absent = [s for s in protocol.sequences if s not in sequences]
-    if not absent:
-        return []
-    by_index = {t.index: t.name for t in protocol.tissues}
-    merged = [(by_index[a], by_index[b]) for a, b in protocol.merged(sequences).items() if a != b and b in by_index]
-    told = "; ".join(f"{a} is counted as {b}" for a, b in merged) or "no tissue is lost"
-    return [f"W_MISSING: without {', '.join(absent)}: {told}"]
-
-
-def _about_order(units: Units, patient: Scan, visible: tuple[Tissue, ...]) -> list[str]:
-    swapped = tissues.looks_swapped(units.image, units.mask, visible, patient.sequences, units.spacing_mm)
-    if swapped is None:
-        return []
-    order = ", ".join(f"{a} like {b}" for a, b in zip(patient.sequences, swapped, strict=True) if a != b)
-    return [f"W_SWAPPED: the sequences look exchanged ({order}); check which file is which"]
-
-
-def _about_doubt(visible: tuple[Tissue, ...], sure: list[Interval]) -> list[str]:
-    wide = [
-        f"{tissue.name} {found.low_ml:.1f} to {found.high_ml:.1f} ml"
-        for tissue, found in zip(visible, sure, strict=True)
-        if found.high_ml - found.low_ml > uncertainty.UNSURE * max(found.volume_ml, uncertainty.LEAST_ML)
-    ]
-    return [f"W_UNSURE: volumes are uncertain ({', '.join(wide)}); check the page with care"] if wide else []
-
-
-def _about_field(fit: Fit, images: Images) -> list[str]:
-    suspicious = bias.suspicious(fit.mixture, fit.resp, images.mask.to(fit.resp)).any(0)
-    chosen = [s for s, flag in zip(images.sequences, suspicious.tolist(), strict=True) if flag]
-    if not chosen:
-        return []
-    return [f"W_BIAS: the bias field of {', '.join(chosen)} follows the tissues; compare with --set degree=0"]
-
-
-def _about_fit(fit: Fit, naming: Naming, units: Units, large: Tensor, visible: tuple[Tissue, ...]) -> list[str]:
-    def where(flags: Tensor) -> str:
-        chosen = [units.slices[int(large[i])] for i in torch.nonzero(flags).flatten()] if units.slices else []
-        return f" in slice {', '.join(map(str, chosen))}" if chosen else ""
-
-    notes = []
-    if units.slices and (small := sorted(set(range(len(units.slices))) - set(large.tolist()))):
-        listed = ", ".join(str(units.slices[i]) for i in small)
-        notes.append(f"W_SMALL: slice {listed} has too few voxels for a fit and uses its neighbour's mixture")
-    if not fit.converged.all():
-        notes.append(f"W_CONVERGENCE: the fit did not converge{where(~fit.converged)}; raise max_iter or tol")
-    if fit.reseeded.any():
-        notes.append(f"W_RESEEDED: a collapsed component was started anew{where(fit.reseeded > 0)}")
-    for i, tissue in enumerate(visible):
-        if fit.collapsed[:, i].any():
-            notes.append(f"W_COLLAPSED: {tissue.name} holds nearly no voxel{where(fit.collapsed[:, i])}")
-    unsure = naming.certainty < CERTAIN
-    if unsure.any():
-        notes.append(f"W_NAMES: the tissues' names are uncertain{where(unsure)}; check them on the page")
-    return notes
+def _fields(fit: Fit, prepared: Prepared, assembly: Assembly) -> dict[str, NDArray[np.float32]]:
+    """Each sequence's bias field on the scan's grid, N4's or the fit's; 1 in slices without a fit of their own."""
+    if prepared.fields is not None:  # of all sequences, whichever a trained network looks at
+        return dict(zip(prepared.scan.sequences, prepared.fields, strict=True))
+    if fit.mixture.field is None:
+        return {}
+    crops = prepared.crops
+    above = torch.zeros(len(crops.image), *fit.mixture.field.shape[1:], dtype=crops.mask.dtype)
+    above[assembly.large] = fit.mixture.field.to(above) - 1
+    return dict(zip(assembly.images.sequences, 1 + crops.restore(above), strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -16,13 +15,13 @@ from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import atomic_files as files
 from monai_deepgmm.methods import trained_network as model
-from monai_deepgmm.methods.config import Means
-from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS
+from monai_deepgmm.methods.known_means import Means
+from monai_deepgmm.methods.model_spec import SPEC, WEIGHTS
 from monai_deepgmm.results.provenance import DISCLAIMER, versions
-from monai_deepgmm.training import class_means as means
-from monai_deepgmm.training import prepare as training
+from monai_deepgmm.training import curves, prepare
 from monai_deepgmm.training.handlers import CHECKPOINT, HISTORY, check_fingerprint, read_checkpoint, read_history
-from monai_deepgmm.training.prepare import Plan, Prepared
+from monai_deepgmm.training.plan import TrainingPlan
+from monai_deepgmm.training.prepare import PreparedCohort
 
 PROTOCOL, PROVENANCE, MEANS, CURVES = "protocol.yaml", "provenance.json", "means.json", "training.svg"
 #: The configurations of a model's folder; what a training decided is written into the first two and the metadata.
@@ -39,7 +38,7 @@ def configs() -> Path:
 # Training --------------------------------------------------------------------------------------------------------
 
 
-def train(options: Mapping[str, Any], *, files_of: Sequence[str] = ("train.json",)) -> Prepared:
+def train(options: Mapping[str, Any], *, files_of: Sequence[str] = ("train.json",)) -> PreparedCohort:
     """Trains as ``python -m monai.bundle run`` would with the same configuration and options.
 
     Args:
@@ -55,10 +54,6 @@ def train(options: Mapping[str, Any], *, files_of: Sequence[str] = ("train.json"
     """
     from monai.bundle import ConfigWorkflow
 
-    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)  # it warns of the log that is not wanted
-    logging.getLogger("ignite.engine.engine").setLevel(
-        logging.CRITICAL
-    )  # what it tells of errors, they tell themselves
     workflow = ConfigWorkflow(
         config_file=[str(configs() / name) for name in files_of],
         meta_file=str(configs() / "metadata.json"),
@@ -78,11 +73,13 @@ def train(options: Mapping[str, Any], *, files_of: Sequence[str] = ("train.json"
         if cause is None:
             raise
         raise cause from error
-    prepared: Prepared = workflow.parser.get_parsed_content("prepared")
+    prepared: PreparedCohort = workflow.parser.get_parsed_content("prepared")
     return prepared
 
 
-def begin(folder: str | Path, prepared: Prepared, plan: Plan, *, resume: bool, writes: bool = True) -> None:
+def begin(
+    folder: str | Path, prepared: PreparedCohort, plan: TrainingPlan, *, resume: bool, writes: bool = True
+) -> None:
     """Makes the model's folder, all but the weights.
 
     Args:
@@ -109,7 +106,7 @@ def begin(folder: str | Path, prepared: Prepared, plan: Plan, *, resume: bool, w
     files.write_whole(place / SPEC, prepared.spec.as_json())
     files.write_whole(place / PROTOCOL, protocols.as_yaml(plan.protocol).encode())
     if isinstance(plan.means, Means):
-        files.write_whole(place / MEANS, means.as_json(plan.means))
+        files.write_whole(place / MEANS, plan.means.as_json())
     for name in CONFIGS:
         shutil.copyfile(configs() / name, place / "configs" / name)
     _adapt(place / "configs" / "train.json", _training_keys(prepared, plan))
@@ -158,7 +155,7 @@ def _load_best(place: Path, network: torch.nn.Module) -> None:
 
 
 def finish(
-    folder: str | Path, network: torch.nn.Module, prepared: Prepared, plan: Plan, *, writes: bool = True
+    folder: str | Path, network: torch.nn.Module, prepared: PreparedCohort, plan: TrainingPlan, *, writes: bool = True
 ) -> None:
     """Writes the curves and where the model came from; a model without that is not finished.
 
@@ -176,7 +173,7 @@ def finish(
     best = min(history, key=lambda row: row["validation_loss"])
     _load_best(place, network)
     device, window = next(network.parameters()).device, prepared.spec.window
-    agreed = training.agreement(network, prepared, device=device, window=window)
+    agreed = prepare.agreement(network, prepared, device=device, window=window)
     # Where no patient is held out, the loss on all of them is watched in place of a validation.
     held = 0 if prepared.validation is prepared.train else len(prepared.validation)
     strangers = [t for t, good in zip(prepared.spec.tissues, agreed, strict=True) if not good]
@@ -201,7 +198,7 @@ def finish(
             f"W_NAMES: the network's output {t} does not lie where the protocol expects it" for t in strangers
         ],
     }
-    files.write_whole(place / CURVES, curves(history))
+    files.write_whole(place / CURVES, curves.curves(history))
     files.write_whole(place / PROVENANCE, _json(content))
 
 
@@ -217,16 +214,17 @@ def _adapt(path: Path, keys: Mapping[str, Any]) -> None:
     files.write_whole(path, _json(content))
 
 
-def _training_keys(prepared: Prepared, plan: Plan) -> dict[str, Any]:
+def _training_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, Any]:
     """What was asked for; the folder of the patients is the user's own business, and is not written down."""
     known = "$@bundle_root + '/" + MEANS + "'" if isinstance(plan.means, Means) else plan.means
-    settings = plan.as_json()["settings"]
+    settings = {k: v for k, v in plan.as_json()["training"].items() if k not in ("method", "loss")}
+    method, loss = plan.training.method, plan.training.loss
     network = model.complete(prepared.spec)
     return {
         "model_dir": "@bundle_root",
         "protocol": "$@bundle_root + '/" + PROTOCOL + "'",
-        "method": plan.method,
-        "loss": plan.loss,
+        "method": method,
+        "loss": loss,
         # As text: the configuration's parser would make a network of the mapping.
         "network": json.dumps(dict(plan.network)),
         "means": known,
@@ -234,7 +232,7 @@ def _training_keys(prepared: Prepared, plan: Plan) -> dict[str, Any]:
         "epochs": plan.epochs,
         "set": settings,
         "seed": plan.seed,
-        "frame": plan.frame,
+        "frame": plan.training.preprocessing.frame,
         # A network that can be made without the patients, for whoever loads the bundle.
         "network_def": {
             "_target_": "monai_deepgmm.networks.registry.seeded",
@@ -245,7 +243,7 @@ def _training_keys(prepared: Prepared, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _inference_keys(prepared: Prepared) -> dict[str, Any]:
+def _inference_keys(prepared: PreparedCohort) -> dict[str, Any]:
     spec = prepared.spec
     return {
         "protocol": "$@bundle_root + '/" + PROTOCOL + "'",
@@ -255,7 +253,7 @@ def _inference_keys(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _metadata_keys(prepared: Prepared) -> dict[str, Any]:
+def _metadata_keys(prepared: PreparedCohort) -> dict[str, Any]:
     spec = prepared.spec
     shape = model.sides(spec)
     seen = [*spec.sequences, "relative depth"]
@@ -277,44 +275,3 @@ def _metadata_keys(prepared: Prepared) -> dict[str, Any]:
 
 def _json(content: object) -> bytes:
     return (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode()
-
-
-# Curves ----------------------------------------------------------------------------------------------------------
-
-
-def curves(history: Sequence[Mapping[str, float]], *, width: int = 640, height: int = 320) -> bytes:
-    """The training's losses by epoch, as an SVG.
-
-    Args:
-        history: rows with ``epoch``, ``loss`` and ``validation_loss``.
-        width: in pixels.
-        height: in pixels.
-    """
-    left, right, top, bottom = 56, 16, 28, 40
-    series = {"loss": "#0072b2", "validation_loss": "#d55e00"}
-    values = [row[key] for row in history for key in series]
-    low, high = min(values), max(values)
-    span, last = (high - low) or 1.0, max(row["epoch"] for row in history)
-
-    def point(epoch: float, value: float) -> tuple[float, float]:
-        x = left + (width - left - right) * (epoch - 1) / max(last - 1, 1)
-        return x, top + (height - top - bottom) * (high - value) / span
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-        ' font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for value in (low, (low + high) / 2, high):
-        _, y = point(1, value)
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    for epoch in sorted({1, int(last)}):
-        x, _ = point(epoch, low)
-        parts.append(f'<text x="{x:.1f}" y="{height - 18}" text-anchor="middle">{epoch}</text>')
-    parts.append(f'<text x="{width / 2:.0f}" y="{height - 6}" text-anchor="middle">epoch</text>')
-    for number, (key, color) in enumerate(series.items()):
-        points = " ".join("{:.1f},{:.1f}".format(*point(row["epoch"], row[key])) for row in history)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts.append(f'<text x="{left + 160 * number}" y="18" fill="{color}">{key.replace("_", " ")}</text>')
-    return "\n".join([*parts, "</svg>"]).encode()

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+from monai.transforms import Compose
 
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import cropping as transforms
-from monai_deepgmm.images import labels as truth
-from monai_deepgmm.images import loading as scan
-from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
-from monai_deepgmm.methods.config import Means
+from monai_deepgmm.images import labels
+from monai_deepgmm.images.preparation import prepare
+from monai_deepgmm.images.preprocessing import Preprocessing
+from monai_deepgmm.methods.known_means import Means
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
 
 
 def compute(
-    studies: Sequence[Study],
-    protocol: Protocol,
-    *,
-    frame: int | None = None,
-    max_voxels: int = DEFAULT_MAX_VOXELS,
+    studies: Sequence[Study], protocol: Protocol, preprocessing: Preprocessing | None = None
 ) -> tuple[Means, dict[str, StudyError]]:
     """Averages each image's class means over all images of the labelled patients.
 
@@ -33,8 +28,7 @@ def compute(
     Args:
         studies: patients, each with a truth.
         protocol: its normalisation is the one the means are good for.
-        frame: which frame of a 4-D file.
-        max_voxels: larger images are refused.
+        preprocessing: of the scans; means are good for the same only.
 
     Returns:
         The means on the normalised scale, and the patients that could not be used with the reason.
@@ -42,12 +36,14 @@ def compute(
     Raises:
         UsageError: no patient had usable labels, or a tissue of the protocol occurs in none.
     """
+    preprocessing = preprocessing or Preprocessing()
+    steps = preprocessing.transforms(protocol)
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     unused: dict[str, StudyError] = {}
     n_slices = 0
     for study in studies:
         try:
-            rows, count = _one(study, protocol, frame=frame, max_voxels=max_voxels)
+            rows, count = _one(study, protocol, steps)
         except StudyError as error:
             unused[study.patient] = error
             continue
@@ -63,30 +59,16 @@ def compute(
         raise UsageError(f"no patient has labels that can be used ({reasons or 'no patient'})")
     if absent := [name for name, row in means.items() if not row]:
         raise UsageError(f"no patient has a voxel labelled {', '.join(absent)}; add one that has")
-    return Means(protocol.name, protocol.normalisation, means, n_slices), unused
+    return Means(protocol.name, preprocessing.normalisation(protocol), means, n_slices), unused
 
 
-def as_json(means: Means) -> bytes:
-    """What ``config.read_means`` reads."""
-    content = {
-        "protocol": means.protocol,
-        "normalisation": means.normalisation,
-        "means": means.means,
-        "n_slices": means.n_slices,
-    }
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _one(
-    study: Study, protocol: Protocol, *, frame: int | None, max_voxels: int
-) -> tuple[dict[tuple[str, str], list[float]], int]:
+def _one(study: Study, protocol: Protocol, steps: Compose) -> tuple[dict[tuple[str, str], list[float]], int]:
     """One patient: (tissue, sequence) → a mean per image that holds the tissue, and how many images there are."""
-    patient = scan.load(study, protocol, frame=frame, max_voxels=max_voxels)
-    labels = truth.read(study, protocol, patient.sequences, like=patient.reference).labels
-    units = transforms.units(patient, protocol)
-    cut = units.cut(labels)
+    patient, crops, _ = prepare(study, steps)
+    marked = labels.read(study, protocol, patient.sequences, like=patient.reference).labels
+    cut = crops.cut(marked)
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for image, mask, label in zip(units.image.numpy(), units.mask.numpy() > 0, cut, strict=True):
+    for image, mask, label in zip(crops.image.numpy(), crops.mask.numpy() > 0, cut, strict=True):
         for tissue in protocol.visible(patient.sequences):
             chosen = mask[0] & (label == tissue.index)
             if chosen.any():

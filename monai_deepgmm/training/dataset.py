@@ -22,43 +22,26 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from monai.transforms import (
-    CenterSpatialCropd,
-    Compose,
-    Rand2DElasticd,
-    Rand3DElasticd,
-    RandAffined,
-    RandAxisFlipd,
-    RandGaussianNoised,
-    Randomizable,
-    RandomizableTransform,
-    Transform,
-)
+from monai.transforms import Compose
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import cropping as transforms
-from monai_deepgmm.images import labels as truth
-from monai_deepgmm.images import loading as scan
+from monai_deepgmm.images import labels
 from monai_deepgmm.images import resampling as view
-from monai_deepgmm.images.cropping import Units
+from monai_deepgmm.images.cropping import Crops
 from monai_deepgmm.images.loading import MIN_VOXELS_PER_TISSUE
-from monai_deepgmm.methods import anatomy as anatomical
-from monai_deepgmm.methods import naming as tissues
-from monai_deepgmm.mixture import bounding_box as boxes
+from monai_deepgmm.images.preparation import prepare
+from monai_deepgmm.images.preprocessing import Preprocessing
+from monai_deepgmm.methods import naming, region_filter
+from monai_deepgmm.methods.anatomy import AnatomicalConfig
+from monai_deepgmm.methods.task import Images
+from monai_deepgmm.methods.training_config import Teacher
 from monai_deepgmm.mixture.gaussian import m_step
-from monai_deepgmm.networks.model_spec import CONTEXT, Teacher
+from monai_deepgmm.networks.sizes import CONTEXT
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
-
-Example = dict[str, Tensor]
-#: What an example holds where it is asked for.
-OPTIONAL = ("zero", "labels")
-#: What of an example lies on its grid, and how it is sampled.
-MAPS = {"image": "bilinear", "mask": "nearest", "expected": "bilinear", "labels": "nearest"}
-#: The share of a window that is cut beside it on each side, for what is turned and bent into it.
-AROUND = 1 / 8
+from monai_deepgmm.training.augmentation import Example, normalised
 
 
 class Patient(NamedTuple):
@@ -67,14 +50,14 @@ class Patient(NamedTuple):
     Attributes:
         name: the id.
         sequences: the names of the channels.
-        units: its images.
+        crops: its images.
         inputs: SHA-256 of each file, by what it holds.
         labels: manual labels (B, *S), the protocol's indices and 0, where they may be used; else None.
     """
 
     name: str
     sequences: tuple[str, ...]
-    units: Units
+    crops: Crops
     inputs: Mapping[str, str]
     labels: Tensor | None = None
 
@@ -82,9 +65,8 @@ class Patient(NamedTuple):
 def load(
     studies: Sequence[Study],
     protocol: Protocol,
+    preprocessing: Preprocessing,
     *,
-    frame: int | None,
-    max_voxels: int,
     incomplete: bool = False,
     labelled: Collection[str] = (),
 ) -> tuple[list[Patient], dict[str, StudyError]]:
@@ -98,20 +80,21 @@ def load(
     """
     loaded: list[Patient] = []
     failed: dict[str, StudyError] = {}
+    steps = preprocessing.transforms(protocol)
     for study in studies:
-        wanted = study.patient in labelled
         try:
-            found = scan.load(study, protocol, frame=frame, max_voxels=max_voxels)
-            known = truth.read(study, protocol, protocol.sequences, like=found.reference) if wanted else None
+            scan, crops, _ = prepare(study, steps)
+            wanted = study.patient in labelled
+            known = labels.read(study, protocol, protocol.sequences, like=scan.reference) if wanted else None
         except StudyError as error:
             failed[study.patient] = error
             continue
-        hashes = {name: facts["sha256"] for name, facts in found.inputs.items() if "sha256" in facts}
-        units, labels = transforms.units(found, protocol), None
+        hashes = {name: facts["sha256"] for name, facts in scan.inputs.items() if "sha256" in facts}
+        marked = None
         if known is not None:
-            labels = torch.from_numpy(units.cut(known.labels))
+            marked = torch.from_numpy(crops.cut(known.labels))
             hashes["labels"] = hashlib.sha256(known.labels.tobytes()).hexdigest()
-        loaded.append(Patient(study.patient, found.sequences, units, hashes, labels))
+        loaded.append(Patient(study.patient, scan.sequences, crops, hashes, marked))
     if incomplete:
         return loaded, failed
     counts = Counter(p.sequences for p in loaded)
@@ -123,8 +106,8 @@ def load(
             failed[patient.name] = StudyError("E_MODEL", message, "Train another network for such patients")
             continue
         channels = [patient.sequences.index(s) for s in common]
-        units = patient.units._replace(image=patient.units.image[:, channels], zero=patient.units.zero[:, channels])
-        kept.append(patient._replace(sequences=common, units=units))
+        crops = patient.crops._replace(image=patient.crops.image[:, channels], zero=patient.crops.zero[:, channels])
+        kept.append(patient._replace(sequences=common, crops=crops))
     return kept, failed
 
 
@@ -142,8 +125,8 @@ def cohort_means(patients: Sequence[Patient], protocol: Protocol) -> Tensor:
     """
     rows = []
     for patient in patients:
-        expected = _expected(patient, protocol, "signature")
-        rows.append(m_step(patient.units.image, expected, patient.units.mask).means)
+        expected = _expected(patient, protocol, None)
+        rows.append(m_step(patient.crops.image, expected, patient.crops.mask).means)
     return torch.cat(rows).mean(0)
 
 
@@ -152,7 +135,7 @@ def make(
     protocol: Protocol,
     *,
     grid_mm: float,
-    teacher: Teacher = "signature",
+    teacher: Teacher | None = None,
     shaded: bool = False,
     labelled: bool = False,
 ) -> dict[str, list[Example]]:
@@ -162,7 +145,7 @@ def make(
         patients: at least one; their channels are those of ``channels``.
         protocol: the tissues.
         grid_mm: the voxel size of the network's grid.
-        teacher: what says where tissues are expected.
+        teacher: what says where tissues are expected; None: the protocol's signatures.
         shaded: whether examples say what no signal has become, as a loss with a bias field needs.
         labelled: whether examples hold labels, as far as patients have them.
     """
@@ -170,24 +153,24 @@ def make(
     visible = protocol.visible(sequences)
     out: dict[str, list[Example]] = {}
     for patient in patients:
-        units = patient.units
+        crops = patient.crops
         own = [sequences.index(s) for s in patient.sequences]
         shown = torch.ones(len(sequences) + CONTEXT, *[1] * len(size))
         shown[[i for i in range(len(sequences)) if i not in own]] = 0
-        given = torch.zeros(len(units.image), len(sequences), *units.image.shape[2:])
-        given[:, own] = units.image.float()
+        given = torch.zeros(len(crops.image), len(sequences), *crops.image.shape[2:])
+        given[:, own] = crops.image.float()
         where = torch.zeros(len(given), len(visible), *given.shape[2:])
         mine = protocol.visible(patient.sequences)
         where[:, [visible.index(t) for t in mine]] = _expected(patient, protocol, teacher).float()
-        seen = view.around(units.mask, units.spacing_mm, grid_mm, size)
-        mask = view.look(units.mask.float(), seen, nearest=True)
+        seen = view.around(crops.mask, crops.spacing_mm, grid_mm, size)
+        mask = view.look(crops.mask.float(), seen, nearest=True)
         image = view.inputs(view.look(given, seen), mask, grid_mm)
         expected = normalised(view.look(where, seen), mask)
         large = mask.flatten(1).sum(1) >= MIN_VOXELS_PER_TISSUE * len(mine)
         parts = {"image": image, "mask": mask, "expected": expected, "seen": shown.expand(len(image), *shown.shape)}
         if shaded:
             zero = torch.zeros(len(image), len(sequences), *[1] * len(size))
-            zero[:, own] = units.zero.reshape(len(image), len(own), *[1] * len(size)).float()
+            zero[:, own] = crops.zero.reshape(len(image), len(own), *[1] * len(size)).float()
             parts["zero"] = zero
         if labelled:
             parts["labels"] = view.look(_marked(patient, protocol, sequences), seen, nearest=True) * mask
@@ -198,7 +181,7 @@ def make(
 
 def _marked(patient: Patient, protocol: Protocol, sequences: tuple[str, ...]) -> Tensor:
     """A patient's labels as 1 … K of the tissues that the sequences show ``(B, 1, *S)``; 0 where none is known."""
-    marked = torch.zeros_like(patient.units.mask, dtype=torch.float32)
+    marked = torch.zeros_like(patient.crops.mask, dtype=torch.float32)
     if patient.labels is not None:
         shown = [t.index for t in protocol.visible(sequences)]
         for index, merged in protocol.merged(sequences).items():
@@ -206,152 +189,24 @@ def _marked(patient: Patient, protocol: Protocol, sequences: tuple[str, ...]) ->
     return marked
 
 
-def _expected(patient: Patient, protocol: Protocol, teacher: Teacher) -> Tensor:
+def _expected(patient: Patient, protocol: Protocol, teacher: Teacher | None) -> Tensor:
     """Where each tissue that this patient's sequences show is expected ``(B, K, *S)``."""
-    image, mask, spacing_mm = patient.units.image, patient.units.mask, patient.units.spacing_mm
-    visible, sequences = protocol.visible(patient.sequences), patient.sequences
-    known = protocol.anatomy
-    if teacher == "signature" or known is None:
-        return tissues.signature_map(image, mask, visible, sequences, spacing_mm)
-    slices = patient.units.slices
-    resp = anatomical.fit(image, mask, visible, sequences, spacing_mm, known, slices=slices).resp
-    taught, _ = anatomical.believed(resp, image, mask, visible, sequences, spacing_mm, known, slices=slices)
-    return taught
+    crops, visible = patient.crops, protocol.visible(patient.sequences)
+    expected = naming.signature_map(crops.image, crops.mask, visible, patient.sequences, crops.spacing_mm)
+    if not isinstance(teacher, AnatomicalConfig):
+        return expected
+    images = Images(
+        crops.image, crops.mask, expected, protocol, visible, patient.sequences, crops.spacing_mm, crops.slices
+    )
+    images = images._replace(ring=images.border())
+    resp = teacher.solve(images).resp
+    return region_filter.decide(resp, images)[0] if teacher.presence else resp
 
 
 def _size(patients: Sequence[Patient], grid_mm: float) -> tuple[int, ...]:
     """The largest view that any patient asks for."""
-    sizes = [view.around(p.units.mask, p.units.spacing_mm, grid_mm).size for p in patients]
+    sizes = [view.around(p.crops.mask, p.crops.spacing_mm, grid_mm).size for p in patients]
     return tuple(max(sides) for sides in zip(*sizes, strict=True))
-
-
-def normalised(expected: Tensor, mask: Tensor) -> Tensor:
-    """Maps that sum to 1 over K inside the mask again, and are 0 outside; where nothing is left, all are equal.
-
-    Args:
-        expected: ``(…, K, *S)``.
-        mask: ``(…, 1, *S)``, with as many axes.
-    """
-    axis = next(i for i, (a, b) in enumerate(zip(expected.shape, mask.shape, strict=True)) if a != b)
-    total = expected.sum(axis, keepdim=True)
-    equal = torch.full_like(expected, 1 / expected.shape[axis])
-    return torch.where(total > 1e-3, expected / total.clamp_min(1e-3), equal) * mask
-
-
-# Augmentation ----------------------------------------------------------------------------------------------------
-
-
-def augmentation(spatial_dims: int, drop: float = 0.0, window: Sequence[int] | None = None) -> Compose:
-    """The paper's augmentations, of MONAI's transforms: flips, rotation, scaling, elastic deformation, noise (S §4.2).
-
-    Args:
-        spatial_dims: 2 or 3; a volume is turned by less than a slice, which has no upright.
-        drop: the probability that one of an example's sequences is not shown to the network.
-        window: what of an example is used at a time, along each axis; None: all of it.
-    """
-    keys, modes = tuple(MAPS), tuple(MAPS.values())
-    common: dict[str, Any] = {"mode": modes, "padding_mode": "zeros", "allow_missing_keys": True}
-    turn = torch.pi if spatial_dims == 2 else torch.pi / 12
-    elastic = (
-        Rand2DElasticd(keys, spacing=(24, 24), magnitude_range=(0.5, 1.5), prob=0.25, **common)
-        if spatial_dims == 2
-        else Rand3DElasticd(keys, sigma_range=(4, 6), magnitude_range=(20, 60), prob=0.25, **common)
-    )
-    rotate = (turn,) if spatial_dims == 2 else (turn,) * 3
-    return Compose(
-        [
-            *([RandWindowd(window, [int(n * AROUND) for n in window])] if window else []),
-            RandAxisFlipd(keys, prob=0.5, allow_missing_keys=True),
-            RandAffined(keys, prob=0.8, rotate_range=rotate, scale_range=(0.15,) * spatial_dims, **common),
-            elastic,
-            *([CenterSpatialCropd(keys, window, allow_missing_keys=True)] if window else []),
-            Tidyd(),
-            RandGaussianNoised(("sequences",), prob=0.5, std=0.1),
-            Joind(),
-            *([RandDropd(drop)] if drop else []),
-        ]
-    )
-
-
-def cropping(window: Sequence[int] | None) -> Compose | None:
-    """What is left of the augmentation without any: the draw of a window; None where there is none."""
-    return None if window is None else Compose([RandWindowd(window)])
-
-
-class RandWindowd(Randomizable, Transform):
-    """Cuts a window out of an example, around a voxel of the mask unless the border is in the way.
-
-    Every voxel of the mask is as likely as another, so a window always holds some of it.
-
-    Args:
-        window: its size along each axis; at most the example's.
-        around: voxels that are cut beside it on both sides of each axis; 0 where there are none. None: none.
-    """
-
-    def __init__(self, window: Sequence[int], around: Sequence[int] | None = None) -> None:
-        self.window, self.around = tuple(window), tuple(around or [0] * len(window))
-
-    def __call__(self, data: Mapping[str, Tensor]) -> Example:
-        """Whatever lies on the example's grid is cut alike."""
-        mask = data["mask"][0]
-        inside = torch.nonzero(mask.flatten()).flatten()
-        drawn = int(inside[self.R.randint(len(inside))]) if len(inside) else mask.numel() // 2
-        middle = [int(at) for at in torch.unravel_index(torch.tensor(drawn), mask.shape)]
-        window = boxes.around(middle, self.window, mask.shape)
-        wide = tuple(slice(s.start - more, s.stop + more) for s, more in zip(window, self.around, strict=True))
-        cut = {key: boxes.cut(data[key][None], wide)[0] for key in MAPS if key in data}
-        return {**data, **cut}
-
-
-class RandDropd(RandomizableTransform):
-    """Hides one of the sequences that an example shows, so that a network learns to do without; one is always left.
-
-    Args:
-        prob: how often.
-    """
-
-    def __init__(self, prob: float) -> None:
-        super().__init__(prob)
-
-    def __call__(self, data: Mapping[str, Tensor]) -> Example:
-        """Changes ``seen`` alone."""
-        seen = data["seen"]
-        there = torch.nonzero(seen.flatten()[:-CONTEXT]).flatten().tolist()
-        self.randomize(None)
-        if not self._do_transform or len(there) < 2:
-            return dict(data)
-        hidden = seen.clone()
-        hidden[there[self.R.randint(len(there))]] = 0
-        return {**data, "seen": hidden}
-
-
-class Tidyd(Transform):
-    """Repairs what interpolation did to an example, and splits its sequences from the depth, which bears no noise."""
-
-    def __call__(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``image``, ``mask``, ``expected`` → ``sequences``, ``depth``, ``mask``, ``expected``; the rest stays."""
-        image, mask, expected = (
-            torch.as_tensor(data[key]).as_subclass(Tensor) for key in ("image", "mask", "expected")
-        )
-        return {
-            "sequences": image[:-CONTEXT],
-            "depth": image[-CONTEXT:] * mask,
-            "mask": mask,
-            "expected": normalised(expected, mask),
-            "seen": data["seen"],
-            **{key: torch.as_tensor(data[key]).as_subclass(Tensor) for key in OPTIONAL if key in data},
-        }
-
-
-class Joind(Transform):
-    """The reverse: ``sequences``, ``depth`` → ``image``."""
-
-    def __call__(self, data: Mapping[str, Tensor]) -> Example:
-        """One dictionary in, one out."""
-        image = torch.cat([torch.as_tensor(data["sequences"]).as_subclass(Tensor), data["depth"]])
-        # What a patient lacks stays 0, whatever noise there is.
-        rest = {key: value for key, value in data.items() if key not in ("sequences", "depth")}
-        return {"image": image * data["seen"], **rest}
 
 
 class Examples(Dataset[Example]):

@@ -19,10 +19,11 @@ from torch.utils.data import DistributedSampler
 from monai_deepgmm.errors import ChangedError, UsageError
 from monai_deepgmm.images import atomic_files as files
 from monai_deepgmm.methods import trained_network as model
+from monai_deepgmm.methods.model_spec import WEIGHTS
 from monai_deepgmm.networks.gmm_loss import TotalLoss
-from monai_deepgmm.networks.model_spec import WEIGHTS
 from monai_deepgmm.networks.nll_loss import Staged
-from monai_deepgmm.training.dataset import Example, Examples
+from monai_deepgmm.training.augmentation import Example
+from monai_deepgmm.training.dataset import Examples
 
 logger = logging.getLogger(__name__)
 

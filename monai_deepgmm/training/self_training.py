@@ -13,8 +13,9 @@ import shutil
 from pathlib import Path
 
 from monai_deepgmm.errors import ChangedError, NobodyError
+from monai_deepgmm.methods import model_spec
+from monai_deepgmm.methods.cohort import CohortConfig
 from monai_deepgmm.methods.config import Config
-from monai_deepgmm.networks import model_spec as spec
 from monai_deepgmm.patients.study import Cohort
 
 #: Where in the results' folder the network lies.
@@ -25,7 +26,7 @@ MARKER = ".cohort"
 logger = logging.getLogger(__name__)
 
 
-def taught(cohort: Cohort, out: Path, config: Config) -> Config:
+def train_on_pseudo_labels(cohort: Cohort, out: Path, config: Config) -> Config:
     """Trains the cohort's network in ``out``, or goes on with a training that was interrupted.
 
     A training that began with other patients, files or options is begun anew: its network would not be this cohort's.
@@ -43,19 +44,20 @@ def taught(cohort: Cohort, out: Path, config: Config) -> Config:
         UsageError: the model's folder holds another training.
         StudyError: ``E_DISK`` or ``E_WRITE``.
     """
-    from monai_deepgmm.training import bundle as bundled
+    from monai_deepgmm.training import bundle  # MONAI's engine takes seconds to import
 
+    method = config.method
+    if not isinstance(method, CohortConfig):
+        raise ValueError(f"--method {method.name} trains no network on the cohort")
     folder = out / MODEL
     options = {
         "cohort": cohort,
         "model_dir": str(folder),
         "protocol": config.protocol,
         # As text: the configuration's parser would make a network of the mapping.
-        "network": None if config.network is None else json.dumps(dict(config.network)),
-        "set": {} if config.solver.covariance is None else {"covariance": config.solver.covariance},
+        "network": None if method.network is None else json.dumps(dict(method.network)),
+        "training": method.training,
         "seed": config.seed,
-        "frame": config.frame,
-        "max_voxels": config.max_voxels,
         "device": config.device,
         "resume": True,
     }
@@ -64,7 +66,7 @@ def taught(cohort: Cohort, out: Path, config: Config) -> Config:
     if not folder.exists():
         marker.touch()
     try:
-        bundled.train(options)
+        bundle.train(options)
     except NobodyError:
         return config
     except ChangedError:
@@ -72,5 +74,6 @@ def taught(cohort: Cohort, out: Path, config: Config) -> Config:
             raise
         logger.info("the cohort has changed: its network is trained anew")
         shutil.rmtree(folder)
-        bundled.train(options)
-    return dataclasses.replace(config, model=spec.read(folder, config.protocol))
+        bundle.train(options)
+    model = model_spec.read(folder, config.protocol)
+    return dataclasses.replace(config, method=dataclasses.replace(method, model=model))

@@ -1,0 +1,114 @@
+"""One way in: a study loaded, checked, freed of shading, cropped and normalised, whoever asks for it.
+
+The steps are transforms of MONAI's kind (one dictionary in, one out), so that a bundle's configuration can hold, change
+and extend them. Each reads and writes ``scan`` or ``crops``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from monai.transforms import Compose, Transform
+from numpy.typing import NDArray
+
+from monai_deepgmm.images import cropping, loading
+from monai_deepgmm.images.cropping import Crops
+from monai_deepgmm.images.loading import Scan
+from monai_deepgmm.images.n4 import field as n4_field
+from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
+from monai_deepgmm.patients.study import Study
+from monai_deepgmm.protocol import Protocol
+
+
+class Prepared(NamedTuple):
+    """A patient, ready for any method.
+
+    Attributes:
+        scan: the sequences and the mask on the reference's grid.
+        crops: the images that mixtures are fitted to.
+        fields: the bias fields (M, X, Y, Z) that were taken off already, or None.
+    """
+
+    scan: Scan
+    crops: Crops
+    fields: NDArray[np.float32] | None = None
+
+
+def prepare(study: Study, preprocessing: Compose) -> Prepared:
+    """Takes a study through the steps of a preprocessing.
+
+    Args:
+        study: the files.
+        preprocessing: from ``preprocessing``, or one that a user has changed.
+
+    Raises:
+        StudyError: the patient cannot be used; the code says why.
+    """
+    data: dict[str, Any] = {"study": study}
+    # Step by step, because Compose would hide a StudyError inside a RuntimeError.
+    for step in preprocessing.transforms:
+        data = step(data)
+    return Prepared(data["scan"], data["crops"], data.get("fields"))
+
+
+class LoadStudyd(Transform):
+    """Adds ``scan``: the sequences and mask of ``study``, loaded by key, checked, on the reference's grid.
+
+    Args:
+        protocol: which sequence is the reference, which are needed.
+        frame: which frame of a 4-D file, counted from 0.
+        max_voxels: a larger image is refused before it is read.
+    """
+
+    def __init__(self, protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS) -> None:
+        self.protocol, self.frame, self.max_voxels = protocol, frame, max_voxels
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``study`` → ``study``, ``scan``."""
+        loaded = loading.load(data["study"], self.protocol, frame=self.frame, max_voxels=self.max_voxels)
+        return {**data, "scan": loaded}
+
+
+class Cropd(Transform):
+    """Adds ``crops``: the images of the scan, cropped and normalised.
+
+    Args:
+        protocol: the unit, the crop and the normalisation.
+    """
+
+    def __init__(self, protocol: Protocol) -> None:
+        self.protocol = protocol
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``scan`` → ``scan``, ``crops``."""
+        return {**data, "crops": cropping.crops(data["scan"], self.protocol)}
+
+
+class CorrectShadingd(Transform):
+    """Divides each sequence of ``scan`` by its bias field, and adds the ``fields`` (M, X, Y, Z), by N4."""
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``scan`` → ``scan``, ``fields``."""
+        patient: Scan = data["scan"]
+        spacing_mm = patient.reference.spacing_mm
+        fields = np.stack([n4_field(image, patient.mask, spacing_mm) for image in patient.image])
+        return {**data, "scan": dataclasses.replace(patient, image=patient.image / fields), "fields": fields}
+
+
+def preprocessing(
+    protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS, n4: bool = False
+) -> Compose:
+    """What happens to every study, on the command line and in the bundle alike: load, check, mask, crop, normalise.
+
+    Args:
+        protocol: what to look for.
+        frame: which frame of a 4-D file, counted from 0.
+        max_voxels: a larger image is refused before it is read.
+        n4: whether N4 takes the shading off.
+    """
+    steps: list[Transform] = [LoadStudyd(protocol, frame=frame, max_voxels=max_voxels)]
+    steps += [CorrectShadingd()] if n4 else []
+    return Compose([*steps, Cropd(protocol)])

@@ -1,0 +1,47 @@
+"""What is done to every scan before any fit; images and networks that were treated otherwise do not fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from monai_deepgmm.errors import UsageError
+from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
+from monai_deepgmm.protocol import Protocol
+
+if TYPE_CHECKING:
+    from monai.transforms import Compose
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a scan is loaded and prepared.
+
+    Attributes:
+        n4: whether SimpleITK's N4 takes the shading off before anything else; then no field is fitted.
+        frame: which frame of a 4-D file, counted from 0.
+        max_voxels: larger images are refused.
+    """
+
+    n4: bool = False
+    frame: int | None = field(default=None, metadata={"set": False})
+    max_voxels: int = field(default=DEFAULT_MAX_VOXELS, metadata={"set": False})
+
+    def __post_init__(self) -> None:
+        """Refuses what makes no sense.
+
+        Raises:
+            UsageError: n4 is neither true nor false.
+        """
+        if not isinstance(self.n4, bool):
+            raise UsageError(f"n4: {self.n4!r} is unknown; choose one of true, false")
+
+    def normalisation(self, protocol: Protocol) -> str:
+        """A name that tells two scales of intensity apart; means and networks are used only with their own."""
+        return protocol.normalisation + ("-n4" if self.n4 else "")
+
+    def transforms(self, protocol: Protocol) -> Compose:
+        """The steps, as MONAI's transforms."""
+        from monai_deepgmm.images import preparation
+
+        return preparation.preprocessing(protocol, frame=self.frame, max_voxels=self.max_voxels, n4=self.n4)

@@ -1,0 +1,107 @@
+"""What every method is given, and what every method is: settings with a ``solve``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+from torch import Tensor
+
+from monai_deepgmm import protocol as protocols
+from monai_deepgmm.methods import endocardium
+from monai_deepgmm.methods.endocardium import Ring
+from monai_deepgmm.mixture.fit import Fit
+from monai_deepgmm.protocol import Tissue
+
+
+class Images(NamedTuple):
+    """A patient's images, and what is known of them before any fit.
+
+    Attributes:
+        image: ``(B, M, *S)``.
+        mask: ``(B, 1, *S)``.
+        expected: where each tissue is expected ``(B, K, *S)``: the start.
+        protocol: what is looked for.
+        tissues: the K tissues of it that the sequences show.
+        sequences: the M sequences.
+        spacing_mm: of the axes in ``*S``.
+        slices: the position of each image along the stack; empty for a volume.
+        means: μ_data ``(K, M)``, from which the start was made, or None.
+        zero: where no signal lies on the image's scale ``(B, M)``; needed for a bias field.
+        ring: the wall's borders, where the method or the region filter needs them.
+        seed: of every random draw.
+    """
+
+    image: Tensor
+    mask: Tensor
+    expected: Tensor
+    protocol: protocols.Protocol
+    tissues: tuple[Tissue, ...]
+    sequences: tuple[str, ...]
+    spacing_mm: tuple[float, ...]
+    slices: tuple[int, ...] = ()
+    means: Tensor | None = None
+    zero: Tensor | None = None
+    ring: Ring | None = None
+    seed: int = 0
+
+    def anatomy(self) -> protocols.Anatomy:
+        """Where the protocol's tissues can be.
+
+        Raises:
+            ValueError: the protocol does not say.
+        """
+        if self.protocol.anatomy is None:
+            raise ValueError(f"protocol {self.protocol.name} has no anatomy")
+        return self.protocol.anatomy
+
+    def border(self) -> Ring:
+        """The wall's borders: ``ring``, or found now."""
+        return self.ring or endocardium.ring(
+            self.image, self.mask, self.anatomy(), self.sequences, self.spacing_mm, slices=self.slices
+        )
+
+    def from_zero(self) -> Tensor:
+        """The image on the scale that a bias field needs: where 0 is no signal."""
+        if self.zero is None:
+            return self.image
+        return self.image - self.zero.to(self.image).reshape(*self.zero.shape, *[1] * (self.image.ndim - 2))
+
+    def to_zero(self, fit: Fit) -> Fit:
+        """A fit to ``from_zero`` on the image's own scale again; its means are those of a voxel whose field is 1."""
+        zero = 0 if self.zero is None else self.zero.to(fit.mixture.means)[:, None]
+        return fit._replace(mixture=fit.mixture._replace(means=fit.mixture.means + zero))
+
+
+class MethodConfig(Protocol):
+    """One method's settings, a frozen dataclass.
+
+    Attributes:
+        name: as typed after ``--method``.
+        named: whether its components are in the order of the tissues, so that nothing is named afterwards.
+        takes_means: whether known class means help it.
+    """
+
+    name: ClassVar[str]
+    named: ClassVar[bool]
+    takes_means: ClassVar[bool]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def presence(self) -> bool | None:
+        """Whether a tissue's regions must meet the protocol's criteria (``region_filter``)."""
+
+    def resolved(self, protocol: protocols.Protocol) -> Self:
+        """The settings with the protocol's own defaults in place of None.
+
+        Raises:
+            UsageError: the protocol lacks what the method needs.
+        """
+
+    def solve(self, images: Images, *, device: str = "cpu") -> Fit:
+        """Fits the mixture to each image.
+
+        Args:
+            images: the images and where each fit begins.
+            device: where a network is to run.
+        """

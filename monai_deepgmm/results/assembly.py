@@ -1,0 +1,125 @@
+"""From a prepared patient to what a method is given, and from its fit back to every image of the patient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from monai_deepgmm.errors import StudyError
+from monai_deepgmm.images.loading import MIN_VOXELS_PER_TISSUE, Scan
+from monai_deepgmm.images.preparation import Prepared
+from monai_deepgmm.methods import naming
+from monai_deepgmm.methods.config import Config
+from monai_deepgmm.methods.task import Images
+from monai_deepgmm.mixture import starts
+from monai_deepgmm.mixture.fit import Fit
+from monai_deepgmm.mixture.gaussian import Mixture, e_step
+
+
+class Assembly(NamedTuple):
+    """A patient's images, and which of them are large enough for a fit.
+
+    Attributes:
+        images: those that are, with what is known of them.
+        large: their indices.
+        image: all ``(B, M, *S)``.
+        mask: all ``(B, 1, *S)``.
+    """
+
+    images: Images
+    large: Tensor
+    image: Tensor
+    mask: Tensor
+
+    @property
+    def small(self) -> list[int]:
+        """The indices of the images without a fit of their own."""
+        return sorted(set(range(len(self.image))) - set(self.large.tolist()))
+
+    def everywhere(self, fit: Fit) -> Tensor:
+        """Responsibilities of every image: its own fit's, or for a small one by the mixture of the nearest large one.
+
+        Args:
+            fit: of the large images.
+
+        Returns:
+            ``(B, K, *S)``.
+        """
+        resp = fit.resp.new_zeros((len(self.image), *fit.resp.shape[1:]))
+        resp[self.large] = fit.resp
+        for index in self.small:
+            near = int((self.large - index).abs().argmin())
+            weights = fit.resp[near].flatten(1).mean(1)
+            means, covariances = fit.mixture.means[near][None], fit.mixture.covariances[near][None]
+            borrowed = Mixture((weights / weights.sum())[None], means, covariances)
+            resp[index] = e_step(self.image[index][None], self.mask[index][None], borrowed)[0]
+        return resp
+
+
+def assemble(prepared: Prepared, config: Config) -> Assembly:
+    """What the configuration's method is given of a patient.
+
+    Raises:
+        StudyError: ``E_MASK_SMALL``, no image has enough voxels for a fit; ``E_MODEL`` or ``E_MEANS``, the network or
+            the means need sequences that the patient lacks.
+    """
+    crops = prepared.crops
+    sequences = _sequences(prepared.scan, config)
+    tissues = config.protocol.visible(sequences)
+    channels = [prepared.scan.sequences.index(s) for s in sequences]
+    image, mask = crops.image[:, channels].to(config.device), crops.mask.to(config.device)
+    means = None if config.means is None else config.means.tensor(tissues, sequences)
+    if means is None:
+        expected = naming.signature_map(image, mask, tissues, sequences, crops.spacing_mm)
+    else:
+        expected = starts.means_start(image, mask, means)
+    large = _large(prepared, len(tissues), config)
+    chosen = slice(None) if len(large) == len(image) else large  # a volume is not worth copying
+    images = Images(
+        image[chosen],
+        mask[chosen],
+        expected[chosen],
+        config.protocol,
+        tissues,
+        sequences,
+        crops.spacing_mm,
+        tuple(crops.slices[int(i)] for i in large) if crops.slices else (),
+        means,
+        crops.zero[large][:, channels],
+        seed=config.seed,
+    )
+    if config.presence and images.slices:
+        images = images._replace(ring=images.border())
+    return Assembly(images, large, image, mask)
+
+
+def _sequences(scan: Scan, config: Config) -> tuple[str, ...]:
+    """The sequences that are looked at: all, or those that the trained network knows.
+
+    Raises:
+        StudyError: ``E_MODEL``, the network needs one that the patient lacks.
+    """
+    if config.model is None:
+        return scan.sequences
+    spec = config.model.spec
+    known = tuple(s for s in spec.sequences if s in scan.sequences)
+    absent = [s for s in spec.sequences if s not in known]
+    if not known or (absent and not spec.training.incomplete):
+        message = f"the network was trained with {', '.join(absent)}, which this patient lacks"
+        raise StudyError("E_MODEL", message, "Segment this patient with a method that needs no trained network")
+    return known
+
+
+def _large(prepared: Prepared, tissues: int, config: Config) -> Tensor:
+    """The indices of the images with enough voxels for a fit; a trained network needs no voxels to learn from."""
+    mask = prepared.crops.mask
+    if config.model is not None:
+        return torch.arange(len(mask))
+    needed = MIN_VOXELS_PER_TISSUE * tissues
+    large = torch.nonzero(mask.flatten(1).sum(1) >= needed).flatten()
+    if len(large) == 0:
+        message = f"no {config.protocol.unit} of the mask has the {needed} voxels that a fit needs"
+        raise StudyError("E_MASK_SMALL", message, f"Check that the mask covers the {config.protocol.mask}")
+    return large
