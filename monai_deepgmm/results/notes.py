@@ -75,6 +75,7 @@ def _about_volumes(assembly: Assembly, outcome: Outcome) -> Iterator[str]:
     wide = [
         f"{tissue.name} {found.low_ml:.1f} to {found.high_ml:.1f} ml"
         for tissue, found in zip(assembly.images.tissues, outcome.intervals, strict=True)
+        if found.low_ml is not None and found.high_ml is not None
         if found.high_ml - found.low_ml > uncertainty.UNSURE * max(found.volume_ml, uncertainty.LEAST_ML)
     ]
     if wide:

@@ -79,7 +79,7 @@ def sidecar(
             "entropy": round(outcome.entropy, 4),
             "level": uncertainty.LEVEL,
             "volumes": {
-                name: {key: round(value, 4) for key, value in interval._asdict().items()}
+                name: {k: None if v is None else round(v, 4) for k, v in interval._asdict().items()}
                 for name, interval in zip(names, outcome.intervals, strict=True)
             },
         },

@@ -155,15 +155,19 @@ def _intervals(
     config: Config,
 ) -> list[uncertainty.Interval]:
     """Where each tissue's volume may lie."""
-    reference = prepared.scan.reference
-    axis = prepared.crops.slice_axis
-    return uncertainty.intervals(
-        [int((labels == t.index).sum()) * reference.voxel_ml for t in assembly.images.tissues],
+    reference, tissues = prepared.scan.reference, assembly.images.tissues
+    volumes = [int((labels == t.index).sum()) * reference.voxel_ml for t in tissues]
+    deviations = uncertainty.standard_deviations(
+        volumes,
         probabilities,
         _refitted_ml(assembly, config, reference.voxel_ml),
         voxel_ml=reference.voxel_ml,
-        pixel_mm2=math.prod(s for a, s in enumerate(reference.spacing_mm) if a != axis),
+        pixel_mm2=math.prod(s for a, s in enumerate(reference.spacing_mm) if a != prepared.crops.slice_axis),
     )
+    reaches = [uncertainty.reach(config.protocol.name, config.method.name, t.name) for t in tissues]
+    return [
+        uncertainty.interval(*found, mask_ml=sum(volumes)) for found in zip(volumes, deviations, reaches, strict=True)
+    ]
 
 
 def _refitted_ml(assembly: Assembly, config: Config, voxel_ml: float) -> list[list[float]]:

@@ -1,32 +1,37 @@
 """How sure a segmentation is: an entropy map, and an interval for each tissue's volume.
 
-Two things make a volume uncertain. Voxels near a border could be either tissue; since neighbours err together, they
-count as patches rather than one by one. And other priors than the protocol's, as plausible, would have given another
-border: restarts with perturbed priors show how far it moves. Together they underestimate what a reader would call
-wrong, so that the width is multiplied by a factor that makes 90 % intervals hold the truth of 90 % of the phantom's
-volumes (``scripts/calibrate_intervals.py``).
+Three things make a volume uncertain. Voxels near a border could be either tissue; since neighbours err together, they
+count as patches rather than one by one. Other priors than the protocol's, as plausible, would have given another border:
+refits with perturbed priors show how far it moves. And every method has errors that it does not know of, which grow with
+the volume. What an interval reaches below and above the volume, in standard deviations of these three, was measured for
+each method and tissue on phantoms (``scripts/calibrate_intervals.py``) and stands in ``interval_calibration.yaml``. A
+method or a protocol that is not in that table has no intervals.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
+from importlib import resources
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 
 from monai_deepgmm.protocol import Protocol
 
-#: The share of truths that an interval is to hold, and the normal quantile that goes with it.
-LEVEL, QUANTILE = 0.9, 1.6449
+#: The share of reference volumes that an interval is to hold.
+LEVEL = 0.9
 #: The area over which errors repeat, in mm²: the integral of a correlation that falls to 1/e in 3.7 mm.
 PATCH_MM2 = 88.0
-#: Standard deviations by which a restart moves each level of the protocol, and the usual radius of the inner border.
+#: The error that a method does not know of: a share of the volume, and at least so many ml.
+UNKNOWN_SHARE, UNKNOWN_ML = 0.05, 0.5
+#: Standard deviations by which a refit moves each level of the protocol, and the usual radius of the inner border.
 LEVEL_PERTURBATION, RADIUS_PERTURBATION = 0.2, 0.04
-#: What the estimated standard deviation is multiplied by.
-CALIBRATION = 3.2
 #: A patient is flagged where a tissue's interval is wider than so many times its volume (or that of 1 ml).
 UNSURE, LEAST_ML = 4.0, 1.0
 
@@ -39,14 +44,14 @@ class Interval(NamedTuple):
     Attributes:
         volume_ml: of the label map.
         sd_ml: its standard deviation, before calibration.
-        low_ml: the interval's lower end, at least 0.
-        high_ml: its upper end, at most the mask's volume.
+        low_ml: the interval's lower end, at least 0; None where the method has none.
+        high_ml: its upper end, at most the mask's volume; None where the method has none.
     """
 
     volume_ml: float
     sd_ml: float
-    low_ml: float
-    high_ml: float
+    low_ml: float | None
+    high_ml: float | None
 
 
 def entropy(probabilities: Floats) -> NDArray[np.float32]:
@@ -78,35 +83,56 @@ def perturbed(protocol: Protocol, seed: int, number: int) -> Protocol:
     return dataclasses.replace(protocol, anatomy=anatomy, tissues=tissues)
 
 
-def intervals(
+def reach(protocol: str, method: str, tissue: str) -> tuple[float, float] | None:
+    """How far a tissue's interval reaches from its volume, in standard deviations; None: it was never measured."""
+    found = _calibration().get(protocol, {}).get(method, {}).get(tissue)
+    return None if found is None else (float(found[0]), float(found[1]))
+
+
+@functools.cache
+def _calibration() -> dict[str, dict[str, dict[str, list[float]]]]:
+    text = (resources.files("monai_deepgmm.results") / "interval_calibration.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text) or {}
+
+
+def standard_deviations(
     volumes_ml: Sequence[float],
     probabilities: Floats,
-    restarts_ml: Sequence[Sequence[float]],
+    refits_ml: Sequence[Sequence[float]],
     *,
     voxel_ml: float,
     pixel_mm2: float,
-    calibration: float = CALIBRATION,
-) -> list[Interval]:
-    """An interval for each of K tissues.
+) -> list[float]:
+    """The standard deviation of each of K volumes, in ml, before calibration.
 
-    ``σ² = v² (A / a) Σ_x p(x) (1 − p(x)) + mean_r (V_r − V)²`` with v a voxel's volume, a its area in the plane,
-    A = ``PATCH_MM2`` and V_r the restarts' volumes; the interval is V ± 1.64 c σ, c the calibration.
+    ``σ² = v² (A / a) Σ_x p(x) (1 − p(x)) + mean_r (V_r − V)² + (s V)² + u²`` with v a voxel's volume, a its area in the
+    plane, A = ``PATCH_MM2``, V_r the refits' volumes, s and u the method's unknown errors.
 
     Args:
         volumes_ml: V of each tissue.
         probabilities: p ``(K, X, Y, Z)``.
-        restarts_ml: V_r, for each restart K volumes; may be empty.
+        refits_ml: V_r, for each refit K volumes; may be empty.
         voxel_ml: v.
         pixel_mm2: a.
-        calibration: c.
     """
     variance = (probabilities * (1.0 - probabilities)).sum((1, 2, 3), dtype=np.float64)
     variance *= voxel_ml**2 * max(PATCH_MM2 / pixel_mm2, 1.0)
-    if len(restarts_ml):
-        variance += np.square(np.asarray(restarts_ml) - np.asarray(volumes_ml)).mean(0)
-    largest = float(probabilities.sum(dtype=np.float64)) * voxel_ml
-    found = []
-    for volume, sd in zip(volumes_ml, np.sqrt(variance), strict=True):
-        reach = QUANTILE * calibration * float(sd)
-        found.append(Interval(volume, float(sd), max(volume - reach, 0.0), max(min(volume + reach, largest), volume)))
-    return found
+    if len(refits_ml):
+        variance += np.square(np.asarray(refits_ml) - np.asarray(volumes_ml)).mean(0)
+    variance += np.square(UNKNOWN_SHARE * np.asarray(volumes_ml)) + UNKNOWN_ML**2
+    return [math.sqrt(value) for value in variance]
+
+
+def interval(volume_ml: float, sd_ml: float, reaches: tuple[float, float] | None, *, mask_ml: float) -> Interval:
+    """Where a volume may lie: ``V + r_low σ`` to ``V + r_high σ``, with V itself, within 0 and the mask.
+
+    Args:
+        volume_ml: V.
+        sd_ml: σ.
+        reaches: from ``reach``.
+        mask_ml: the largest that the volume can be.
+    """
+    if reaches is None:
+        return Interval(volume_ml, sd_ml, None, None)
+    low, high = (volume_ml + r * sd_ml for r in reaches)
+    return Interval(volume_ml, sd_ml, max(min(low, volume_ml), 0.0), max(min(high, mask_ml), volume_ml))
