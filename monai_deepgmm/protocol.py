@@ -105,6 +105,8 @@ class Protocol:
         percent_of: the tissues that make up that denominator.
         anatomy: where tissues can be; None: anywhere in the mask.
         borders: pairs of tissues that touch, so that a voxel may hold both; empty: voxels are of one tissue.
+        deeper: pairs of tissues of which the first lies deeper in the mask than the second, on average; a result in
+            which it does not is named with doubt.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Protocol:
     percent_of: tuple[str, ...]
     anatomy: Anatomy | None = None
     borders: tuple[tuple[str, str], ...] = ()
+    deeper: tuple[tuple[str, str], ...] = ()
 
     @property
     def normalisation(self) -> str:
@@ -202,6 +205,7 @@ def as_yaml(protocol: Protocol) -> str:
         if anatomy is None
         else {**dataclasses.asdict(anatomy), "inside": list(anatomy.inside)} | {"radius": list(anatomy.radius)},
         "borders": [list(pair) for pair in protocol.borders],
+        "deeper": [list(pair) for pair in protocol.deeper],
         "tissues": tissues,
         "percent_of": {"name": protocol.percent_name, "tissues": list(protocol.percent_of)},
     }
@@ -233,16 +237,17 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         percent_name=denominator["name"],
         percent_of=tuple(denominator.get("tissues") or (t.name for t in tissues)),
         anatomy=anatomy,
-        borders=_borders(raw.get("borders") or (), [t.name for t in tissues]),
+        borders=_pairs("borders", raw.get("borders") or (), [t.name for t in tissues]),
+        deeper=_pairs("deeper", raw.get("deeper") or (), [t.name for t in tissues]),
     )
 
 
-def _borders(raw: Sequence[Sequence[str]], tissues: Sequence[str]) -> tuple[tuple[str, str], ...]:
+def _pairs(key: str, raw: Sequence[Sequence[str]], tissues: Sequence[str]) -> tuple[tuple[str, str], ...]:
     for pair in raw:
         if isinstance(pair, str) or len(pair) != 2 or len(set(pair)) != 2 or set(pair) - set(tissues):
-            raise ValueError(f"borders: {pair!r} (two of {', '.join(tissues)})")
+            raise ValueError(f"{key}: {pair!r} (two of {', '.join(tissues)})")
     if len({frozenset(pair) for pair in raw}) < len(raw):
-        raise ValueError("borders: each pair once: one of them")
+        raise ValueError(f"{key}: each pair once: one of them")
     return tuple((str(a), str(b)) for a, b in raw)
 
 

@@ -1,11 +1,11 @@
 """How far a 90 % interval of a volume must reach: measured on phantoms of one seed, checked on phantoms of another.
 
-    python scripts/calibrate_intervals.py OUT [--methods anatomy svgmm cohort pvgmm] [--hearts 40] [--brains 24] [--write]
+    python scripts/calibrate_intervals.py OUT [--methods anatomy svgmm cohort pvgmm] [--hearts 40] [--brains 24]
 
 Each method segments the same phantoms. What the reference volume has more than the found one, divided by the estimated
-standard deviation, is a number per patient and tissue; an interval reaches from its 5th to its 95th percentile over the
-first seed's patients. Printed is the share of the second seed's volumes that intervals then hold, and how wide they are.
-``--write`` puts the reaches into the package. OUT keeps every result, so that a second run goes on where one stopped.
+standard deviation, is a number per patient and tissue; an interval reaches from its lower to its upper percentile over
+the first seed's patients. Printed is the share of the second seed's volumes that intervals then hold, and how wide they
+are. ``--write`` puts the reaches into the package. OUT keeps every result: a second run goes on where one stopped.
 """
 
 from __future__ import annotations

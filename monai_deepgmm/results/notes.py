@@ -25,7 +25,7 @@ def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Conf
     yield from _about_sequences(config.protocol, assembly.images.sequences)
     yield from _about_order(prepared, config.protocol.visible(assembly.images.sequences))
     yield from _about_fit(prepared, assembly, outcome)
-    yield from _about_names(assembly, outcome)
+    yield from _about_names(assembly, outcome, config)
     yield from _about_volumes(assembly, outcome)
     yield from _about_field(assembly, outcome)
 
@@ -64,9 +64,11 @@ def _about_fit(prepared: Prepared, assembly: Assembly, outcome: Outcome) -> Iter
                 yield f"W_COLLAPSED: {tissue.name} holds nearly no voxel{_where(slices, lost)}"
 
 
-def _about_names(assembly: Assembly, outcome: Outcome) -> Iterator[str]:
+def _about_names(assembly: Assembly, outcome: Outcome, config: Config) -> Iterator[str]:
+    if outcome.contradictions:
+        yield f"W_NAMES: the tissues' names contradict what was found ({'; '.join(outcome.contradictions)})"
     unsure = outcome.naming.certainty < CERTAIN
-    if unsure.any():
+    if not config.method.named and unsure.any():
         place = _where(assembly.images.slices, unsure)
         yield f"W_NAMES: the tissues' names are uncertain{place}; check them on the page"
 

@@ -37,6 +37,7 @@ class Outcome(NamedTuple):
         regions: of those tissues whose regions must meet criteria.
         intervals: of each tissue's volume.
         entropy: the mean over the mask, 0 to 1.
+        contradictions: what of the found tissues contradicts the protocol, in words.
     """
 
     fit: Fit
@@ -44,6 +45,7 @@ class Outcome(NamedTuple):
     regions: Sequence[Region] = ()
     intervals: Sequence[Interval] = ()
     entropy: float = 0.0
+    contradictions: Sequence[str] = ()
 
 
 def versions() -> dict[str, str]:
@@ -110,6 +112,7 @@ def _named(outcome: Outcome, images: Images, slices: list[int | None], config: C
     voxels = images.mask.flatten(1).sum(1).cpu()
     return {
         "rule": _naming_rule(config),
+        "contradictions": list(outcome.contradictions),
         "certainty": round(float((found.certainty * voxels).sum() / voxels.sum()), 4),
         "units": [
             {

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from monai_deepgmm.images.nifti import Volume
 from monai_deepgmm.images.preparation import Prepared, prepare
-from monai_deepgmm.methods import naming, region_filter
+from monai_deepgmm.methods import name_check, naming, region_filter
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.naming import Naming
 from monai_deepgmm.methods.region_filter import Region
@@ -83,7 +83,8 @@ def segment(
     fit = (inferer or Solver(config))(assembly.images)
     fit, names = named(fit, assembly.images, config)
     fit, regions = filtered(fit, assembly.images, config)
-    return _on_source_grid(study, prepared, assembly, Outcome(fit, names, regions), config)
+    outcome = Outcome(fit, names, regions, contradictions=name_check.contradictions(fit, assembly.images))
+    return _on_source_grid(study, prepared, assembly, outcome, config)
 
 
 class Solver:

@@ -1,11 +1,11 @@
 """How sure a segmentation is: an entropy map, and an interval for each tissue's volume.
 
 Three things make a volume uncertain. Voxels near a border could be either tissue; since neighbours err together, they
-count as patches rather than one by one. Other priors than the protocol's, as plausible, would have given another border:
-refits with perturbed priors show how far it moves. And every method has errors that it does not know of, which grow with
-the volume. What an interval reaches below and above the volume, in standard deviations of these three, was measured for
-each method and tissue on phantoms (``scripts/calibrate_intervals.py``) and stands in ``interval_calibration.yaml``. A
-method or a protocol that is not in that table has no intervals.
+count as patches rather than one by one. Other priors than the protocol's, as plausible, would have given another
+border: refits with perturbed priors show how far it moves. And every method has errors that it does not know of, which
+grow with the volume. What an interval reaches below and above the volume, in standard deviations of these three, was
+measured for each method and tissue on phantoms (``scripts/calibrate_intervals.py``) and stands in
+``interval_calibration.yaml``. A method or a protocol that is not in that table has no intervals.
 """
 
 from __future__ import annotations
