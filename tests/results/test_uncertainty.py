@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -12,27 +11,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import AFFINE, heart, save
+from outcomes import image_of, labels_of, sidecar, study
 
 from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
-from monai_deepgmm.methods import config
-from monai_deepgmm.patients import discovery as cohort
+from monai_deepgmm.methods.config import build
 from monai_deepgmm.results import measure, uncertainty
-from monai_deepgmm.results import segment as room
+from monai_deepgmm.results.segment import Segmentation, segment
 from monai_deepgmm.results.uncertainty import Interval, entropy, intervals, perturbed
 
 INFARCT = protocol.load("infarct")
 TISSUES = [t.name for t in INFARCT.tissues]
 #: Of the tiny patients: a voxel in ml, and its area in mm².
 VOXEL_ML, PIXEL_MM2 = 1.5 * 1.5 * 8 / 1000, 1.5 * 1.5
-
-
-def sidecar(out: Path, patient: str = "pat1") -> dict:
-    return json.loads((out / patient / f"{patient}_dseg.json").read_text(encoding="utf-8"))
-
-
-def map_of(out: Path, what: str, patient: str = "pat1") -> nib.Nifti1Image:
-    return nib.load(out / patient / f"{patient}_{what}.nii.gz")
 
 
 def noisy(folder: Path, patient: str, sd: float, seed: int) -> None:
@@ -61,11 +52,6 @@ def run(patients, tmp_path_factory) -> Path:
     return out
 
 
-def study(folder: Path, patient: str = "pat1"):
-    (found,) = cohort.find(folder, INFARCT, patients=[patient]).studies
-    return found
-
-
 # Entropy --------------------------------------------------------------------------------------------------------------
 
 
@@ -77,16 +63,13 @@ def test_entropy_is_nothing_for_the_certain_and_one_for_the_clueless(k):
     found = entropy(p)
     assert (found.shape, found.dtype) == ((3, 1, 1), np.float32)
     assert found[:, 0, 0] == pytest.approx([0, 1, 0], abs=1e-6)
+    assert not entropy(np.ones((1, 2, 2, 1), dtype=np.float32)).any()  # the only tissue is certain
 
 
 def test_entropy_by_hand():
     p = np.array([0.5, 0.5, 0, 0, 0.7, 0.2, 0.1, 0], dtype=np.float64).reshape(2, 4).T.reshape(4, 2, 1, 1)
     wanted = [math.log(2) / math.log(4), -sum(q * math.log(q) for q in (0.7, 0.2, 0.1)) / math.log(4)]
     assert entropy(p)[:, 0, 0] == pytest.approx(wanted, rel=1e-6)
-
-
-def test_the_only_tissue_is_certain():
-    assert not entropy(np.ones((1, 2, 2, 1), dtype=np.float32)).any()
 
 
 # Intervals ------------------------------------------------------------------------------------------------------------
@@ -104,10 +87,7 @@ def test_voxels_on_a_border_count_as_patches():
         assert found.sd_ml == pytest.approx(math.sqrt(88 / 22 * 0.46))
     for found in interval(pixel_mm2=400):  # a voxel larger than a patch is a patch of its own
         assert found.sd_ml == pytest.approx(math.sqrt(0.46))
-
-
-def test_the_variance_goes_with_the_square_of_a_voxel():
-    made = intervals([2.0, 2.0], P, [], voxel_ml=0.5, pixel_mm2=88.0)
+    made = intervals([2.0, 2.0], P, [], voxel_ml=0.5, pixel_mm2=88.0)  # the variance goes with a voxel's square
     assert made[0].sd_ml == pytest.approx(0.5 * math.sqrt(0.46))
 
 
@@ -130,23 +110,15 @@ def test_the_ends_are_a_calibrated_quantile_away():
     assert default.low_ml == max(2 - 1.6449 * uncertainty.CALIBRATION * found.sd_ml, 0)
 
 
-def test_no_volume_is_negative_or_larger_than_the_mask():
-    for found in interval(volumes=(0.0, 4.0), calibration=100):
-        assert (found.low_ml, found.high_ml) == (0.0, pytest.approx(4.0))  # four voxels of 1 ml
-
-
-@pytest.mark.parametrize("calibration", [0, 0.1, 1, 50])
-def test_the_volume_lies_in_its_own_interval(calibration):
+@pytest.mark.parametrize("calibration", [0, 0.1, 1, 50, 100])
+def test_an_interval_holds_its_volume_and_nothing_impossible(calibration):
     for volumes in ((0.0, 4.0), (4.0, 0.0), (1.0, 3.0)):
         for found, volume in zip(interval(volumes, calibration=calibration), volumes, strict=True):
             assert found.volume_ml == volume
-            assert found.low_ml <= volume <= found.high_ml
-
-
-def test_who_is_certain_has_an_interval_of_no_width():
-    sure = (P > 0.6).astype(np.float64)
-    for found in intervals([1.0, 2.0], sure, [], voxel_ml=1.0, pixel_mm2=1.0):
-        assert found.sd_ml == 0
+            assert 0 <= found.low_ml <= volume <= found.high_ml <= 4 + 1e-9  # four voxels of 1 ml
+    assert [(f.low_ml, f.high_ml) for f in interval((0.0, 4.0), calibration=100)] == [(0, pytest.approx(4))] * 2
+    for found in intervals([1.0, 2.0], (P > 0.6).astype(np.float64), [], voxel_ml=1.0, pixel_mm2=1.0):
+        assert found.sd_ml == 0  # whoever is certain
         assert found.low_ml == found.volume_ml == found.high_ml
 
 
@@ -191,13 +163,10 @@ def test_levels_and_radii_move_as_far_as_they_are_said_to():
     assert abs(np.mean(moved)) < 0.03
 
 
-def test_the_inner_border_stays_inside_the_wall(monkeypatch):
+def test_what_a_draw_can_reach(monkeypatch):
     monkeypatch.setattr(uncertainty, "RADIUS_PERTURBATION", 10.0)
     radii = [perturbed(INFARCT, 0, number).anatomy.radius[0] for number in range(20)]
-    assert {min(radii), max(radii)} == {0.1, 0.9}
-
-
-def test_a_protocol_without_anatomy_can_be_perturbed():
+    assert {min(radii), max(radii)} == {0.1, 0.9}  # the inner border stays inside the wall
     brain = protocol.load("brain")
     made = perturbed(brain, 0, 0)
     assert made.anatomy is None
@@ -222,16 +191,14 @@ def test_the_sidecars_volumes_are_those_of_the_table(run):
 def test_overlapping_tissues_are_less_certain(patients, run):
     blurred, clear = (sidecar(run, patient)["uncertainty"] for patient in ("pat1", "pat2"))
     assert blurred["entropy"] > clear["entropy"] >= 0
-    first, second = (
-        deviations(room.segment(study(patients, patient), config.build(settings=["perturbations=0"])))
-        for patient in ("pat1", "pat2")
-    )
-    assert sum(first) > sum(second)
+    config = build(settings=["perturbations=0"])
+    first, second = (sum(deviations(segment(study(patients, patient), config))) for patient in ("pat1", "pat2"))
+    assert first > second
 
 
 def test_the_entropy_map_is_that_of_the_probabilities(run):
-    found = map_of(run, "entropy")
-    p = np.moveaxis(map_of(run, "probseg").get_fdata(dtype=np.float32), -1, 0)
+    found = image_of(run, "entropy")
+    p = np.moveaxis(image_of(run, "probseg").get_fdata(dtype=np.float32), -1, 0)
     assert found.get_data_dtype() == np.float32
     values, inside = found.get_fdata(), heart() > 0
     np.testing.assert_allclose(values, entropy(p), atol=1e-6)
@@ -254,7 +221,7 @@ def test_the_entropy_map_is_that_of_the_probabilities(run):
 def test_the_entropy_map_lies_on_the_sources_grid(tmp_path, make_patient, affine):
     made = make_patient(tmp_path / "in", "pat1", affine=affine)
     assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), "--probabilities", "-q"]) == 0
-    found, source = map_of(tmp_path / "out", "entropy"), nib.load(made["LGE"])
+    found, source = image_of(tmp_path / "out", "entropy"), nib.load(made["LGE"])
     assert found.shape == source.shape
     np.testing.assert_array_equal(found.affine, source.affine)
     assert not found.get_fdata()[heart() == 0].any()
@@ -289,33 +256,31 @@ def by_voxels(probabilities: np.ndarray) -> list[float]:
     return [math.sqrt(VOXEL_ML**2 * 88 / PIXEL_MM2 * (q * (1 - q)).sum()) for q in p]
 
 
-def volumes(segmentation: room.Segmentation) -> list[float]:
+def volumes(segmentation: Segmentation) -> list[float]:
     return [float((segmentation.labels == t.index).sum()) * VOXEL_ML for t in segmentation.tissues]
 
 
-def deviations(segmentation: room.Segmentation) -> list[float]:
+def deviations(segmentation: Segmentation) -> list[float]:
     return [v["sd_ml"] for v in segmentation.sidecar["uncertainty"]["volumes"].values()]
 
 
-@pytest.mark.parametrize("method", ["gmm", "svgmm"])
-def test_without_priors_only_the_voxels_count(patients, method):
-    made = room.segment(study(patients), config.build(method=method, settings=["perturbations=5"]))
+@pytest.mark.parametrize(("method", "settings"), [("gmm", []), ("svgmm", []), ("anatomy", ["perturbations=0"])])
+def test_without_moved_priors_only_the_voxels_count(patients, run, method, settings):
+    made = segment(study(patients), build(method=method, settings=settings, seed=5))
     assert deviations(made) == pytest.approx(by_voxels(made.probabilities), abs=1e-4)
-    assert min(deviations(made)) > 0
-
-
-def test_no_perturbations_leave_the_voxels(patients):
-    made = room.segment(study(patients), config.build(settings=["perturbations=0"]))
-    assert deviations(made) == pytest.approx(by_voxels(made.probabilities), abs=1e-4)
+    if method == "anatomy":  # moving them changes no label
+        np.testing.assert_array_equal(made.labels, labels_of(run))
+    else:
+        assert min(deviations(made)) > 0
 
 
 @pytest.mark.parametrize("presence", ["true", "false"])
 def test_restarts_are_segmentations_by_perturbed_protocols(patients, presence):
-    asked = config.build(settings=["perturbations=2", f"presence={presence}"], seed=5)
-    made = room.segment(study(patients), asked)
-    alone = dataclasses.replace(asked, solver=dataclasses.replace(asked.solver, perturbations=0))
+    asked = build(settings=["perturbations=2", f"presence={presence}"], seed=5)
+    made = segment(study(patients), asked)
+    alone = dataclasses.replace(asked, method=dataclasses.replace(asked.method, perturbations=0))
     restarts = [
-        volumes(room.segment(study(patients), dataclasses.replace(alone, protocol=perturbed(INFARCT, 5, number))))
+        volumes(segment(study(patients), dataclasses.replace(alone, protocol=perturbed(INFARCT, 5, number))))
         for number in range(2)
     ]
     assert len({tuple(r) for r in [volumes(made), *restarts]}) == 3
@@ -324,11 +289,9 @@ def test_restarts_are_segmentations_by_perturbed_protocols(patients, presence):
         for k, sd in enumerate(by_voxels(made.probabilities))
     ]
     assert deviations(made) == pytest.approx(wanted, abs=1e-4)
-
-
-def test_perturbations_change_no_label(patients, run):
-    made = room.segment(study(patients), config.build(settings=["perturbations=0"], seed=5))
-    np.testing.assert_array_equal(made.labels, np.asarray(map_of(run, "dseg").dataobj))
+    told = made.sidecar["uncertainty"]["volumes"]
+    for row in measure.measure(made):
+        assert told[row.tissue]["volume_ml"] == pytest.approx(row.volume_ml, abs=1e-4)
 
 
 def with_a_small_slice(folder: Path) -> Path:
@@ -349,16 +312,9 @@ def test_priors_that_are_not_moved_add_nothing(tmp_path, make_patient, monkeypat
         with_a_small_slice(tmp_path)
     monkeypatch.setattr(uncertainty, "LEVEL_PERTURBATION", 0.0)
     monkeypatch.setattr(uncertainty, "RADIUS_PERTURBATION", 0.0)
-    made = room.segment(study(tmp_path), config.build())
+    made = segment(study(tmp_path), build())
     assert any(w.startswith("W_SMALL") for w in made.warnings) == small
     assert deviations(made) == pytest.approx(by_voxels(made.probabilities), abs=1e-4)
-
-
-def test_the_sidecar_agrees_with_what_is_measured(patients):
-    made = room.segment(study(patients), config.build(settings=["perturbations=1"]))
-    told = made.sidecar["uncertainty"]["volumes"]
-    for row in measure.measure(made):
-        assert told[row.tissue]["volume_ml"] == pytest.approx(row.volume_ml, abs=1e-4)
 
 
 # Who is flagged -------------------------------------------------------------------------------------------------------
@@ -368,14 +324,13 @@ def test_the_sidecar_agrees_with_what_is_measured(patients):
     ("volume", "low", "high", "flagged"),
     [(2.0, 0.0, 8.0, False), (2.0, 0.0, 8.1, True), (0.1, 0.0, 4.0, False), (0.1, 0.0, 4.1, True)],
 )
-def test_an_interval_four_times_as_wide_as_its_volume_is_flagged(volume, low, high, flagged):
+def test_an_interval_four_times_as_wide_as_its_volume_is_flagged(patients, monkeypatch, volume, low, high, flagged):
     narrow = Interval(50.0, 1.0, 45.0, 55.0)
-    tissues = INFARCT.tissues[:2]
-    told = room._about_doubt(tissues, [narrow, Interval(volume, 1.0, low, high)])
-    assert bool(told) == flagged
-    if flagged:
-        (warning,) = told
-        assert warning.startswith(f"W_UNSURE: volumes are uncertain ({tissues[1].name} {low:.1f} to {high:.1f} ml)")
+    made = [narrow, Interval(volume, 1.0, low, high), narrow, narrow]
+    monkeypatch.setattr(uncertainty, "intervals", lambda *given, **named: made)
+    told = segment(study(patients, "pat2"), build(settings=["perturbations=0"])).warnings
+    wanted = f"W_UNSURE: volumes are uncertain ({TISSUES[1]} {low:.1f} to {high:.1f} ml); check the page with care"
+    assert told == (wanted,) * flagged
 
 
 @pytest.mark.usefixtures("no_picture")
