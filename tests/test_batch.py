@@ -80,9 +80,6 @@ def whole(out: Path) -> bool:
     return not list(out.rglob("*.part"))
 
 
-# Killed --------------------------------------------------------------------------------------------------------------
-
-
 def in_a_process(argv: list[str], *, lingers_at: str | None = None) -> multiprocessing.Process:
     """The command in a process that can be killed, started from one that has imported everything already.
 
@@ -206,9 +203,6 @@ def test_no_worker_outlives_a_run_that_was_killed(source, expected, tmp_path, ea
     assert left(out) == expected
 
 
-# Several at once -----------------------------------------------------------------------------------------------------
-
-
 def test_several_jobs_give_the_same_bytes_as_one(source, expected, tmp_path):
     assert main(arguments(source, tmp_path / "out", "--jobs", 3)) == 1
     assert left(tmp_path / "out") == expected
@@ -267,9 +261,6 @@ def test_a_patient_who_kills_every_worker_fails(source, tmp_path):
     assert run(source, out, change=one) == cli.ALL_FAILED
     assert "\npat1\tfailed\tE_CRASH\t" in (out / "summary.tsv").read_text()
     assert sorted(p.name for p in (out / "pat1").iterdir()) == ["pat1_report.html", "pat1_row.json"]
-
-
-# Failing fast, surprises, a full disk --------------------------------------------------------------------------------
 
 
 def test_failing_fast_leaves_out_the_rest_but_nobody_who_is_done(source, tmp_path):

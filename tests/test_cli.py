@@ -58,9 +58,6 @@ def results(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-# As a command -------------------------------------------------------------------------------------------------------
-
-
 def test_the_command_works_outside_a_checkout(cohort, tmp_path):
     command = shutil.which("deepgmm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert command is not None
@@ -114,9 +111,6 @@ def test_every_option_has_a_line_of_help(command, capsys):
     assert "show this help" in capsys.readouterr().out
     (commands,) = (a for a in cli.parser()._actions if hasattr(a, "choices") and a.choices)
     assert all(action.help for action in commands.choices[command]._actions)
-
-
-# Exit codes ---------------------------------------------------------------------------------------------------------
 
 
 def test_exit_codes_tell_none_some_and_all_apart(cohort, tmp_path):
@@ -254,9 +248,6 @@ def test_a_file_where_a_folder_is_expected_is_one_line(cohort, tmp_path, capsys,
     said = refused(capsys, name, tmp_path / "file", *(a.replace("{in}", str(cohort)) for a in more))
     assert "file" in said
     assert (tmp_path / "file").read_text() == "mine"
-
-
-# Commands -----------------------------------------------------------------------------------------------------------
 
 
 def test_scan_shows_files_mask_and_layout(cohort, capsys):

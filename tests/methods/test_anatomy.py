@@ -77,9 +77,6 @@ def same(a: Ring, b: Ring) -> bool:
     return torch.equal(a.inside, b.inside) and all(np.array_equal(x, y) for x, y in zip(a[1:], b[1:], strict=True))
 
 
-# Planted cavities ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("planted", "least"),
     [
@@ -146,9 +143,6 @@ def test_without_contrast_or_where_it_is_strict_the_usual_radius_is_taken(mean):
         np.testing.assert_allclose(found.inner / found.outer, mean, atol=0.5 / RADII + 1e-9)
 
 
-# The parts of a ring ---------------------------------------------------------------------------------------------
-
-
 def test_the_borders_of_a_disc():
     image, mask, cavity = scene()
     found = find(image, mask)
@@ -176,9 +170,6 @@ def test_the_dtype_follows_the_mask(dtype):
     found = find(image.to(dtype), mask.to(dtype))
     assert found.inside.dtype == dtype
     assert dice(found.inside.double(), find(image, mask).inside) > 0.999
-
-
-# Symmetries ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +209,6 @@ def test_it_is_the_same_each_time_and_changes_nothing_that_is_given(askew):
     assert same(find(image, mask), find(image, mask))
     assert torch.equal(image, given[0])
     assert torch.equal(mask, given[1])
-
-
-# Odd masks -------------------------------------------------------------------------------------------------------
 
 
 def odd_masks() -> dict[str, Tensor]:
@@ -266,9 +254,6 @@ def test_holes_in_the_mask():
     assert dice(find(image, mask).inside, cavity * mask) > 0.95
 
 
-# Slices ----------------------------------------------------------------------------------------------------------
-
-
 def stack() -> tuple[Tensor, Tensor]:
     """A narrow cavity, one without any contrast, another narrow cavity."""
     image, mask, _ = scene(inner=14, noise=0.2)
@@ -308,9 +293,6 @@ def test_a_gap_parts_neighbours():
     order = [2, 0, 1]
     mixed = find(images[order], masks[order], slices=(5, 0, 1))
     np.testing.assert_array_equal(mixed.inner, found.inner[order])
-
-
-# The smoothest path ----------------------------------------------------------------------------------------------
 
 
 def value(gain: NDArray[np.float64], weight: float, path: NDArray[np.int64]) -> float:

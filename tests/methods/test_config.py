@@ -38,9 +38,6 @@ def means(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
     return of.name, str(tmp_path / "means.json")
 
 
-# The method ------------------------------------------------------------------------------------------------------
-
-
 def test_the_default_method(without_anatomy):
     assert default_method(INFARCT) == build().method.name == "anatomy"
     assert default_method(BRAIN) == build(protocol="brain").method.name == "pvgmm"
@@ -81,9 +78,6 @@ def test_an_unknown_method_names_the_nearest_and_all():
         build(method="svgm")
 
 
-# What depends on it ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("method", "covariance", "tol"),
     [
@@ -116,9 +110,6 @@ def test_presence_is_asked_for_or_the_methods_own(without_anatomy):
         assert not build(protocol=plain, settings=["presence=true"]).presence
 
 
-# Bias fields -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("method", "settings", "degree"),
     [
@@ -149,9 +140,6 @@ def test_fields_are_written_only_where_one_is_looked_for(name, method, settings)
     asked = [s for s in settings if s != "degree=0"] + ["n4=true"]
     found = build(protocol=name, method=method, settings=asked, fields=True)
     assert (found.fields, found.degree) == (True, 0)
-
-
-# Settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,9 +208,6 @@ def test_the_defaults_are_the_mixtures_own():
 def test_settings_that_cannot_be(method, setting, message):
     with pytest.raises(UsageError, match=message):
         build(protocol="brain" if method == "pvgmm" else "infarct", method=method, settings=setting.split())
-
-
-# What decides a label --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,6 @@ def solve(given: Images, method: str | None, *settings: str) -> Fit:
     return build(protocol="brain", method=method, settings=settings).method.solve(given)
 
 
-# Every setting matters -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory: pytest.TempPathFactory, make_patient) -> dict[str, Study]:
     """One of each protocol: a heart whose tissues overlap, a brain under a shade."""
@@ -163,9 +160,6 @@ def test_the_inner_border_is_found_once_for_a_fit(patients, monkeypatch, tmp_pat
     assert len(counted) == 1
 
 
-# Where 0 is no signal -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["gmm", "svgmm", "pvgmm"])
 def test_a_field_multiplies_intensities_however_they_were_normalised(method):
     """Fitted as scanned, and z-scored: the same field and fractions, and means on the scale of the image."""
@@ -191,9 +185,6 @@ def test_without_a_field_the_zero_does_not_matter(method):
     assert torch.equal(fits[0].resp, fits[1].resp)
     assert torch.equal(fits[0].mixture.means, fits[1].mixture.means)
     assert fits[0].mixture.field is None
-
-
-# Partial volume ------------------------------------------------------------------------------------------------------
 
 
 def asked_of(monkeypatch: pytest.MonkeyPatch, given: Images, *settings: str) -> partial_volume.Model:
@@ -224,9 +215,6 @@ def test_a_field_that_is_asked_for_need_not_lower_the_bic(monkeypatch, settings,
     assert gain is None or model.require_bic_gain == gain
 
 
-# Fits of single images, joined ----------------------------------------------------------------------------------------
-
-
 def test_joined_fits_have_one_trace_whose_shorter_columns_repeat_their_last_value():
     def one(trace: list[float], field: float | None) -> Fit:
         b = None if field is None else torch.full((1, 1, 4), field)
@@ -242,9 +230,6 @@ def test_joined_fits_have_one_trace_whose_shorter_columns_repeat_their_last_valu
     assert found.resp.shape == (2, 2, 4)
     assert found.mixture.field[:, 0, 0].tolist() == [1.5, 0.5]
     assert fit.joined([one([1.0], None), one([1.0], None)]).mixture.field is None
-
-
-# What is said of fields ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shade", ["across", "none", "follows"])

@@ -105,9 +105,6 @@ def near(picture: np.ndarray, color: str, tolerance: int = 6) -> np.ndarray:
     return np.abs(picture.astype(int) - wanted).max(axis=-1) <= tolerance
 
 
-# The picture
-
-
 @pytest.mark.parametrize(
     ("affine", "slice_axis", "edges", "plane"),
     [
@@ -173,9 +170,6 @@ def test_odd_intensities_do_not_stop_the_picture(value: float):
     odd = hearts()
     odd.images["T2"][...] = np.where(odd.mask, 7.0, value)
     assert pixels(report.preview(odd)).size
-
-
-# A patient's page
 
 
 def test_page_tells_volumes_warnings_naming_fit_and_provenance_and_is_self_contained():
@@ -257,9 +251,6 @@ def test_an_id_that_is_no_utf8_can_be_shown():
     report.page(failed(name), None, [], None).encode("utf-8")
 
 
-# The cohort's page
-
-
 def test_index_counts_and_puts_the_failed_first():
     heart = hearts("a")
     rows = [row_of(heart), failed("z"), row_of(hearts("b"), warnings=[]), failed("y", status="skipped")]
@@ -280,9 +271,6 @@ def test_bars_share_one_scale():
     ]
     html = report.index([{"patient": p, "status": "ok"} for p in "ab"], volumes, "t")
     assert re.findall(r'<i style="width:([\d.]+)%', html) == ["25.0", "100.0"]
-
-
-# Rebuilding
 
 
 def test_rebuild_is_idempotent_and_reads_files_alone(tmp_path):
@@ -336,9 +324,6 @@ def test_colours_of_the_index_follow_the_written_table(tmp_path):
     cohort = (tmp_path / "index.html").read_text()
     assert "background:#123456" in cohort
     assert "url(" not in cohort
-
-
-# In a browser
 
 
 @pytest.fixture(scope="module")

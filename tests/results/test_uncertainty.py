@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import AFFINE, heart, save
+from conftest import heart, save
 from outcomes import image_of, labels_of, sidecar, study
 
 from monai_deepgmm import protocol
@@ -52,9 +52,6 @@ def run(patients, tmp_path_factory) -> Path:
     return out
 
 
-# Entropy --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("k", [2, 3, 4, 7])
 def test_entropy_is_nothing_for_the_certain_and_one_for_the_clueless(k):
     p = np.zeros((k, 3, 1, 1), dtype=np.float32)
@@ -71,8 +68,6 @@ def test_entropy_by_hand():
     wanted = [math.log(2) / math.log(4), -sum(q * math.log(q) for q in (0.7, 0.2, 0.1)) / math.log(4)]
     assert entropy(p)[:, 0, 0] == pytest.approx(wanted, rel=1e-6)
 
-
-# Intervals ------------------------------------------------------------------------------------------------------------
 
 #: Two tissues in five voxels, one of them outside the mask: Σ p (1 − p) is 0.21 + 0.25 for either.
 P = np.array([[1, 0, 0.3, 0.5, 0], [0, 1, 0.7, 0.5, 0]], dtype=np.float64).reshape(2, 5, 1, 1)
@@ -120,9 +115,6 @@ def test_an_interval_holds_its_volume_and_nothing_impossible(calibration):
     for found in intervals([1.0, 2.0], (P > 0.6).astype(np.float64), [], voxel_ml=1.0, pixel_mm2=1.0):
         assert found.sd_ml == 0  # whoever is certain
         assert found.low_ml == found.volume_ml == found.high_ml
-
-
-# Perturbed priors -----------------------------------------------------------------------------------------------------
 
 
 def test_a_draw_depends_on_the_seed_and_the_number_alone():
@@ -173,9 +165,6 @@ def test_what_a_draw_can_reach(monkeypatch):
     assert [(t.name, t.index) for t in made.tissues] == [(t.name, t.index) for t in brain.tissues]
 
 
-# A run ----------------------------------------------------------------------------------------------------------------
-
-
 def test_the_sidecars_volumes_are_those_of_the_table(run):
     with (run / "measurements.tsv").open(encoding="utf-8", newline="") as file:
         rows = {(r["patient"], r["tissue"]): float(r["volume_ml"]) for r in csv.DictReader(file, delimiter="\t")}
@@ -206,25 +195,6 @@ def test_the_entropy_map_is_that_of_the_probabilities(run):
     assert values.min() >= 0
     assert values.max() <= 1 + 1e-6
     assert sidecar(run)["uncertainty"]["entropy"] == pytest.approx(values[inside].mean(), abs=1e-4)
-
-
-@pytest.mark.usefixtures("no_picture")
-@pytest.mark.parametrize(
-    "affine",
-    [
-        np.array([[0, 0, 8.0, 3], [-1.5, 0, 0, 4], [0, 1.5, 0, 5], [0, 0, 0, 1]]),
-        AFFINE @ np.diag([-1, 1, 1, 1.0]),
-        np.array([[1.2, -0.9, 0, 7], [0.9, 1.2, 0, 8], [0, 0, 8.0, 9], [0, 0, 0, 1]]),
-    ],
-    ids=["PSR", "flipped", "oblique"],
-)
-def test_the_entropy_map_lies_on_the_sources_grid(tmp_path, make_patient, affine):
-    made = make_patient(tmp_path / "in", "pat1", affine=affine)
-    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), "--probabilities", "-q"]) == 0
-    found, source = image_of(tmp_path / "out", "entropy"), nib.load(made["LGE"])
-    assert found.shape == source.shape
-    np.testing.assert_array_equal(found.affine, source.affine)
-    assert not found.get_fdata()[heart() == 0].any()
 
 
 @pytest.mark.usefixtures("no_picture")
@@ -315,9 +285,6 @@ def test_priors_that_are_not_moved_add_nothing(tmp_path, make_patient, monkeypat
     made = segment(study(tmp_path), build())
     assert any(w.startswith("W_SMALL") for w in made.warnings) == small
     assert deviations(made) == pytest.approx(by_voxels(made.probabilities), abs=1e-4)
-
-
-# Who is flagged -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
