@@ -164,14 +164,6 @@ def test_angles_by_hand():
     assert (angle.min(), angle.max()) == (0, ANGLES - 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_dtype_follows_the_mask(dtype):
-    image, mask, _ = scene(noise=0.3)
-    found = find(image.to(dtype), mask.to(dtype))
-    assert found.inside.dtype == dtype
-    assert dice(found.inside.double(), find(image, mask).inside) > 0.999
-
-
 @pytest.fixture(scope="module")
 def askew() -> tuple[Tensor, Tensor, Tensor]:
     """Image, mask, what was found; on an odd grid, off the centre."""
@@ -188,10 +180,13 @@ def test_turning_or_mirroring_the_image_does_so_to_the_border(askew, turns, axis
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1e-3, 0.0), (400.0, 250.0)])
-def test_the_scale_of_intensities_does_not_matter(askew, scale, shift):
+def test_the_scale_and_dtype_of_intensities_do_not_matter(askew, scale, shift):
     image, mask, inside = askew
     scales = torch.tensor([scale, 1.0, 3 * scale], dtype=image.dtype).reshape(1, 3, 1, 1)
     assert torch.equal(find(image * scales + shift, mask).inside, inside)
+    single = find(image.float(), mask.float()).inside
+    assert (single.dtype, inside.dtype) == (torch.float32, torch.float64)
+    assert dice(single.double(), inside) > 0.999
 
 
 @pytest.mark.parametrize("outside", [-30.0, 1e6])
@@ -200,24 +195,17 @@ def test_what_lies_outside_the_mask_never_matters(askew, outside):
     image, mask, _ = askew
     mask = mask.clone()
     mask[..., 20:28, 36:44] = 0
-    assert same(find(torch.where(mask > 0, image, outside), mask), find(torch.where(mask > 0, image, 0.0), mask))
-
-
-def test_it_is_the_same_each_time_and_changes_nothing_that_is_given(askew):
-    image, mask, _ = askew
-    given = image.clone(), mask.clone()
-    assert same(find(image, mask), find(image, mask))
-    assert torch.equal(image, given[0])
-    assert torch.equal(mask, given[1])
+    images = [torch.where(mask > 0, image, value) for value in (outside, 0.0)]
+    given = [t.clone() for t in (*images, mask)]
+    assert same(find(images[0], mask), find(images[1], mask))
+    assert all(torch.equal(a, b) for a, b in zip((*images, mask), given, strict=True))  # nothing given is changed
 
 
 def odd_masks() -> dict[str, Tensor]:
     _, disc, cavity = scene()
     empty = torch.zeros_like(disc)
-    masks = {
-        name: empty.clone()
-        for name in ("empty", "one voxel", "one in a corner", "a row", "in a corner", "two apart", "checkers")
-    }
+    names = ("empty", "one voxel", "one in a corner", "a row", "in a corner", "two apart", "checkers")
+    masks = {name: empty.clone() for name in names}
     masks["one voxel"][..., 40, 41] = 1
     masks["one in a corner"][..., 0, 79] = 1
     masks["a row"][..., 40, 10:70] = 1
@@ -245,13 +233,9 @@ def test_odd_masks(name, spacing_mm):
     assert np.isfinite(found.outer).all()
     assert (found.inner > 0).all()
     assert (found.inner <= found.outer).all()
-
-
-def test_holes_in_the_mask():
-    image, mask, cavity = scene(noise=0.3)
-    assert find(image, odd_masks()["empty"]).inside.sum() == 0
-    mask[..., 36:44, 36:44] = 0
-    assert dice(find(image, mask).inside, cavity * mask) > 0.95
+    assert name != "empty" or found.inside.sum() == 0
+    if name == "hole" and spacing_mm == (1.0, 1.0):
+        assert dice(found.inside, scene()[2] * mask) > 0.95
 
 
 def stack() -> tuple[Tensor, Tensor]:

@@ -38,12 +38,8 @@ R = np.hypot(X, Y)
 
 def tissues(edema: RegionCriteria | None = ALWAYS, scar: RegionCriteria | None = ALWAYS) -> tuple[Tissue, ...]:
     """The protocol's, with other criteria."""
-    blood, myocardium, *others = INFARCT.tissues
-    return (
-        blood,
-        myocardium,
-        *(dataclasses.replace(t, criteria=e) for t, e in zip(others, (edema, scar), strict=True)),
-    )
+    changed = [dataclasses.replace(t, criteria=c) for t, c in zip(INFARCT.tissues[2:], (edema, scar), strict=True)]
+    return (*INFARCT.tissues[:2], *changed)
 
 
 def borders(batch: int) -> Ring:
@@ -213,16 +209,13 @@ def test_without_healthy_wall_any_contrast_will_do():
 
 def test_where_all_is_accepted_or_needs_no_criteria_nothing_changes():
     slices = [labels(edema=disc(17, 0, 5), scar=disc(-17, 0, 4)), labels(scar=disc(0, 17, 2))]
-    resp, regions = run(*slices)
-    torch.testing.assert_close(resp, soft(*slices)[0])
-    assert [(r.tissue, r.image, r.accepted) for r in regions] == [
-        ("scar", 0, True),
-        ("scar", 1, True),
-        ("edema", 0, True),
-    ]
-    resp, regions = run(*slices, of=tissues(edema=None, scar=None))
-    torch.testing.assert_close(resp, soft(*slices)[0])
-    assert regions == []
+    for of, found in (
+        (tissues(), [("scar", 0, True), ("scar", 1, True), ("edema", 0, True)]),
+        (tissues(None, None), []),
+    ):
+        resp, regions = run(*slices, of=of)
+        torch.testing.assert_close(resp, soft(*slices)[0])
+        assert [(r.tissue, r.image, r.accepted) for r in regions] == found
 
 
 def test_what_scar_loses_can_be_edema():
@@ -230,10 +223,8 @@ def test_what_scar_loses_can_be_edema():
     resp, regions = run(labels(scar=disc(17, 0, 4)), of=tissues(scar=NEVER))
     assert (resp.argmax(1)[0][where] == EDEMA).all()
     assert resp[0, :, where].T[0].tolist() == pytest.approx([0, 0.25, 0.75, 0])  # 0.1 and 0.3 of 0.4
-    assert [(r.tissue, r.voxels, r.accepted) for r in regions] == [
-        ("scar", int(where.sum()), False),
-        ("edema", int(where.sum()), True),
-    ]
+    voxels = int(where.sum())
+    assert [(r.tissue, r.voxels, r.accepted) for r in regions] == [("scar", voxels, False), ("edema", voxels, True)]
 
 
 def test_what_edema_loses_is_healthy_and_does_not_return_to_scar():
@@ -248,14 +239,11 @@ def test_what_edema_loses_is_healthy_and_does_not_return_to_scar():
 def test_edema_that_scar_leaves_joins_the_edema_beside_it():
     """Two halves of one disc: neither is large enough, both together are."""
     ball = disc(17, 0, 6)
-    criteria = RegionCriteria(10.0, 0.0, {}, "T2")
-    slices = labels(edema=ball & (Y > 0), scar=ball & (Y <= 0))
-    _, regions = run(slices, of=tissues(criteria, NEVER))
-    (region,) = only(regions, "edema")
-    assert region.accepted
-    assert region.voxels == ball.sum()
-    _, regions = run(slices, of=tissues(criteria, ALWAYS))
-    assert not only(regions, "edema")[0].accepted
+    for scar, count in ((NEVER, ball.sum()), (ALWAYS, 0)):
+        of = tissues(RegionCriteria(10.0, 0.0, {}, "T2"), scar)
+        _, regions = run(labels(edema=ball & (Y > 0), scar=ball & (Y <= 0)), of=of)
+        (region,) = only(regions, "edema")
+        assert region.accepted * region.voxels == count
 
 
 def test_each_region_is_decided_alone():
@@ -267,7 +255,7 @@ def test_each_region_is_decided_alone():
     assert sorted((r.voxels, r.accepted) for r in only(regions, "scar")) == [(small.sum(), False), (large.sum(), True)]
 
 
-def test_neighbours_vouch_for_each_other():
+def test_neighbours_support_each_other():
     """Both are decided by what was there before either was."""
     slices = [labels(scar=disc(17, 0, 4))] * 2 + [labels(scar=disc(-17, 0, 4))]
     of = tissues(scar=RegionCriteria(0.0, 0.1, {"support": 1.0}, "LGE"))

@@ -20,6 +20,7 @@ from monai_deepgmm.cli import main
 from monai_deepgmm.methods import endocardium
 from monai_deepgmm.methods.config import Config, build
 from monai_deepgmm.methods.known_means import Means
+from monai_deepgmm.methods.settings import parsed
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture import bias_field, fit, partial_volume
 from monai_deepgmm.mixture.fit import Diagnostics, Fit
@@ -68,53 +69,26 @@ def patients(tmp_path_factory: pytest.TempPathFactory, make_patient) -> dict[str
     return {"infarct": study(folder / "heart"), "brain": brain}
 
 
-#: Of each method, for each field: another value, and what else has to be so for it to matter.
-GMM: dict[str, tuple[Any, dict[str, Any]]] = {
-    "covariance": ("full", {}),
-    "start": ("kmeans", {}),
-    "restarts": (6, {"start": "kmeans", "max_iter": 1}),
-    "tol": (0.1, {}),
-    "max_iter": (1, {}),
-    "floor": (0.5, {}),
-    "degree": (2, {}),
-    "presence": (True, {}),
+#: Of each method, each field with another value than the usual.
+GMM = "covariance=full start=kmeans restarts=6 tol=0.1 max_iter=1 floor=0.5 degree=2 presence=true"
+DEEP = (
+    "covariance=full start=kmeans start_steps=9 start_weight=3 steps=1 lr=0.05 tol=10 window=32 together=true"
+    " mean_weight=100 floor=0.5 label_rule=network presence=true"
+)
+OTHERWISE = {
+    **dict.fromkeys(("gmm", "svgmm"), GMM),
+    **dict.fromkeys(("deepg", "deepsvg"), DEEP),
+    "anatomy": "sigma_mm=0.5 temper=0.9 dof=null outliers=0.1 tol=0.5 max_iter=1 presence=false perturbations=2",
+    "pvgmm": "degree=0 pooling=0.9 coupling=0.5 tol=0.5 max_iter=1 floor=0.5 require_bic_gain=false",
 }
-DEEP = {name: GMM[name] for name in ("covariance", "start", "floor", "presence")} | {
-    "start_steps": (9, {}),
-    "start_weight": (3.0, {}),
-    "steps": (1, {}),
-    "lr": (0.05, {}),
-    "tol": (10.0, {"steps": 12, "lr": 0.02}),
-    "window": (32, {}),
-    "together": (True, {}),
-    "mean_weight": (100.0, {"means": True}),
-    "label_rule": ("network", {}),
-    "network": (TINY | {"filters": [4, 4]}, {}),
-}
-OTHERWISE: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
-    "gmm": GMM,
-    "svgmm": GMM,
-    "deepg": DEEP,
-    "deepsvg": DEEP,
-    "anatomy": {
-        "sigma_mm": (0.5, {}),
-        "temper": (0.9, {}),
-        "dof": (None, {}),
-        "outliers": (0.1, {}),
-        "tol": (0.5, {}),
-        "max_iter": (1, {}),
-        "presence": (False, {}),
-        "perturbations": (2, {}),
-    },
-    "pvgmm": {
-        "degree": (0, {}),
-        "pooling": (0.9, {}),
-        "coupling": (0.5, {}),
-        "tol": (0.5, {}),
-        "max_iter": (1, {}),
-        "floor": (0.5, {}),
-        "require_bic_gain": (False, {"degree": 6}),
-    },
+CHANGES = [(method, *pair) for method, text in OTHERWISE.items() for pair in parsed(text.split()).items()]
+CHANGES += [("deepg", "network", TINY | {"filters": [4, 4]})]
+#: What else has to be so for a field to matter.
+BESIDE: dict[tuple[str, str], dict[str, Any]] = {
+    ("gmm", "restarts"): {"start": "kmeans", "max_iter": 1},
+    ("deep", "tol"): {"steps": 12, "lr": 0.02},
+    ("deep", "mean_weight"): {"means": True},
+    ("pvgmm", "require_bic_gain"): {"degree": 6},
 }
 
 
@@ -132,9 +106,9 @@ def same(a: Segmentation, b: Segmentation) -> bool:
     return np.array_equal(a.probabilities, b.probabilities) and all(a.sidecar[k] == b.sidecar[k] for k in told)
 
 
-@pytest.mark.parametrize(("method", "field"), [(m, f) for m, fields in OTHERWISE.items() for f in fields])
-def test_every_setting_that_is_told_changes_the_fit(patients, method, field):
-    value, beside = OTHERWISE[method][field]
+@pytest.mark.parametrize(("method", "field", "value"), CHANGES)
+def test_every_setting_that_is_told_changes_the_fit(patients, method, field, value):
+    (beside,) = [b for (kind, name), b in BESIDE.items() if kind in method and name == field] or [{}]
     config, other = usual(method, **beside), usual(method, **beside | {field: value})
     patient = patients[config.protocol.name]
     assert config.as_json()["settings"][field] != other.as_json()["settings"][field]
@@ -143,8 +117,10 @@ def test_every_setting_that_is_told_changes_the_fit(patients, method, field):
 
 @pytest.mark.parametrize("method", OTHERWISE)
 def test_no_setting_is_left_out_above(method):
-    fields = {f.name for f in dataclasses.fields(usual(method).method)}
-    assert OTHERWISE[method].keys() == fields - ({"presence"} if method == "pvgmm" else set())
+    fields = {f.name for f in dataclasses.fields(usual(method).method)} - {"network"}
+    assert {field for of, field, _ in CHANGES if of == method} - {"network"} == fields - (
+        {"presence"} if method == "pvgmm" else set()  # its protocol says of no region what it has to be
+    )
 
 
 @pytest.mark.parametrize("network", [False, True], ids=["anatomy", "network that asks it"])
