@@ -108,9 +108,6 @@ def train(arguments: argparse.Namespace) -> int:
 
     found = _find(arguments)  # before torch and MONAI are asked for anything: most mistakes are here
     _refuse_inside(arguments.model_dir, arguments.directory)
-    # What MONAI's and ignite's own loggers would tell, our log tells.
-    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
-    logging.getLogger("ignite.engine.engine").setLevel(logging.CRITICAL)
     prepared = bundled.train(
         {
             "dataset_dir": str(arguments.directory),
@@ -524,3 +521,6 @@ def _log_to_terminal(verbose: int, quiet: int) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
+    # What MONAI's and ignite's own loggers would tell, our log tells.
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
+    logging.getLogger("ignite.engine.engine").setLevel(logging.CRITICAL)
