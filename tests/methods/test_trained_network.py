@@ -13,7 +13,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS, Spec
 
 from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
@@ -22,6 +21,7 @@ from monai_deepgmm.images import resampling as view
 from monai_deepgmm.methods import trained_network as model
 from monai_deepgmm.mixture.gaussian import e_step, m_step
 from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS, Spec
 
 INFARCT = protocol.load("infarct")
 TINY = {"_target_": "monai_deepgmm.networks.UNet", "filters": [4, 8]}
