@@ -45,9 +45,6 @@ def slope(image, mask, spacing_mm):
     return np.where(mask, np.linspace(0.9, 1.1, image.shape[0])[:, None, None], 1).astype(np.float32)
 
 
-# As the command does -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", ["gmm", None])
 @pytest.mark.parametrize("n4", [False, True])
 def test_the_bundle_segments_as_the_command_does(patients, tmp_path, monkeypatch, method, n4):
@@ -109,9 +106,6 @@ def test_the_network_fits_the_metadata_and_the_versions_agree():
     metadata = json.loads(Path(meta).read_text(encoding="utf-8"))
     assert metadata["version"] == project["version"]
     assert metadata["version"] in metadata["changelog"]
-
-
-# As the user does ----------------------------------------------------------------------------------------------------
 
 
 class Invertd(Transform):

@@ -132,19 +132,6 @@ def test_what_a_killed_run_leaves_is_removed_at_once(tmp_path):
     assert parts(tmp_path) == [".hidden"]
 
 
-def test_a_live_writers_temporary_stays(tmp_path, monkeypatch):
-    removed, replace = [], os.replace
-
-    def meanwhile(source, target):
-        removed.extend(atomic_files.stale_temporaries(tmp_path))
-        replace(source, target)
-
-    monkeypatch.setattr(atomic_files.os, "replace", meanwhile)
-    atomic_files.write_whole(tmp_path / "a", b"x")
-    assert removed == []
-    assert parts(tmp_path) == ["a"]
-
-
 def test_without_locks_only_an_hours_silence_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", failing(errno.EOPNOTSUPP))
     old, new = tmp_path / ".deepgmm-1-00.part", tmp_path / ".deepgmm-1-01.part"
@@ -155,16 +142,19 @@ def test_without_locks_only_an_hours_silence_counts(tmp_path, monkeypatch):
     assert parts(tmp_path) == [new.name]
 
 
-def test_a_temporary_taken_by_mistake_is_written_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mistaken", [False, True])
+def test_a_live_writers_temporary_stays_and_one_taken_by_mistake_is_written_again(tmp_path, monkeypatch, mistaken):
     taken, replace = [], os.replace
 
-    def steal_once(source, target):
-        if not taken:
+    def meanwhile(source, target):
+        if mistaken and not taken:
             taken.append(source)
             source.unlink()
+        else:
+            assert atomic_files.stale_temporaries(tmp_path) == ()
         replace(source, target)
 
-    monkeypatch.setattr(atomic_files.os, "replace", steal_once)
+    monkeypatch.setattr(atomic_files.os, "replace", meanwhile)
     atomic_files.write_whole(tmp_path / "a", b"x")
     assert (tmp_path / "a").read_bytes() == b"x"
     assert parts(tmp_path) == ["a"]

@@ -50,9 +50,6 @@ def summary(out: Path) -> dict[str, dict[str, str]]:
     return {row["patient"]: row for row in rows}
 
 
-# How to spoil a file -----------------------------------------------------------------------------------------------
-
-
 def fields(what: str, **values: object) -> Bend:
     """Sets header fields by force."""
 
@@ -72,16 +69,6 @@ def voxels(what: str, change: Callable[[np.ndarray], np.ndarray]) -> Bend:
     return lambda files: save(files[what], change(np.asanyarray(nib.load(files[what]).dataobj).astype(float)))
 
 
-def typed(dtype: object, *, endianness: str = "<") -> Bend:
-    def bend(files: Files) -> None:
-        data = np.asanyarray(nib.load(files["LGE"]).dataobj).astype(dtype)
-        header = nib.Nifti1Header(endianness=endianness)
-        header.set_data_dtype(data.dtype)
-        files["LGE"].write_bytes(gzip.compress(nib.Nifti1Image(data, AFFINE, header).to_bytes(), 1))
-
-    return bend
-
-
 def all_files(bend_one: Callable[[str], Bend]) -> Bend:
     return lambda files: [bend_one(what)(files) for what in files]
 
@@ -94,18 +81,8 @@ def at(value: float, where: tuple[int, int, int]) -> Callable[[np.ndarray], np.n
     return change
 
 
-def flipped(files: Files) -> None:
-    damaged = bytearray(files["LGE"].read_bytes())
-    damaged[len(damaged) // 2] ^= 4
-    files["LGE"].write_bytes(damaged)
-
-
-def becomes(what: str, make: Callable[[Path], object]) -> Bend:
-    def bend(files: Files) -> None:
-        files[what].unlink()
-        make(files[what])
-
-    return bend
+def becomes(make: Callable[[Path], object]) -> Bend:
+    return lambda files: [files["LGE"].unlink(), make(files["LGE"])]
 
 
 def dicom_folder(path: Path) -> None:
@@ -118,27 +95,19 @@ def frames(files: Files) -> None:
     save(files["LGE"], np.stack([data, data], axis=-1))
 
 
-def bomb(files: Files) -> None:
-    """A megabyte that unpacks to a gigabyte."""
-    files["LGE"].write_bytes(files["LGE"].read_bytes() + gzip.compress(bytes(1 << 26), 1) * 16)
-
-
 MIDDLE, CORNER = (24, 24, 0), (0, 0, 0)
 MOVED = AFFINE + np.array([[0, 0, 0, 5000], *[[0] * 4] * 3])
 #: what is wrong → how to do it, the code, and the file that the message has to name
 FAILS: dict[str, tuple[Bend, str, str]] = {
     "truncated gz": (lambda f: f["LGE"].write_bytes(f["LGE"].read_bytes()[:-40]), "E_GZIP", "bad_LGE.nii.gz"),
-    "flipped bit": (flipped, "E_GZIP", "bad_LGE.nii.gz"),
     "zero bytes": (lambda f: f["LGE"].write_bytes(b""), "E_EMPTY", "bad_LGE.nii.gz"),
     "text": (lambda f: f["LGE"].write_text("1,2,3\n" * 99), "E_FORMAT", "bad_LGE.nii.gz"),
     "nii beside nii.gz": (lambda f: f["LGE"].with_suffix("").write_bytes(b""), "E_AMBIGUOUS", "LGE.nii"),
     "cine": (frames, "E_DIM", "bad_LGE.nii.gz"),
     "NaN inside": (voxels("LGE", at(math.nan, MIDDLE)), "E_NONFINITE", "LGE"),
     "zero variance": (voxels("LGE", np.ones_like), "E_CONSTANT", "LGE"),
-    "complex": (typed(np.complex64), "E_DTYPE", "bad_LGE.nii.gz"),
     "infinite intercept": (fields("LGE", scl_slope=1, scl_inter=math.inf), "E_SCALE", "bad_LGE.nii.gz"),
     "NaN affine": (fields("LGE", srow_x=[math.nan, 0, 0, 0]), "E_AFFINE", "bad_LGE.nii.gz"),
-    "bomb": (bomb, "E_SIZE", "bad_LGE.nii.gz"),
     "dim[0] = 0": (fields("LGE", dim=[0, 48, 48, 2, 1, 1, 1, 1]), "E_HEADER", "bad_LGE.nii.gz"),
     "mask empty": (voxels("gd", np.zeros_like), "E_MASK_EMPTY", "bad_gd.nii.gz"),
     "mask fractional": (voxels("gd", lambda d: d * 0.4999), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
@@ -153,10 +122,10 @@ FAILS: dict[str, tuple[Bend, str, str]] = {
     "identical": (lambda f: f["T2"].write_bytes(f["LGE"].read_bytes()), "E_IDENTICAL", "bad_T2.nii.gz"),
     "two files": (lambda f: shutil.copy(f["LGE"], f["LGE"].with_name("bad_DE.nii.gz")), "E_AMBIGUOUS", "bad_DE.nii.gz"),
     "no mask": (lambda f: f["gd"].unlink(), "E_MASK_NONE", ""),
-    "folder": (becomes("LGE", Path.mkdir), "E_FILE", "bad_LGE.nii.gz"),
-    "dicom series": (becomes("LGE", dicom_folder), "E_DICOM", "bad_LGE.nii.gz"),
-    "dangling link": (becomes("LGE", lambda p: p.symlink_to("gone.nii.gz")), "E_FILE", "bad_LGE.nii.gz"),
-    "pipe": (becomes("LGE", os.mkfifo), "E_FILE", "bad_LGE.nii.gz"),
+    "folder": (becomes(Path.mkdir), "E_FILE", "bad_LGE.nii.gz"),
+    "dicom series": (becomes(dicom_folder), "E_DICOM", "bad_LGE.nii.gz"),
+    "dangling link": (becomes(lambda p: p.symlink_to("gone.nii.gz")), "E_FILE", "bad_LGE.nii.gz"),
+    "pipe": (becomes(os.mkfifo), "E_FILE", "bad_LGE.nii.gz"),
 }
 
 
@@ -193,19 +162,6 @@ def test_a_dry_run_finds_the_same_and_writes_nothing(cohort, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# Accepted, warned, worked -------------------------------------------------------------------------------------------
-
-
-def oblique_shear(files: Files) -> None:
-    sheared = AFFINE.copy()
-    sheared[0, 1] = 0.3
-    for path in files.values():
-        image = nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj), None)
-        image.set_sform(sheared, 2)
-        image.header.set_zooms(np.linalg.norm(sheared[:3, :3], axis=0))
-        nib.save(image, path)
-
-
 def in_metres(what: str) -> Bend:
     rows = {f"srow_{axis}": AFFINE[i] * 1e-3 for i, axis in enumerate("xyz")}
     return fields(what, xyzt_units=1, qform_code=0, **rows)
@@ -221,12 +177,9 @@ def swapped(files: Files) -> None:
 #: what is odd → how to do it, and the warnings' codes
 WORKS: dict[str, tuple[Bend, str]] = {
     "NaN outside": (voxels("LGE", at(math.nan, CORNER)), "W_NONFINITE"),
-    "int64": (typed(np.int64), ""),
-    "big-endian": (typed(">i2", endianness=">"), ""),
     "slope 0 with an intercept": (fields("LGE", scl_slope=0, scl_inter=9), "W_SCALE"),
     "metres": (all_files(in_metres), "W_UNITS"),
     "zero pixdim": (fields("LGE", qform_code=0, pixdim=[1, 0, 1.5, 8, 1, 1, 1, 1]), "W_PIXDIM"),
-    "shear": (oblique_shear, "W_SHEAR"),
     "qform differs": (fields("LGE", qform_code=1, qoffset_x=3), "W_QFORM"),
     "both codes 0": (all_files(lambda what: fields(what, qform_code=0, sform_code=0)), "W_NOFORM"),
     "swapped": (swapped, "W_SWAPPED W_UNSURE"),
@@ -263,17 +216,6 @@ def test_what_is_odd_is_segmented_and_recorded(cohort, tmp_path, case):
 
 
 @pytest.mark.usefixtures("no_picture")
-@pytest.mark.parametrize("case", ["int64", "big-endian"])
-def test_the_type_on_disk_changes_no_label(cohort, tmp_path, case):
-    plain = Path(shutil.copytree(cohort, tmp_path / "plain"))
-    WORKS[case][0](files_of(cohort))
-    for name, folder in (("a", plain), ("b", cohort)):
-        assert main(["segment", str(folder), str(tmp_path / name)]) == 0
-    a, b = (nib.load(tmp_path / name / "bad" / "bad_dseg.nii.gz") for name in "ab")
-    np.testing.assert_array_equal(a.dataobj, b.dataobj)
-
-
-@pytest.mark.usefixtures("no_picture")
 def test_one_slice_is_enough_and_a_trailing_axis_of_size_1_is_restored(tmp_path, make_patient):
     made = make_patient(tmp_path / "in", "one", shape=(48, 48, 1))
     assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
@@ -300,9 +242,6 @@ def test_a_frame_of_a_cine_is_chosen_on_demand_and_max_voxels_is_checked_before_
     assert nib.load(tmp_path / "out" / "bad" / "bad_dseg.nii.gz").shape == (48, 48, 2)
     assert main([*args, "--frame", "2"]) == 1
     assert summary(tmp_path / "out")["bad"]["code"] == "E_DIM"
-
-
-# Names --------------------------------------------------------------------------------------------------------------
 
 
 def one_folder(cohort: Path, patient: str, make_patient) -> None:

@@ -53,9 +53,6 @@ def volume() -> tuple[Floats, NDArray[np.bool_], Floats]:
     return planted((22, 20, 18))
 
 
-# The field ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_planted_field_of_a_volume_is_found(volume):
     image, mask, field = volume
     found = n4.field(image, mask, (4.0, 4.0, 4.0))
@@ -133,9 +130,6 @@ def test_what_n4_cannot_do_is_the_patients_own_failure(volume, monkeypatch, lost
     assert "--set n4=true" in caught.value.remedy
 
 
-# In a run -----------------------------------------------------------------------------------------------------------
-
-
 def flat_field(image: Floats, mask: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> NDArray[np.float32]:
     """What stands for N4 where only its way through the program matters: a slope, mean 1 over the mask."""
     slope = np.linspace(0.8, 1.2, image.shape[0]).reshape(-1, 1, 1) * np.ones(image.shape)
@@ -197,19 +191,6 @@ def test_a_brain_gets_its_field_and_the_image_without_it(head, tmp_path, setting
     assert ("degree 2" in told["rule"]) == (settings == ["degree=2"])
 
 
-@pytest.mark.usefixtures("quick")
-def test_without_being_asked_no_field_is_written_but_told(head, tmp_path):
-    assert run(head, tmp_path, "--protocol", "brain", "--set", "n4=true") == 0
-    assert not [p for p in (tmp_path / "one").iterdir() if p.name.endswith(outputs.SHADING)]
-    told = sidecar(tmp_path, "one")
-    assert set(told["bias"]["range"]) == {"T1"}
-    assert told["configuration"]["settings"]["degree"] == 0
-    assert told["configuration"]["preprocessing"]["n4"] is True
-    assert told["mixture"]["scale"] == f"{BRAIN.normalisation}-n4"
-    assert run(head, tmp_path, "--protocol", "brain", "--set", "degree=0") == 0
-    assert sidecar(tmp_path, "one")["bias"] is None
-
-
 @pytest.mark.usefixtures("no_picture")
 def test_a_field_that_was_dropped_is_told_and_written_as_1(head, tmp_path):
     (tmp_path / "in" / "even").mkdir(parents=True)
@@ -243,15 +224,22 @@ def test_each_sequence_of_a_stack_of_slices_has_its_files(make_patient, tmp_path
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_fit_sees_the_image_without_its_shade(head):
+def test_the_fit_sees_the_image_without_its_shade_and_no_field_is_written_unless_asked(head, tmp_path):
     study = Study("one", {"T1": head / "one" / "T1.nii.gz"}, head / "one" / "mask.nii.gz")
     found = segment(study, build(protocol="brain", method="gmm", settings=["n4=true"], fields=True))
     # What the page shows is the image as it was.
     assert np.allclose(found.images["T1"], values(head / "one" / "T1.nii.gz"), rtol=1e-5, atol=1e-3)
     assert found.fields["T1"].dtype == np.float32
     plain = segment(study, build(protocol="brain", method="gmm", settings=["n4=false"]))
-    assert plain.fields == {}
+    assert (plain.fields, plain.sidecar["bias"]) == ({}, None)
     assert not np.array_equal(found.probabilities, plain.probabilities)
+    assert run(head, tmp_path, "--protocol", "brain", "--set", "n4=true") == 0
+    assert shading(tmp_path) == {}
+    told = sidecar(tmp_path, "one")
+    assert set(told["bias"]["range"]) == {"T1"}  # but told
+    assert told["configuration"]["settings"]["degree"] == 0
+    assert told["configuration"]["preprocessing"]["n4"] is True
+    assert told["mixture"]["scale"] == f"{BRAIN.normalisation}-n4"
 
 
 @pytest.mark.usefixtures("quick")
@@ -298,21 +286,6 @@ def test_means_of_images_with_n4_are_good_for_images_with_n4(cohort_dir, tmp_pat
     assert run(*asked, "n4=true", "--means", files["true"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--set", "n4=true", "degree=2", "--method", "gmm"], "n4 and degree: the shading is taken off once"),
-        (["--fields"], "--fields: no bias field is looked for"),
-        (["--fields", "--method", "svgmm"], "--fields: no bias field is looked for"),
-        (["--set", "degree=2"], "--set degree: no such setting of --method anatomy"),
-    ],
-)
-def test_what_does_not_go_together_is_refused_before_any_work(cohort_dir, tmp_path, capsys, arguments, message):
-    assert run(cohort_dir, tmp_path / "out", *arguments) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_patient_that_n4_cannot_correct_fails_alone(cohort_dir, tmp_path, monkeypatch, no_picture):
     calls = []
 
@@ -329,8 +302,6 @@ def test_a_patient_that_n4_cannot_correct_fails_alone(cohort_dir, tmp_path, monk
     assert (failed["status"], failed["code"]) == ("failed", "E_N4")
     assert (tmp_path / "out" / "pat3" / "pat3_T2_bias.nii.gz").is_file()
 
-
-# What is done, and what is left --------------------------------------------------------------------------------------
 
 GMM = ["--method", "gmm", "--set", "n4=true", "max_iter=5"]
 
@@ -374,9 +345,6 @@ def test_no_patient_loses_the_files_of_another_whose_id_begins_alike(make_patien
     assert {p.parent.name for p in out.glob("*/*_bias.nii.gz")} == {"pat1_T1", "pat[1]"}
     assert run(source, out, "--method", "gmm", "--set", "max_iter=5", "--patients", "pat[1]") == 0
     assert {p.parent.name for p in out.glob("*/*_bias.nii.gz")} == {"pat1_T1"}
-
-
-# Thinning elsewhere ------------------------------------------------------------------------------------------------
 
 
 def test_exchanged_sequences_are_seen_on_large_images_and_thin_masks():

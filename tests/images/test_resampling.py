@@ -44,9 +44,6 @@ def positions(taken: resampling.View, image: int = 0) -> list[Tensor]:
     ]
 
 
-# Where -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("voxels", "spacing_mm", "grid_mm", "side"),
     [
@@ -111,9 +108,6 @@ def test_a_batch_shares_the_largest_size_and_keeps_its_own_middles():
     assert with_nothing.centre.isfinite().all()
 
 
-# Looking ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (1.25, 1.5, 8.0), (0.7, 0.9, 2.3)])
 def test_a_view_shows_what_lies_at_its_positions(spacing_mm):
     image = ramp((40, 44, 12), 1.0, -2.0, 0.5)
@@ -160,9 +154,6 @@ def test_a_mask_stays_a_mask_and_beyond_a_single_slice_lies_nothing():
     assert all(abs(side - length) <= 1 for side, length in zip(sides, expected, strict=True))
     single = box((30, 30, 1), slice(8, 20), slice(9, 21), slice(0, 1))
     assert look(single, around(single, (1.0, 1.0, 8.0), 1.0), nearest=True).sum() <= 12 * 12 * 9
-
-
-# Back ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,9 +216,6 @@ def test_probabilities_sum_to_one_wherever_they_come_back():
     taken = around(mask, (1.4, 1.2, 8.0), 1.0)
     found = back(noise(1, 4, *taken.size).softmax(1), taken)
     torch.testing.assert_close(found.sum(1), torch.ones(1, 30, 30, 6, dtype=torch.float64))
-
-
-# What the network is given ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grid_mm", [1.0, 2.5])

@@ -76,9 +76,6 @@ def run(*typed: str, folder: Path) -> str:
     return done.stdout
 
 
-# One network, three ways ---------------------------------------------------------------------------------------------
-
-
 def test_the_command_segments_an_unseen_patient(patients, results, trained):
     found = labels(results, UNSEEN)
     reference = np.asarray(nib.load(patients / UNSEEN / f"{UNSEEN}_gd.nii.gz").dataobj)
@@ -140,9 +137,6 @@ def test_the_loaded_network_gives_the_same_labels(patients, trained, results, ki
     assert not np.array_equal(made(trained_network.build(spec, seed=7).eval()), wanted)  # the weights matter
 
 
-# MONAI's tools -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["inference.json", "train.json"])
 def test_the_network_fits_the_metadata(trained, name):
     meta, file = map(str, files(trained, "metadata.json", name))
@@ -165,9 +159,6 @@ def test_the_exported_network_is_the_network(patients, trained, tmp_path):
     network = trained_network.load(model_spec.read(trained, INFARCT), "cpu")
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(script).eval()(image), network(image))
-
-
-# Configurations ------------------------------------------------------------------------------------------------------
 
 
 def test_the_training_configuration_has_the_commands_options_and_defaults():
@@ -244,9 +235,6 @@ def test_a_models_folder_is_a_whole_bundle(trained):
         *("models/model.pt", "models/checkpoint.pt", "model.json", "protocol.yaml"),
         *("provenance.json", "training.tsv", "training.svg"),
     }
-
-
-# Several processes ---------------------------------------------------------------------------------------------------
 
 
 def test_two_ranks_train_what_one_does(patients, trained, tmp_path):

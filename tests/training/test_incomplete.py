@@ -85,9 +85,6 @@ def changed(trained: Path, settings: tuple[str, ...] = (), **training: object) -
         return config.build(model=trained, settings=settings)
 
 
-# Training ------------------------------------------------------------------------------------------------------------
-
-
 def test_who_lacks_a_sequence_is_trained_on_where_sequences_are_hidden(patients, trained, tmp_path, capsys):
     provenance = json.loads((trained / "provenance.json").read_text())
     assert provenance["patients"] == {"trained_on": 3, "validation": 0}
@@ -112,9 +109,6 @@ def test_means_of_the_cohort_are_those_of_the_complete_patients(patients, tmp_pa
     assert train(tmp_path / "in", tmp_path / "model", "drop=0.5", "--means", "cohort") == 2
     assert "--means cohort: no patient has all the sequences" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
-
-
-# Segmentation --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("patient", HAS)
@@ -194,9 +188,6 @@ def test_every_tissue_becomes_what_is_left_of_it(known, present, rows):
     assert network._merge(INFARCT, tuple(known.split()), tuple(present.split())).tolist() == rows
 
 
-# Refusals ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("patient", "lacks"), [("no_t2", "T2"), ("no_c0", "bSSFP"), ("t2", "LGE, bSSFP")])
 def test_a_network_that_has_seen_complete_patients_alone_refuses_others(unseen, trained, patient, lacks):
     with pytest.raises(StudyError, match=f"trained with {lacks}, which this patient lacks") as refused:
@@ -205,24 +196,18 @@ def test_a_network_that_has_seen_complete_patients_alone_refuses_others(unseen, 
     assert refused.value.remedy
 
 
-def test_a_patient_with_none_of_the_networks_sequences_fails(tmp_path, make_patient, no_picture):
-    """Others are segmented."""
+def test_a_network_looks_at_its_own_sequences_and_refuses_who_has_none_of_them(tmp_path, make_patient):
     for number, sequences in ((1, ("LGE", "C0")), (2, ("LGE",))):
         make_patient(tmp_path / "seen", f"p{number}", seed=number, sequences=sequences)
     assert train(tmp_path / "seen", tmp_path / "model", "drop=0.5") == 0
-    known = model_spec.read(tmp_path / "model", INFARCT).spec
-    assert (known.sequences, known.tissues) == (("LGE", "bSSFP"), ("blood", "myocardium", "scar"))
     make_patient(tmp_path / "in", "t2", seed=3, sequences=("T2",))
     make_patient(tmp_path / "in", "c0", seed=4, sequences=("C0", "T2"))
-    out = tmp_path / "out"
-    assert main(["segment", str(tmp_path / "in"), str(out), "--model", str(tmp_path / "model")]) == 1
-    row = json.loads((out / "t2" / "t2_row.json").read_text())
-    assert (row["status"], row["code"]) == ("failed", "E_MODEL")
-    assert "trained with LGE, bSSFP, which this patient lacks" in row["message"]
-    assert not (out / "t2" / "t2_dseg.nii.gz").exists()
-    told = sidecar(out, "c0")
-    assert told["sequences"] == ["bSSFP"]  # T2 is nothing that the network knows
-    assert [t["name"] for t in told["tissues"]] == ["blood", "myocardium"]
+    asked = config.build(model=tmp_path / "model")
+    assert asked.model.spec.tissues == ("blood", "myocardium", "scar")
+    told = segment(one(tmp_path / "in", "c0"), asked).sidecar
+    assert (told["sequences"], [t["name"] for t in told["tissues"]]) == (["bSSFP"], ["blood", "myocardium"])
+    with pytest.raises(StudyError, match="trained with LGE, bSSFP, which this patient lacks"):
+        segment(one(tmp_path / "in", "t2"), asked)
 
 
 def test_regions_must_meet_criteria_where_the_anatomy_taught_the_network(unseen, trained, results):

@@ -127,6 +127,7 @@ def test_the_teacher_is_the_anatomy_where_there_is_one_and_no_means(tmp_path):
         ({"loss": "gmm_bias", "means": "cohort"}, "another scale"),
         ({"settings": {"augment": "much"}}, "choose one of true, false"),
         ({"protocol": "brain", "settings": {"teacher": "anatomy"}}, "brain does not say where tissues can be"),
+        ({"protocol": "brain", "settings": {"label_rule": "both"}}, "brain does not say where tissues can be"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused(options, said):

@@ -28,8 +28,6 @@ from monai_deepgmm.training.handlers import CHECKPOINT, HISTORY, read_checkpoint
 from monai_deepgmm.training.plan import plan
 from monai_deepgmm.training.prepare import PreparedCohort, agreement, prepare_cohort
 
-# The prepared cohort ------------------------------------------------------------------------------------------------
-
 
 def owners(prepared, patients: Path) -> tuple[list[str], list[str]]:
     """The patient that each example for training, and for validation, is of."""
@@ -165,9 +163,6 @@ def test_agreement_tells_the_outputs_that_lie_elsewhere(order, wanted):
     assert agreement(Pick(order), prepared, device="cpu") == wanted
 
 
-# Refusals and failures -----------------------------------------------------------------------------------------------
-
-
 def test_broken_patients_are_left_out_with_the_reason(patients, tmp_path, capsys):
     folder = Path(shutil.copytree(patients, tmp_path / "in"))
     (folder / "pat1_LGE.nii.gz").write_bytes(b"")
@@ -204,15 +199,10 @@ def test_broken_patients_are_left_out_with_the_reason(patients, tmp_path, capsys
         (["{in}", "{tmp}/model", "--method", "deepg", "--loss", "nll_v"], "--loss nll_v"),
         (["{in}", "{tmp}/model", "--method", "svgmm"], "deepg"),
         (["{in}", "{tmp}/model", "--epochs", "0"], "at least 1"),
-        (["{in}", "{tmp}/model", "--network", "nonsense"], "is no network; name one of unet, basicunet, dynunet"),
-        (["{in}", "{tmp}/model", "--network", "os.system"], "is no network"),
+        (["{in}", "{tmp}/model", "--labels", "somebody"], "--labels somebody: there is no such patient"),
         (["{in}", "{tmp}/model", "--network", "torch.nn.Identity"], "no weights to train"),
         (
-            ["{in}", "{tmp}/model", "--network", "{_target_: monai_deepgmm.networks.UNet, spam: 3}"],
-            "unexpected keyword argument 'spam'",
-        ),
-        (
-            ["{in}", "{tmp}/model", "--network", "{_target_: dynunet, filters: [4, 4, 4, 4], deep_supervision: true}"],
+            ["{in}", "{tmp}/model", "--network", "{_target_: dynunet, filters: [4,4,4,4,4], deep_supervision: true}"],
             "of shape (2, 2, 4, 64, 64), expected",
         ),
         (
@@ -248,9 +238,6 @@ def test_a_training_that_diverges_says_so(patients, tmp_path, capsys, lr):
     assert "the training diverged in epoch" in line
     assert "--set lr=" in line
     assert not (tmp_path / "model" / "provenance.json").exists()
-
-
-# What a training leaves ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["gmm", "gmm_tv", "gmm_bias"])

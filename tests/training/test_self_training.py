@@ -12,7 +12,6 @@ import pytest
 from scenes import INFARCT, QUIET, contents, inference, labels, sidecar
 
 from monai_deepgmm.cli import main
-from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images.preparation import prepare
 from monai_deepgmm.methods import config, model_spec
 from monai_deepgmm.methods.anatomy import AnatomicalConfig
@@ -85,9 +84,6 @@ def stamps(out: Path) -> dict[str, int]:
     return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in [*out.glob("pat*/*"), out / "model" / WEIGHTS]}
 
 
-# One command ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_networks_folder_is_a_whole_bundle_and_the_sidecar_names_it(run, patients):
     assert set(contents(run / "model")) == {
         *(f"configs/{name}" for name in bundle.CONFIGS),
@@ -133,9 +129,6 @@ def test_seed_and_network_are_the_trainings(patients, run, tmp_path):
     assert model_spec.read(tmp_path / "model", INFARCT).spec.network["filters"] == [3, 6]
     assert taught(patients, tmp_path / "named", "--network", json.dumps(TINY)) == 0
     assert same_labels(tmp_path / "named", run)
-
-
-# What --set reaches ---------------------------------------------------------------------------------------------------
 
 
 def test_what_is_set_reaches_training_teacher_and_segmentation_alike(patients, tmp_path, monkeypatch):
@@ -184,9 +177,6 @@ def test_what_changes_no_label_does_nothing_anew(patients, run, tmp_path):
     assert provenance(out)["fingerprint"] == made
     log = (out / "deepgmm.log").read_text(encoding="utf-8")
     assert all(f"{name}: done before" in log for name in PATIENTS)
-
-
-# Again ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("what", "step"), [(KeyboardInterrupt, 1), (KeyboardInterrupt, 3), (RuntimeError, 2)])
@@ -247,9 +237,6 @@ def test_a_changed_cohort_is_trained_anew(own, run, tmp_path, make_patient, chan
     assert same_labels(out, tmp_path / "fresh", everyone)
 
 
-# What goes wrong ------------------------------------------------------------------------------------------------------
-
-
 def test_what_a_cohort_cannot_use_is_refused(patients, run, tmp_path, capsys):
     known = {"protocol": "infarct", "normalisation": INFARCT.normalisation, "n_slices": 1, "means": {}}
     (tmp_path / "means.json").write_text(json.dumps(known))
@@ -296,9 +283,6 @@ def test_a_refused_network_leaves_the_trained_one(patients, run, tmp_path, capsy
     assert (out / "model" / WEIGHTS).read_bytes() == (run / "model" / WEIGHTS).read_bytes()
 
 
-# The network and the anatomical mixture -------------------------------------------------------------------------------
-
-
 def test_both_are_heard_by_their_weights(patients, run):
     (study,) = discovery.find(patients, INFARCT, patients=["pat1"]).studies
 
@@ -317,14 +301,3 @@ def test_both_are_heard_by_their_weights(patients, run):
     np.testing.assert_array_equal(labels(run, "pat1"), made.labels)
     np.testing.assert_array_equal(made.labels[made.mask], made.probabilities.argmax(0)[made.mask] + 1)
     assert len(np.unique(made.labels[made.mask])) > 2
-
-
-def test_both_needs_a_trained_network_and_a_protocol_that_says_where_tissues_can_be():
-    for method in ("anatomy", "deepg", "svgmm"):
-        with pytest.raises(UsageError, match=rf"label_rule: ('both' is unknown|no such setting of --method {method})"):
-            config.build(method=method, settings=["label_rule=both"])
-    with pytest.raises(UsageError, match="does not say where tissues can be"):
-        config.build(protocol="brain", method="cohort", settings=["label_rule=both"])
-    with pytest.raises(UsageError, match="does not say where tissues can be"):
-        plan.plan(protocol="brain", settings=["label_rule=both"])
-    assert config.build(method="cohort", settings=["label_rule=both"]).method.training.label_rule == "both"

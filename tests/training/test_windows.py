@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.inferers import SimpleInferer
 from scenes import BRAIN, QUIET, TINY, inference, labels, sidecar
 from torch import nn
@@ -67,9 +68,6 @@ def train(brains: Path, out: Path, *more: str) -> int:
 def asked(brains: Path, **settings: object):
     found = discovery.find(brains, BRAIN, patients=SEEN)
     return prepare_cohort(found, plan(protocol="brain", settings={"grid_mm": 2} | settings))
-
-
-# What is cut ---------------------------------------------------------------------------------------------------------
 
 
 def example(shape: tuple[int, ...] = (20, 24, 28)) -> Example:
@@ -131,26 +129,15 @@ def test_each_draw_depends_on_seed_epoch_and_index_alone(augmented):
     assert all(torch.equal(forwards[i], backwards[i]) for i in range(6))
     assert {(type(image), tuple(image.shape)) for image in forwards.values()} == {(torch.Tensor, (2, *window))}
     assert len({image.numpy().tobytes() for image in forwards.values()}) > 3
+    part = Examples([example((40, 40, 40))], augmentation(3, 0.0, window) if augmented else cropping(window))[0]
+    assert {k: tuple(part[k].shape[1:]) for k in MAPS} == dict.fromkeys(MAPS, window)
+    assert set(part["labels"].unique().tolist()) <= {0, 1, 2}
+    assert part["mask"].sum() > 0
+    if augmented:
+        torch.testing.assert_close(part["expected"].sum(0, keepdim=True), part["mask"])
     assert any(not torch.equal(forwards[i], later[i]) for i in range(6))
     several = [{"image": torch.full((1,), float(i))} for i in range(3)]
     assert [int(Examples(several, windows=2)[i]["image"]) for i in range(6)] == [0, 0, 1, 1, 2, 2]
-
-
-def test_augmented_windows_are_windows():
-    whole = example((40, 40, 40))
-    whole["mask"] = torch.zeros_like(whole["mask"])
-    whole["mask"][:, 8:32, 8:32, 8:32] = 1
-    whole["expected"] = torch.full((3, 40, 40, 40), 1 / 3) * whole["mask"]
-    dataset = Examples([whole], augmentation(3, 0.0, (16, 16, 16)), windows=6)
-    for index in range(6):
-        part = dataset[index]
-        assert {k: tuple(part[k].shape[1:]) for k in MAPS} == dict.fromkeys(MAPS, (16, 16, 16))
-        torch.testing.assert_close(part["expected"].sum(0, keepdim=True), part["mask"])
-        assert set(part["labels"].unique().tolist()) <= {0, 1, 2}
-        assert part["mask"].sum() > 0
-
-
-# What is asked for ---------------------------------------------------------------------------------------------------
 
 
 def test_volumes_have_windows_and_slices_have_none_unless_they_are_asked_for():
@@ -171,13 +158,9 @@ def test_volumes_have_windows_and_slices_have_none_unless_they_are_asked_for():
 def test_windows_that_a_network_cannot_halve_are_refused(window):
     with pytest.raises(UsageError, match=r"window: got .* multiple of 32, or one for each axis; 0 for whole images"):
         TrainingConfig(window=window)
-
-
-def test_windows_of_other_axes_are_refused():
-    with pytest.raises(UsageError, match="window: got 2 sides, expected 3"):
-        plan(protocol="brain", settings={"window": [32, 32]})
-    with pytest.raises(UsageError, match="windows: got 0"):
-        plan(protocol="brain", settings={"windows": 0})
+    for settings, said in (({"window": [32, 32]}, "got 2 sides, expected 3"), ({"windows": 0}, "windows: got 0")):
+        with pytest.raises(UsageError, match=said):
+            plan(protocol="brain", settings=settings)
 
 
 def test_a_window_is_no_larger_than_the_volume_and_as_many_are_drawn_as_hold_it(brains):
@@ -188,9 +171,6 @@ def test_a_window_is_no_larger_than_the_volume_and_as_many_are_drawn_as_hold_it(
     assert made[32].epochs == 80  # of two volumes with eight windows: four steps
     assert asked(brains, window=32, windows=5).windows == 5
     assert len({m.fingerprint for m in made.values()}) == 4
-
-
-# What the network is given -------------------------------------------------------------------------------------------
 
 
 class Recorded(nn.Module):
@@ -219,26 +199,18 @@ def test_windows_give_what_the_whole_gives_where_a_network_looks_at_voxels(dims)
     torch.testing.assert_close(fits[0].mixture.means, fits[1].mixture.means)
 
 
-def test_a_volume_that_fits_goes_through_at_once_and_agreement_goes_by_windows(brains):
+def test_a_network_is_given_no_more_than_a_window(brains):
     network = Recorded(3, 3)
     image, mask = torch.randn(1, 2, 24, 24, 24), torch.ones(1, 1, 24, 24, 24)
     trained_network.weights(network, VOLUME, image, mask, spacing_mm=(1.0, 1.0, 1.0))
     assert network.seen == {(32, 32, 32)}
     assert isinstance(registry.inferer(None), SimpleInferer)
-    prepared, network = asked(brains, window=32), Recorded(4, 3)
-    assert len(agreement(network, prepared, device="cpu", window=prepared.spec.window)) == 3
-    assert network.seen == {(32, 32, 32)}
-
-
-def test_the_network_is_tried_with_a_window():
     whole = dataclasses.replace(VOLUME, size=(512, 512, 512))  # gigabytes, if it were tried whole
     assert trained_network.tried(whole).training
     assert trained_network.sides(whole) == ["32*n"] * 3
-    assert whole.given == (32, 32, 32)
-    assert dataclasses.replace(whole, window=None).given == (512, 512, 512)
-
-
-# A specification -----------------------------------------------------------------------------------------------------
+    prepared, network = asked(brains, window=32), Recorded(4, 3)
+    assert len(agreement(network, prepared, device="cpu", window=prepared.spec.window)) == 3
+    assert network.seen == {(32, 32, 32)}
 
 
 def write(folder: Path, **change: object) -> Path:
@@ -249,27 +221,24 @@ def write(folder: Path, **change: object) -> Path:
     return folder
 
 
-def test_a_window_is_read_back_and_other_models_have_none(tmp_path):
+def test_a_window_is_read_back_others_have_none_and_what_no_training_writes_is_refused(tmp_path):
     assert model_spec.read(write(tmp_path / "new"), BRAIN).spec == VOLUME
     without = model_spec.read(write(tmp_path / "old", window="left out"), BRAIN).spec
     assert without == dataclasses.replace(VOLUME, window=None)
-
-
-@pytest.mark.parametrize("window", [[32, 32], [32, 32, 48], [32, 32, 0], ["32"] * 3, [], 32, True])
-def test_a_window_that_no_training_writes_is_refused(tmp_path, window):
-    with pytest.raises(UsageError, match=r"model\.json"):
-        model_spec.read(write(tmp_path / "model", window=window), BRAIN)
-
-
-# All of it -----------------------------------------------------------------------------------------------------------
+    for number, window in enumerate(([32, 32], [32, 32, 48], [32, 32, 0], ["32"] * 3, [], 32, True)):
+        with pytest.raises(UsageError, match=r"model\.json"):
+            model_spec.read(write(tmp_path / str(number), window=window), BRAIN)
 
 
 def test_a_training_by_windows_segments_alike_by_the_command_and_the_bundle(brains, trained, tmp_path):
     known = model_spec.read(trained, BRAIN).spec
     assert (known.size, known.window) == ((64, 64, 64), (32, 64, 32))
-    rows = read_history(trained / "training.tsv")
-    assert len(rows) == 2
-    assert rows[1]["validation_loss"] < rows[0]["validation_loss"]
+    first, last = (row["validation_loss"] for row in read_history(trained / "training.tsv"))
+    assert last < first
+    parser = ConfigParser(json.loads((trained / "configs" / "train.json").read_text()))
+    parser.update({"bundle_root": str(trained), "dataset_dir": str(brains), "patients": SEEN, "set#augment": False})
+    drawn = parser.get_parsed_content("train#dataset")  # without augmentation windows are drawn all the same
+    assert drawn[0]["image"].shape[1:] == (32, 64, 32)
     ours, theirs = tmp_path / "command", tmp_path / "bundle"
     chosen = ["--model", str(trained), "--protocol", "brain", "--patients", UNSEEN]
     assert main(["segment", str(brains), str(ours), *chosen]) == 0
@@ -300,8 +269,3 @@ def test_a_training_by_windows_that_was_interrupted_is_as_if_it_had_not_been(bra
     assert train(brains, tmp_path / "model", "--resume") == 0
     for name in (str(WEIGHTS), "training.tsv", "provenance.json", SPEC):
         assert (tmp_path / "model" / name).read_bytes() == (trained / name).read_bytes(), name
-
-
-def test_without_augmentation_windows_are_drawn_all_the_same(brains, tmp_path):
-    assert train(brains, tmp_path / "model", "--epochs", "1", "--set", "augment=false") == 0
-    assert model_spec.read(tmp_path / "model", BRAIN).spec.window == (32, 64, 32)
