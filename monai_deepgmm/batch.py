@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import logging
-import pickle
 import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from monai.data import Dataset
-from monai.transforms import Compose
 
 from monai_deepgmm import workers
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyError, UsageError
@@ -27,7 +24,8 @@ from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.results import outputs
 from monai_deepgmm.results.log_file import log_file
 from monai_deepgmm.results.outputs import Row
-from monai_deepgmm.results.segment import Inferer, Solver, segment
+from monai_deepgmm.results.segment import Inferer, segment
+from monai_deepgmm.results.steps import Steps
 from monai_deepgmm.training import self_training
 from monai_deepgmm.workers import Rows
 
@@ -54,30 +52,6 @@ class BatchOptions:
     fail_fast: bool = False
 
 
-class Steps(NamedTuple):
-    """What happens to a patient where it is not what the configuration says; a part that is None is.
-
-    Attributes:
-        preprocessing: from files to images.
-        inferer: fits the mixture.
-    """
-
-    preprocessing: Compose | None = None
-    inferer: Inferer | None = None
-
-    @classmethod
-    def unless_default(cls, preprocessing: Compose, inferer: Inferer, config: Config) -> Steps | None:
-        """Those of a bundle's configuration; None where they are the configuration's own anyway."""
-        own = isinstance(inferer, Solver) and inferer.config == config
-        steps = cls(preprocessing, None if own else inferer)
-        default = cls(config.preprocessing.transforms(config.protocol))
-        return None if own and steps.digest() == default.digest() else steps
-
-    def digest(self) -> str:
-        """A hash that changes with any of it."""
-        return hashlib.sha256(pickle.dumps(self)).hexdigest()
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What is done to every patient, as workers are sent it.
@@ -94,10 +68,10 @@ class Job:
     overwrite: bool = False
     steps: Steps | None = None
 
-    @property
-    def digest(self) -> str | None:
-        """Of steps that are not the configuration's own."""
-        return None if self.steps is None else self.steps.digest()
+    @functools.cached_property
+    def customised(self) -> dict[str, Any] | None:
+        """What is told of steps that are not the configuration's own."""
+        return None if self.steps is None else self.steps.as_json()
 
 
 def run(
@@ -129,7 +103,9 @@ def run(
     """
     studies = select(cohort, options)
     outputs.check(out, cohort)
-    _check_cohort(config, options)
+    _check_cohort(config, options, steps)
+    if steps is not None and options.jobs > 1 and not steps.can_be_sent():
+        raise UsageError("jobs: the bundle's own functions cannot be sent to other processes; leave jobs out")
     job = Job(out, config, options.overwrite, steps)
     work = _work(studies, job, options)
     if config.method.name == "cohort" and config.model is None:
@@ -142,13 +118,18 @@ def run(
         return _run(studies, work, job, options, progress)
 
 
-def _check_cohort(config: Config, options: BatchOptions) -> None:
-    """Refuses to let parts of a cohort learn from each other.
+def _check_cohort(config: Config, options: BatchOptions, steps: Steps | None = None) -> None:
+    """Refuses to let parts of a cohort learn from each other, or from other images than are segmented.
 
     Raises:
-        UsageError: the method is cohort, and only a part is to be done.
+        UsageError: the method is cohort, and only a part is to be done, or the preprocessing is not its own.
     """
-    if config.method.name == "cohort" and options.part != (1, 1):
+    if config.method.name != "cohort":
+        return
+    if steps is not None and steps.preprocessing is not None:
+        hint = "train with deepgmm train, and segment with its model"
+        raise UsageError(f"preprocessing: --method cohort trains on images prepared as the configuration says; {hint}")
+    if options.part != (1, 1):
         hint = f"run it without --part; then others can use --model OUT/{self_training.MODEL}"
         raise UsageError(f"--part: --method cohort learns from every patient; {hint}")
 
@@ -267,7 +248,7 @@ def process(study: Study, job: Job) -> Row:
     """
     try:
         with _one_thread(), outputs.lock(job.out, study.patient):
-            row = None if job.overwrite else outputs.done(job.out, study, job.config, job.digest)
+            row = None if job.overwrite else outputs.done(job.out, study, job.config, job.customised)
             return {**row, "resumed": True} if row else _anew(study, job)
     except StudyError as error:  # not even the failure could be written
         return _row(study, job.config) | _failure(error)
@@ -279,7 +260,7 @@ def _anew(study: Study, job: Job) -> Row:
     try:
         segmentation = segment(study, job.config, preprocessing=steps.preprocessing, inferer=steps.inferer)
         row |= {"seconds": round(time.monotonic() - began, 3)}
-        return outputs.write(job.out, study, segmentation, row, job.config, job.digest)
+        return outputs.write(job.out, study, segmentation, row, job.config, job.customised)
     except StudyError as error:
         row |= _failure(error)
     except Exception as error:  # one patient's surprise must not stop the others
@@ -348,7 +329,7 @@ def _surprise(error: Exception) -> Row:
 def _skip(studies: Sequence[Study], job: Job) -> None:
     for study in studies:
         with outputs.lock(job.out, study.patient):
-            if not outputs.done(job.out, study, job.config, job.digest):
+            if not outputs.done(job.out, study, job.config, job.customised):
                 skipped = {"status": "skipped", "message": "left out after an earlier patient failed (--fail-fast)"}
                 _fail(job.out, study, _row(study, job.config) | skipped)
 

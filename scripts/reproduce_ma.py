@@ -31,6 +31,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
+from monai_deepgmm.networks.model_spec import WEIGHTS
 from numpy.typing import NDArray
 from reproduce_paper import Ledger, Stage, StageError, as_json, clock, interrupt, machine, run, run_apart
 from scipy import ndimage
@@ -40,7 +41,6 @@ from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import atomic_files as files
 from monai_deepgmm.images import nifti
 from monai_deepgmm.images.volume import Volume
-from monai_deepgmm.networks.model_spec import WEIGHTS
 from monai_deepgmm.phantom.heart import write_nifti
 from monai_deepgmm.results import metrics
 

@@ -34,6 +34,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from monai_deepgmm.networks.model_spec import WEIGHTS
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from monai_deepgmm import cli, protocol
@@ -42,7 +43,6 @@ from monai_deepgmm.images import atomic_files as files
 from monai_deepgmm.images import labels as truth
 from monai_deepgmm.images import loading as scan
 from monai_deepgmm.images import nifti
-from monai_deepgmm.networks.model_spec import WEIGHTS
 from monai_deepgmm.patients import discovery as cohort
 from monai_deepgmm.patients.study import Cohort
 from monai_deepgmm.results import metrics, mosaic

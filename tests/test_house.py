@@ -10,8 +10,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "monai_deepgmm"
 
 
+def of_import_linter() -> list[dict]:
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return content["tool"]["importlinter"]["contracts"]
+
+
 def floors() -> list[set[str]]:
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     wings = next(c for c in contracts if c["name"].startswith("Wings"))
     return [{part.strip().removeprefix("monai_deepgmm.") for part in layer.split(":")} for layer in wings["layers"]]
 
@@ -23,7 +30,9 @@ def test_the_picture_of_the_wings_is_the_contract():
 
 
 def test_every_wing_is_in_the_contract_and_every_room_in_its_wings():
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     wings = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()}
     assert wings <= set().union(*floors())
     rooms = {c["containers"][0]: ":".join(c["layers"]) for c in contracts if "containers" in c}

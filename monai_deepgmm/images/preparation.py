@@ -49,7 +49,7 @@ def prepare(study: Study, preprocessing: Compose) -> Prepared:
     """
     data: dict[str, Any] = {"study": study}
     # Step by step, because Compose would hide a StudyError inside a RuntimeError.
-    for step in preprocessing.transforms:
+    for step in preprocessing.flatten().transforms:
         data = step(data)
     return Prepared(data["scan"], data["crops"], data.get("fields"))
 

@@ -91,7 +91,7 @@ class Config:
             "normalisation": self.preprocessing.normalisation(self.protocol),
             "method": self.method.name,
             "settings": {name: getattr(self.method, name) for name in sorted(plain)}
-            | ({} if training is None else {"training": training.as_json()}),
+            | ({} if training is None else {"training": training.decisive().as_json()}),
             "preprocessing": {"n4": self.preprocessing.n4, "frame": self.preprocessing.frame},
             "model": None if self.model is None else self.model.as_json(),
             "means": None if self.means is None else dataclasses.asdict(self.means),
@@ -137,7 +137,7 @@ def build(
     found = protocols.load(protocol)
     name = method or registry.default_method(found, means=means, model=model)
     if model is not None and name != "network":
-        raise UsageError(f"--method {name} and a trained model go together: use --method network with it")
+        raise UsageError(f"--model: --method {name} takes no trained network; leave one of them out")
     if network is not None and name in METHODS and name not in TAKE_NETWORKS:
         raise UsageError(f"--network: --method {name} fits no network; use {', '.join(TAKE_NETWORKS)}")
     trained = None if model is None else model_spec.read(Path(model), found)

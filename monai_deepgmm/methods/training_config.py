@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.images.preprocessing import Preprocessing
 from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.settings import NOT_SET, changed, check_choice, check_keys, check_numbers, keys
@@ -43,8 +44,6 @@ DROP: Mapping[str, float] = {"signature": 0.0, "anatomy": 0.25}
 LABEL_RULE: Mapping[str, LabelRule] = {"signature": "posterior", "anatomy": "both"}
 #: Sides of the windows that volumes are seen by, where nothing is asked for.
 WINDOW = 96
-#: Settings that change no weight, so that a training may go on with others.
-INDIFFERENT = ("workers", "tensorboard", "mlflow", "label_rule")
 
 
 @dataclass(frozen=True)
@@ -203,13 +202,23 @@ class TrainingConfig:
 
     def _check_use(self, *, semi_supervised: bool) -> None:
         for name, used, where in (
-            ("gamma", self.loss in ("gmm_tv", "gmm_bias"), "--loss gmm_tv or gmm_bias"),
+            # What `resolved` has filled in may be given again, as a model's folder does.
+            (
+                "gamma",
+                self.loss in ("gmm_tv", "gmm_bias") or self.gamma == GAMMA.get(self.loss),
+                "--loss gmm_tv or gmm_bias",
+            ),
             ("degree", self.shaded, "--loss gmm_bias"),
             ("alpha", semi_supervised, "--labels"),
             ("beta", semi_supervised, "--labels"),
         ):
             if getattr(self, name) is not None and not used:
                 raise UsageError(f"{name}: goes with {where}; leave it out, or choose that")
+
+    def decisive(self) -> Self:
+        """The same training without what can change no label: who makes examples, who watches, what is too large."""
+        preprocessing = dataclasses.replace(self.preprocessing, max_voxels=DEFAULT_MAX_VOXELS)
+        return dataclasses.replace(self, preprocessing=preprocessing, workers=0, tensorboard=False, mlflow=None)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, with the teacher's name."""

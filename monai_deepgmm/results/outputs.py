@@ -110,19 +110,19 @@ def folder(out: Path, study: Study) -> Path:
     return out / study.patient
 
 
-def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: str | None = None) -> str:
+def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: Mapping[str, Any] | None = None) -> str:
     """What a patient's result depends on, in one hash: the input files' bytes, the mask's rule and the configuration.
 
     Args:
         study: whose mask's rule counts.
         config: what is or was asked for.
         hashes: sequence (or "mask") → SHA-256 of its file.
-        steps: a hash of what is done otherwise than the configuration says, or None.
+        steps: what is done otherwise than the configuration says, as ``Steps.as_json`` tells it, or None.
     """
     mask = {"labels": list(study.mask_labels), "rule": study.mask_rule}
     content = {"inputs": dict(hashes), "mask": mask, "configuration": config.as_json(), "versions": versions()}
     if steps is not None:
-        content["steps"] = steps
+        content["steps"] = dict(steps)
     return _digest(json.dumps(content, sort_keys=True))
 
 
@@ -137,7 +137,7 @@ def _hashes_read(sidecar: Mapping[str, Any]) -> dict[str, str]:
     return {name: facts["sha256"] for name, facts in sidecar["inputs"].items() if "sha256" in facts}
 
 
-def done(out: Path, study: Study, config: Config, steps: str | None = None) -> Row | None:
+def done(out: Path, study: Study, config: Config, steps: Mapping[str, Any] | None = None) -> Row | None:
     """The row of a patient whose files are all there and were made from the same inputs and configuration."""
     place = folder(out, study)
     row = _read(place / f"{study.patient}_row.json") if not study.problems else None
@@ -160,7 +160,12 @@ def done(out: Path, study: Study, config: Config, steps: str | None = None) -> R
 
 
 def write(
-    out: Path, study: Study, segmentation: Segmentation, row: Row, config: Config, steps: str | None = None
+    out: Path,
+    study: Study,
+    segmentation: Segmentation,
+    row: Row,
+    config: Config,
+    steps: Mapping[str, Any] | None = None,
 ) -> Row:
     """Writes one patient's files: label map, probabilities, sidecar, picture, row, page.
 
@@ -187,6 +192,7 @@ def write(
     atomic_files.write_whole(place / f"{name}_preview.png", report.preview(segmentation))
     made_from = fingerprint(study, config, _hashes_read(segmentation.sidecar), steps)
     sidecar = {**segmentation.sidecar, "fingerprint": made_from}
+    sidecar |= {} if steps is None else {"steps": dict(steps)}
     atomic_files.write_whole(place / f"{name}_dseg.json", _json(sidecar))
     row = {
         **row,

@@ -80,11 +80,12 @@ def segment(
     """
     prepared = prepare(study, preprocessing or config.preprocessing.transforms(config.protocol))
     assembly = assemble(prepared, config)
-    fit = (inferer or Solver(config))(assembly.images)
+    inferer = inferer or Solver(config)
+    fit = inferer(assembly.images)
     fit, names = named(fit, assembly.images, config)
     fit, regions = filtered(fit, assembly.images, config)
     outcome = Outcome(fit, names, regions, contradictions=name_check.contradictions(fit, assembly.images))
-    return _on_source_grid(study, prepared, assembly, outcome, config)
+    return _on_source_grid(study, prepared, assembly, outcome, config, inferer)
 
 
 class Solver:
@@ -117,7 +118,7 @@ def filtered(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region
 
 
 def _on_source_grid(
-    study: Study, prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config
+    study: Study, prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config, inferer: Inferer
 ) -> Segmentation:
     """Labels by Bayes' rule (S §2) on the grid of the scan, and what is to be told of them."""
     scan, crops, images = prepared.scan, prepared.crops, assembly.images
@@ -125,7 +126,7 @@ def _on_source_grid(
     index = np.array([t.index for t in images.tissues], dtype=np.uint8)
     labels = np.where(scan.mask, index[probabilities.argmax(0)], 0).astype(np.uint8)
     outcome = outcome._replace(
-        intervals=_intervals(labels, probabilities, prepared, assembly, config),
+        intervals=_intervals(labels, probabilities, prepared, assembly, config, inferer),
         entropy=float(uncertainty.entropy(probabilities)[scan.mask].mean()),
     )
     fields = _fields(outcome.fit, prepared, assembly)
@@ -154,6 +155,7 @@ def _intervals(
     prepared: Prepared,
     assembly: Assembly,
     config: Config,
+    inferer: Inferer,
 ) -> list[uncertainty.Interval]:
     """Where each tissue's volume may lie."""
     reference, tissues = prepared.scan.reference, assembly.images.tissues
@@ -161,7 +163,7 @@ def _intervals(
     deviations = uncertainty.standard_deviations(
         volumes,
         probabilities,
-        _refitted_ml(assembly, config, reference.voxel_ml),
+        _refitted_ml(assembly, config, inferer, reference.voxel_ml),
         voxel_ml=reference.voxel_ml,
         pixel_mm2=math.prod(s for a, s in enumerate(reference.spacing_mm) if a != prepared.crops.slice_axis),
     )
@@ -171,12 +173,12 @@ def _intervals(
     ]
 
 
-def _refitted_ml(assembly: Assembly, config: Config, voxel_ml: float) -> list[list[float]]:
+def _refitted_ml(assembly: Assembly, config: Config, inferer: Inferer, voxel_ml: float) -> list[list[float]]:
     """The volumes of each tissue, in ml, that fits with perturbed priors give."""
     volumes = []
     for number in range(getattr(config.method, "perturbations", 0)):
         images = _perturbed(assembly.images, config.seed, number)
-        fit, _ = filtered(config.method.solve(images, device=config.device), images, config)
+        fit, _ = filtered(inferer(images), images, config)
         labels = assembly.everywhere(fit).argmax(1)[:, None]
         inside = assembly.mask > 0
         volumes.append([float(((labels == k) & inside).sum()) * voxel_ml for k in range(len(images.tissues))])

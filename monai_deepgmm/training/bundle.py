@@ -13,8 +13,8 @@ import torch
 
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import atomic_files as files
-from monai_deepgmm.methods import trained_network as model
+from monai_deepgmm.images import atomic_files
+from monai_deepgmm.methods import trained_network
 from monai_deepgmm.methods.known_means import Means
 from monai_deepgmm.methods.model_spec import SPEC, WEIGHTS
 from monai_deepgmm.results.provenance import DISCLAIMER, versions
@@ -96,17 +96,17 @@ def begin(
     place = Path(folder)
     if not writes:
         return
-    network = model.tried(prepared.spec)
+    network = trained_network.tried(prepared.spec)
     _check_folder(place, prepared.fingerprint, resume=resume)
     if (place / CHECKPOINT).is_file():
         _load_best(place, network)
     for part in ("", "configs", "models"):
         (place / part).mkdir(parents=True, exist_ok=True)
-        files.stale_temporaries(place / part)
-    files.write_whole(place / SPEC, prepared.spec.as_json())
-    files.write_whole(place / PROTOCOL, protocols.as_yaml(plan.protocol).encode())
+        atomic_files.stale_temporaries(place / part)
+    atomic_files.write_whole(place / SPEC, prepared.spec.as_json())
+    atomic_files.write_whole(place / PROTOCOL, protocols.as_yaml(plan.protocol).encode())
     if isinstance(plan.means, Means):
-        files.write_whole(place / MEANS, plan.means.as_json())
+        atomic_files.write_whole(place / MEANS, plan.means.as_json())
     for name in CONFIGS:
         shutil.copyfile(configs() / name, place / "configs" / name)
     _adapt(place / "configs" / "train.json", _training_keys(prepared, plan))
@@ -148,9 +148,9 @@ def _load_best(place: Path, network: torch.nn.Module) -> None:
         UsageError: they cannot be read, or are another network's.
     """
     try:
-        network.load_state_dict(model.read(place / WEIGHTS))
+        network.load_state_dict(trained_network.read(place / WEIGHTS))
     except Exception as error:  # whatever a damaged file makes torch raise
-        reason = error.strerror if isinstance(error, OSError) else model.reason(error)
+        reason = error.strerror if isinstance(error, OSError) else trained_network.reason(error)
         raise UsageError(f"--resume: {WEIGHTS.name} cannot be read ({reason}); begin another folder") from error
 
 
@@ -198,8 +198,8 @@ def finish(
             f"W_NAMES: the network's output {t} does not lie where the protocol expects it" for t in strangers
         ],
     }
-    files.write_whole(place / CURVES, curves.curves(history))
-    files.write_whole(place / PROVENANCE, _json(content))
+    atomic_files.write_whole(place / CURVES, curves.curves(history))
+    atomic_files.write_whole(place / PROVENANCE, _json(content))
 
 
 def _adapt(path: Path, keys: Mapping[str, Any]) -> None:
@@ -211,7 +211,7 @@ def _adapt(path: Path, keys: Mapping[str, Any]) -> None:
         for name in outer:
             inner = inner[name]
         inner[last] = value
-    files.write_whole(path, _json(content))
+    atomic_files.write_whole(path, _json(content))
 
 
 def _training_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _training_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, An
     known = "$@bundle_root + '/" + MEANS + "'" if isinstance(plan.means, Means) else plan.means
     settings = {k: v for k, v in plan.as_json()["training"].items() if k not in ("method", "loss")}
     method, loss = plan.training.method, plan.training.loss
-    network = model.complete(prepared.spec)
+    network = trained_network.complete(prepared.spec)
     return {
         "model_dir": "@bundle_root",
         "protocol": "$@bundle_root + '/" + PROTOCOL + "'",
@@ -249,13 +249,13 @@ def _inference_keys(prepared: PreparedCohort) -> dict[str, Any]:
         "protocol": "$@bundle_root + '/" + PROTOCOL + "'",
         "method": "network",
         "model": "@bundle_root",
-        "network_def": model.complete(spec),
+        "network_def": trained_network.complete(spec),
     }
 
 
 def _metadata_keys(prepared: PreparedCohort) -> dict[str, Any]:
     spec = prepared.spec
-    shape = model.sides(spec)
+    shape = trained_network.sides(spec)
     seen = [*spec.sequences, "relative depth"]
     known = f"(of which {len(prepared.labelled)} labelled)" if prepared.labelled else "unlabelled"
     return {

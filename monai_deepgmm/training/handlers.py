@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from monai_deepgmm.errors import ChangedError, UsageError
-from monai_deepgmm.images import atomic_files as files
-from monai_deepgmm.methods import trained_network as model
+from monai_deepgmm.images import atomic_files
+from monai_deepgmm.methods import trained_network
 from monai_deepgmm.methods.model_spec import WEIGHTS
 from monai_deepgmm.networks.gmm_loss import TotalLoss
 from monai_deepgmm.networks.nll_loss import Staged
@@ -36,8 +36,17 @@ STATE: Mapping[str, type] = {
 }
 
 
+def run(trainer: Engine) -> None:
+    """Runs a training; whatever its end, torch's global generators, which ``Epochs`` seeds, are then as they were."""
+    device = trainer.state.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        trainer.run()
+
+
 class Epochs:
     """Tells everything whose draws depend on the epoch which one begins.
+
+    What a network itself draws comes from torch's global generator: ``run`` keeps that of the program.
 
     Args:
         loss: its stage.
@@ -90,6 +99,10 @@ class Clip:
 class Checkpoint:
     """Keeps the best and the last state in files that are whole or not there, goes on from the last, stops at tol.
 
+    MONAI's CheckpointSaver writes in place (``atomic=False``), so that a kill can leave half a file, and its
+    EarlyStopHandler keeps its counter in no file, so that a resumed training would count anew. Here one file holds all
+    of the state, scheduler, history and best epoch included: resumed training ends as if it had never been stopped.
+
     Attach it after the validation. With several ranks, all read and the first writes.
 
     Args:
@@ -100,8 +113,8 @@ class Checkpoint:
         evaluator: its best metric.
         metric: the evaluator's metric that is the lower the better.
         fingerprint: of the plan and the data; a checkpoint with another one is not gone on from.
-        tol: see ``Settings``.
-        patience: see ``Settings``.
+        tol: see ``TrainingConfig``.
+        patience: see ``TrainingConfig``.
         resume: whether to go on from a checkpoint that is there.
         writes: False on all ranks but the first.
     """
@@ -154,7 +167,7 @@ class Checkpoint:
         except Exception as error:  # whatever a state of something else makes torch raise
             raise _not_resumed(path, error) from error
         if self.writes:  # a training that was killed right after its checkpoint lacks that epoch's row
-            files.write_whole(self.folder / HISTORY, _table(state["history"]))
+            atomic_files.write_whole(self.folder / HISTORY, _table(state["history"]))
         self.history, self.stopped = state["history"], state["stopped"]
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
         if self.stopped:
@@ -187,9 +200,9 @@ class Checkpoint:
         if self.writes:
             logger.info("epoch %d: loss %.4f, validation %.4f", row["epoch"], row["loss"], watched)
             if best or not (self.folder / WEIGHTS).is_file():
-                files.write_whole(self.folder / WEIGHTS, _bytes(_on_cpu(self.network.state_dict())))
-            files.write_whole(self.folder / CHECKPOINT, _bytes(self._state(engine)))
-            files.write_whole(self.folder / HISTORY, _table(self.history))
+                atomic_files.write_whole(self.folder / WEIGHTS, _bytes(_on_cpu(self.network.state_dict())))
+            atomic_files.write_whole(self.folder / CHECKPOINT, _bytes(self._state(engine)))
+            atomic_files.write_whole(self.folder / HISTORY, _table(self.history))
         if self.stopped:
             logger.info("stopped: the validation loss gained less than %g in %d epochs", self.tol, self.patience)
             engine.terminate()
@@ -227,7 +240,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UsageError: it is no checkpoint.
     """
     try:
-        state = model.read(path)
+        state = trained_network.read(path)
     except Exception as error:  # whatever a damaged file makes torch raise
         raise _not_resumed(path, error) from error
     if not (isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in STATE.items())):
@@ -249,7 +262,7 @@ def check_fingerprint(folder: Path, state: Mapping[str, Any], fingerprint: str) 
 
 
 def _not_resumed(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"--resume: {path.name} cannot be read ({model.reason(error)}); begin another folder")
+    return UsageError(f"--resume: {path.name} cannot be read ({trained_network.reason(error)}); begin another folder")
 
 
 def _diverged(epoch: int, found: str) -> UsageError:

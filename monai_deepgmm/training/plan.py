@@ -15,9 +15,10 @@ from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.images.preprocessing import Preprocessing
-from monai_deepgmm.methods import known_means, settings, training_config
+from monai_deepgmm.methods import known_means, training_config
 from monai_deepgmm.methods.config import check_device
 from monai_deepgmm.methods.known_means import Means
+from monai_deepgmm.methods.settings import parsed
 from monai_deepgmm.methods.training_config import ALPHA, BETA, GAMMA, LOSSES, METHODS, WITH_LABELS, TrainingConfig
 from monai_deepgmm.networks.definition import network_definition
 from monai_deepgmm.networks.gmm_loss import GMMLoss, TotalLoss
@@ -75,7 +76,6 @@ def plan(
     labels: str | Sequence[str] | None = None,
     epochs: int | None = None,
     settings: Sequence[str] | Mapping[str, Any] = (),
-    training: TrainingConfig | None = None,
     seed: int = 0,
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
@@ -93,8 +93,6 @@ def plan(
         labels: what ``label_split.asked`` takes; None: no label is read.
         epochs: how many.
         settings: ``key=value`` strings, or a mapping, for the fields of ``TrainingConfig``.
-        training: these settings, if they are configured already; then method, loss, settings, frame and max_voxels
-            are not looked at.
         seed: of every random draw.
         frame: which frame of a 4-D file.
         max_voxels: larger images are refused.
@@ -110,21 +108,18 @@ def plan(
         raise UsageError(f"--epochs: got {epochs}, expected at least 1")
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"--seed: got {seed}, expected a whole number from 0 to 2^63 - 1")
-    if training is None:
-        method, loss = _method_and_loss(method, loss, semi_supervised=bool(words))
-        if means is not None and means != "cohort" and training_config.DEGREE.get(loss):
-            raise UsageError(
-                f"--means: --loss {loss} has means on another scale, where 0 is no signal; use another loss"
-            )
-        training = training_config.configure(
-            _parsed(settings),
-            found,
-            method=method,
-            loss=loss,
-            means=means is not None,
-            semi_supervised=bool(words),
-            preprocessing=Preprocessing(frame=frame, max_voxels=max_voxels),
-        )
+    method, loss = _method_and_loss(method, loss, semi_supervised=bool(words))
+    if means is not None and training_config.DEGREE.get(loss):
+        raise UsageError(f"--means: --loss {loss} has means on another scale, where 0 is no signal; use another loss")
+    training = training_config.configure(
+        parsed(settings),
+        found,
+        method=method,
+        loss=loss,
+        means=means is not None,
+        semi_supervised=bool(words),
+        preprocessing=Preprocessing(frame=frame, max_voxels=max_voxels),
+    )
     known: Means | Literal["cohort"] | None = None if means is None else "cohort"
     if means is not None and means != "cohort":
         known = known_means.read(Path(means), found, training.preprocessing)
@@ -137,10 +132,6 @@ def plan(
         epochs=epochs,
         seed=seed,
     )
-
-
-def _parsed(given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    return settings.parsed(given)
 
 
 def _method_and_loss(method: str | None, loss: str | None, *, semi_supervised: bool) -> tuple[str, str]:

@@ -5,6 +5,7 @@ The engine, the optimiser and the loaders are MONAI's and torch's, and stand in 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from monai_deepgmm.errors import NobodyError, StudyError, UsageError
 from monai_deepgmm.methods.model_spec import ModelSpec
 from monai_deepgmm.methods.naming import name
-from monai_deepgmm.methods.training_config import INDIFFERENT, TrainingConfig
+from monai_deepgmm.methods.training_config import TrainingConfig
 from monai_deepgmm.networks.registry import inferer, logits
 from monai_deepgmm.patients.study import Cohort
 from monai_deepgmm.training import dataset, label_split
@@ -109,7 +110,7 @@ def prepare_cohort(cohort: Cohort, plan: TrainingPlan) -> PreparedCohort:
         network=plan.network,
         spatial_dims=2 if protocol.unit == "slice" else 3,
         size=size,
-        training=settings,
+        training=settings.decisive(),
         window=window,
     )
     read = json.dumps([_decisive(plan), [p.inputs for p in patients]], sort_keys=True)
@@ -142,10 +143,9 @@ def _windows(settings: TrainingConfig, size: tuple[int, ...]) -> tuple[tuple[int
 
 
 def _decisive(plan: TrainingPlan) -> dict[str, Any]:
-    """All of a plan that can change a weight."""
-    content = plan.as_json()
-    content["training"] = {k: v for k, v in content["training"].items() if k not in INDIFFERENT}
-    return content
+    """All of a plan that can change a weight: where labels come from afterwards cannot."""
+    training = dataclasses.replace(plan.training.decisive(), label_rule=None)
+    return dataclasses.replace(plan, training=training).as_json()
 
 
 def _means(plan: TrainingPlan, patients: Sequence[dataset.Patient], sequences: tuple[str, ...]) -> tuple[Tensor, str]:

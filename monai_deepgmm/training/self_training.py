@@ -49,14 +49,18 @@ def train_on_pseudo_labels(cohort: Cohort, out: Path, config: Config) -> Config:
     method = config.method
     if not isinstance(method, CohortConfig):
         raise ValueError(f"--method {method.name} trains no network on the cohort")
-    folder = out / MODEL
+    folder, training = out / MODEL, method.training
     options = {
         "cohort": cohort,
         "model_dir": str(folder),
         "protocol": config.protocol,
         # As text: the configuration's parser would make a network of the mapping.
         "network": None if method.network is None else json.dumps(dict(method.network)),
-        "training": method.training,
+        "method": training.method,
+        "loss": training.loss,
+        "set": {key: value for key, value in training.as_json().items() if key not in ("method", "loss")},
+        "frame": training.preprocessing.frame,
+        "max_voxels": training.preprocessing.max_voxels,
         "seed": config.seed,
         "device": config.device,
         "resume": True,

@@ -1,3 +1,7 @@
+"""Files that are whole or not there, whatever happens while they are written."""
+
+from __future__ import annotations
+
 import errno
 import fcntl
 import hashlib
@@ -12,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.images import atomic_files
 
 
 def parts(folder: Path) -> list[str]:
@@ -26,21 +30,25 @@ def failing(number: int):
     return fail
 
 
-def test_a_written_file_holds_the_bytes_and_nothing_else_is_left(tmp_path):
+def refused(path: Path, data: bytes = b"x") -> str:
+    """The code of a write that fails."""
+    with pytest.raises(StudyError) as caught:
+        atomic_files.write_whole(path, data)
+    assert str(path.parent) not in str(caught.value)
+    return caught.value.code
+
+
+def test_a_written_file_holds_the_bytes_with_the_umasks_permissions_and_nothing_else_is_left(tmp_path):
     path = tmp_path / "ünï cøde name.bin"
-    files.write_whole(path, b"older")
-    files.write_whole(path, b"newer")
-    assert path.read_bytes() == b"newer"
-    assert parts(tmp_path) == [path.name]
-
-
-def test_permissions_follow_the_umask(tmp_path):
+    atomic_files.write_whole(path, b"older")
     before = os.umask(0o027)
     try:
-        files.write_whole(tmp_path / "a", b"x")
+        atomic_files.write_whole(path, b"newer")
     finally:
         os.umask(before)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    assert path.read_bytes() == b"newer"
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert parts(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -57,81 +65,60 @@ def test_permissions_follow_the_umask(tmp_path):
 def test_a_failed_write_keeps_the_older_file_and_leaves_no_temporary(tmp_path, monkeypatch, call, number, code):
     path = tmp_path / "labels.nii.gz"
     path.write_bytes(b"older")
-    monkeypatch.setattr(files.os, call, failing(number))
-    with pytest.raises(StudyError) as caught:
-        files.write_whole(path, b"newer")
+    monkeypatch.setattr(atomic_files.os, call, failing(number))
+    with pytest.raises(StudyError, match=r"labels\.nii\.gz") as caught:
+        atomic_files.write_whole(path, b"newer")
     assert caught.value.code == code
-    assert "labels.nii.gz" in caught.value.message
     assert str(tmp_path) not in str(caught.value)
     assert path.read_bytes() == b"older"
     assert parts(tmp_path) == ["labels.nii.gz"]
 
 
-def test_bytes_that_read_back_differently_are_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.Path, "read_bytes", lambda _: b"rotten")
-    with pytest.raises(StudyError) as caught:
-        files.write_whole(tmp_path / "a", b"fresh")
-    assert caught.value.code == "E_WRITE"
-    assert parts(tmp_path) == []
+def test_bytes_that_read_back_differently_are_a_failure_and_an_interrupt_leaves_no_temporary(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(atomic_files.Path, "read_bytes", lambda _: b"rotten")
+        assert refused(tmp_path / "a") == "E_WRITE"
 
-
-def test_an_interrupt_leaves_no_temporary(tmp_path, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, "replace", interrupt)
+    monkeypatch.setattr(atomic_files.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        files.write_whole(tmp_path / "a", b"x")
+        atomic_files.write_whole(tmp_path / "a", b"x")
     assert parts(tmp_path) == []
 
 
-def test_the_longest_name_works_and_a_longer_one_is_refused(tmp_path):
-    files.write_whole(tmp_path / ("n" * 255), b"x")
-    with pytest.raises(StudyError) as caught:
-        files.write_whole(tmp_path / ("n" * 256), b"x")
-    assert caught.value.code == "E_NAME"
+def test_places_that_cannot_be_are_refused_and_the_longest_name_works(tmp_path):
+    atomic_files.write_whole(tmp_path / ("n" * 255), b"x")
+    assert refused(tmp_path / ("n" * 256)) == "E_NAME"
+    assert refused(tmp_path / "no folder" / "a") == refused(tmp_path / "nul\0byte") == "E_WRITE"
     assert parts(tmp_path) == ["n" * 255]
 
 
-@pytest.mark.parametrize("name", ["no folder/a", "nul\0byte"])
-def test_a_place_that_does_not_exist_is_a_write_error(tmp_path, name):
-    with pytest.raises(StudyError) as caught:
-        files.write_whole(tmp_path / name, b"x")
-    assert caught.value.code == "E_WRITE"
-
-
-def test_sha256_is_that_of_the_bytes(tmp_path):
+def test_sha256_is_that_of_the_bytes_and_of_nothing_or_a_pipe_a_file_error(tmp_path):
     data = os.urandom((1 << 20) + 17)
     (tmp_path / "a").write_bytes(data)
-    assert files.sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
-
-
-def test_sha256_of_nothing_is_a_file_error(tmp_path):
-    with pytest.raises(StudyError) as caught:
-        files.sha256(tmp_path / "absent")
-    assert caught.value.code == "E_FILE"
-
-
-def test_a_pipe_is_refused_without_waiting_for_it(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(StudyError) as caught:
-        files.sha256(tmp_path / "pipe")
-    assert caught.value.code == "E_FILE"
+    assert atomic_files.sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+    os.mkfifo(tmp_path / "pipe")  # nobody waits for it
+    for name in ("absent", "pipe"):
+        with pytest.raises(StudyError) as caught:
+            atomic_files.sha256(tmp_path / name)
+        assert caught.value.code == "E_FILE"
 
 
 @pytest.mark.parametrize(
     ("name", "expected"), [("a b é", "a b é"), ("x\x1b[31m\n", "x\\x1b[31m\\n"), ("\udcff", "\\udcff")]
 )
 def test_a_shown_name_is_printable(name, expected):
-    assert files.shown(Path("/secret/folder") / name) == expected
+    assert atomic_files.shown(Path("/secret/folder") / name) == expected
 
 
 KILLED = """
     import os, sys
     from pathlib import Path
-    from monai_deepgmm import files
-    files.os.replace = lambda *_: os.kill(os.getpid(), 9)
-    files.write_whole(Path(sys.argv[1]), b"half")
+    from monai_deepgmm.images import atomic_files
+    atomic_files.os.replace = lambda *_: os.kill(os.getpid(), 9)
+    atomic_files.write_whole(Path(sys.argv[1]), b"half")
 """
 
 
@@ -141,21 +128,8 @@ def test_what_a_killed_run_leaves_is_removed_at_once(tmp_path):
     (left,) = parts(tmp_path)
     assert left.startswith(".")
     (tmp_path / ".hidden").touch()
-    assert [path.name for path in files.stale_temporaries(tmp_path)] == [left]
+    assert [path.name for path in atomic_files.stale_temporaries(tmp_path)] == [left]
     assert parts(tmp_path) == [".hidden"]
-
-
-def test_a_live_writers_temporary_stays(tmp_path, monkeypatch):
-    removed, replace = [], os.replace
-
-    def meanwhile(source, target):
-        removed.extend(files.stale_temporaries(tmp_path))
-        replace(source, target)
-
-    monkeypatch.setattr(files.os, "replace", meanwhile)
-    files.write_whole(tmp_path / "a", b"x")
-    assert removed == []
-    assert parts(tmp_path) == ["a"]
 
 
 def test_without_locks_only_an_hours_silence_counts(tmp_path, monkeypatch):
@@ -164,21 +138,24 @@ def test_without_locks_only_an_hours_silence_counts(tmp_path, monkeypatch):
     for part in (old, new):
         part.touch()
     os.utime(old, (time.time() - 4000, time.time() - 4000))
-    assert files.stale_temporaries(tmp_path) == (old,)
+    assert atomic_files.stale_temporaries(tmp_path) == (old,)
     assert parts(tmp_path) == [new.name]
 
 
-def test_a_temporary_taken_by_mistake_is_written_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mistaken", [False, True])
+def test_a_live_writers_temporary_stays_and_one_taken_by_mistake_is_written_again(tmp_path, monkeypatch, mistaken):
     taken, replace = [], os.replace
 
-    def steal_once(source, target):
-        if not taken:
+    def meanwhile(source, target):
+        if mistaken and not taken:
             taken.append(source)
             source.unlink()
+        else:
+            assert atomic_files.stale_temporaries(tmp_path) == ()
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", steal_once)
-    files.write_whole(tmp_path / "a", b"x")
+    monkeypatch.setattr(atomic_files.os, "replace", meanwhile)
+    atomic_files.write_whole(tmp_path / "a", b"x")
     assert (tmp_path / "a").read_bytes() == b"x"
     assert parts(tmp_path) == ["a"]
 
@@ -186,15 +163,15 @@ def test_a_temporary_taken_by_mistake_is_written_again(tmp_path, monkeypatch):
 def test_two_writers_and_a_cleaner_never_show_a_partial_file(tmp_path):
     contents = [bytes([value]) * 50_000 for value in (1, 2)]
     path, seen, done = tmp_path / "a", set(), threading.Event()
-    files.write_whole(path, contents[0])
+    atomic_files.write_whole(path, contents[0])
 
     def write(content: bytes) -> None:
         for _ in range(20):
-            files.write_whole(path, content)
+            atomic_files.write_whole(path, content)
 
     def clean() -> None:
         while not done.is_set():
-            files.stale_temporaries(tmp_path)
+            atomic_files.stale_temporaries(tmp_path)
             seen.add(path.read_bytes())
 
     cleaner = threading.Thread(target=clean)

@@ -1,4 +1,7 @@
-"""Every malformed input of the contract, end to end: the bad patient alone fails, with code, file and remedy."""
+"""Every kind of malformed input, end to end: the bad patient alone fails, with code, file and remedy.
+
+The many ways in which a file can be broken are ``test_nifti``'s; here is one of each code.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ from monai_deepgmm.errors import CODES
 
 Files = dict[str, Path]
 Bend = Callable[[Files], object]
-RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
 @pytest.fixture(scope="session")
@@ -48,27 +50,16 @@ def summary(out: Path) -> dict[str, dict[str, str]]:
     return {row["patient"]: row for row in rows}
 
 
-# How to spoil a file -----------------------------------------------------------------------------------------------
-
-
-def content(path: Path) -> bytes:
-    return gzip.decompress(path.read_bytes())
-
-
-def put(path: Path, unpacked: bytes) -> None:
-    path.write_bytes(gzip.compress(unpacked, 1))
-
-
 def fields(what: str, **values: object) -> Bend:
     """Sets header fields by force."""
 
     def bend(files: Files) -> None:
-        whole = bytearray(content(files[what]))
+        whole = bytearray(gzip.decompress(files[what].read_bytes()))
         header = nib.Nifti1Header(bytes(whole[:348]), check=False)
         for field, value in values.items():
             header[field] = value
         whole[:348] = header.binaryblock
-        put(files[what], bytes(whole))
+        files[what].write_bytes(gzip.compress(bytes(whole), 1))
 
     return bend
 
@@ -76,16 +67,6 @@ def fields(what: str, **values: object) -> Bend:
 def voxels(what: str, change: Callable[[np.ndarray], np.ndarray]) -> Bend:
     """Changes the array and writes it again."""
     return lambda files: save(files[what], change(np.asanyarray(nib.load(files[what]).dataobj).astype(float)))
-
-
-def typed(dtype: object, *, endianness: str = "<") -> Bend:
-    def bend(files: Files) -> None:
-        data = np.asanyarray(nib.load(files["LGE"]).dataobj).astype(dtype)
-        header = nib.Nifti1Header(endianness=endianness)
-        header.set_data_dtype(data.dtype)
-        put(files["LGE"], nib.Nifti1Image(data, AFFINE, header).to_bytes())
-
-    return bend
 
 
 def all_files(bend_one: Callable[[str], Bend]) -> Bend:
@@ -100,18 +81,8 @@ def at(value: float, where: tuple[int, int, int]) -> Callable[[np.ndarray], np.n
     return change
 
 
-def flipped(files: Files) -> None:
-    damaged = bytearray(files["LGE"].read_bytes())
-    damaged[len(damaged) // 2] ^= 4
-    files["LGE"].write_bytes(damaged)
-
-
-def becomes(what: str, make: Callable[[Path], object]) -> Bend:
-    def bend(files: Files) -> None:
-        files[what].unlink()
-        make(files[what])
-
-    return bend
+def becomes(make: Callable[[Path], object]) -> Bend:
+    return lambda files: [files["LGE"].unlink(), make(files["LGE"])]
 
 
 def dicom_folder(path: Path) -> None:
@@ -124,42 +95,22 @@ def frames(files: Files) -> None:
     save(files["LGE"], np.stack([data, data], axis=-1))
 
 
-def bomb(files: Files) -> None:
-    """A megabyte that unpacks to a gigabyte."""
-    files["LGE"].write_bytes(files["LGE"].read_bytes() + gzip.compress(bytes(1 << 26), 1) * 16)
-
-
 MIDDLE, CORNER = (24, 24, 0), (0, 0, 0)
 MOVED = AFFINE + np.array([[0, 0, 0, 5000], *[[0] * 4] * 3])
 #: what is wrong → how to do it, the code, and the file that the message has to name
 FAILS: dict[str, tuple[Bend, str, str]] = {
     "truncated gz": (lambda f: f["LGE"].write_bytes(f["LGE"].read_bytes()[:-40]), "E_GZIP", "bad_LGE.nii.gz"),
-    "flipped bit": (flipped, "E_GZIP", "bad_LGE.nii.gz"),
     "zero bytes": (lambda f: f["LGE"].write_bytes(b""), "E_EMPTY", "bad_LGE.nii.gz"),
-    "zero bytes of mask": (lambda f: f["gd"].write_bytes(b""), "E_EMPTY", "bad_gd.nii.gz"),
-    "plain named gz": (lambda f: f["LGE"].write_bytes(content(f["LGE"])), "E_GZIP", "bad_LGE.nii.gz"),
-    "gz named plain": (lambda f: f["LGE"].rename(f["LGE"].with_suffix("")), "E_GZIP", "bad_LGE.nii"),
     "text": (lambda f: f["LGE"].write_text("1,2,3\n" * 99), "E_FORMAT", "bad_LGE.nii.gz"),
-    "html": (lambda f: f["LGE"].write_text("<!DOCTYPE html><p>404</p>"), "E_FORMAT", "bad_LGE.nii.gz"),
-    "nii beside nii.gz": (lambda f: f["LGE"].with_suffix("").write_bytes(content(f["LGE"])), "E_AMBIGUOUS", "LGE.nii"),
+    "nii beside nii.gz": (lambda f: f["LGE"].with_suffix("").write_bytes(b""), "E_AMBIGUOUS", "LGE.nii"),
     "cine": (frames, "E_DIM", "bad_LGE.nii.gz"),
     "NaN inside": (voxels("LGE", at(math.nan, MIDDLE)), "E_NONFINITE", "LGE"),
-    "infinity inside": (voxels("T2", at(-math.inf, MIDDLE)), "E_NONFINITE", "T2"),
     "zero variance": (voxels("LGE", np.ones_like), "E_CONSTANT", "LGE"),
-    "complex": (typed(np.complex64), "E_DTYPE", "bad_LGE.nii.gz"),
-    "rgb": (lambda f: save(f["LGE"], np.zeros((48, 48, 2), RGB)), "E_DTYPE", "bad_LGE.nii.gz"),
     "infinite intercept": (fields("LGE", scl_slope=1, scl_inter=math.inf), "E_SCALE", "bad_LGE.nii.gz"),
     "NaN affine": (fields("LGE", srow_x=[math.nan, 0, 0, 0]), "E_AFFINE", "bad_LGE.nii.gz"),
-    "singular affine": (fields("LGE", srow_z=[0, 0, 0, 5]), "E_AFFINE", "bad_LGE.nii.gz"),
-    "terabytes": (fields("LGE", dim=[3, 30000, 30000, 30000, 1, 1, 1, 1]), "E_SIZE", "bad_LGE.nii.gz"),
-    "bomb": (bomb, "E_SIZE", "bad_LGE.nii.gz"),
     "dim[0] = 0": (fields("LGE", dim=[0, 48, 48, 2, 1, 1, 1, 1]), "E_HEADER", "bad_LGE.nii.gz"),
-    "negative dim": (fields("LGE", dim=[3, 48, -48, 2, 1, 1, 1, 1]), "E_HEADER", "bad_LGE.nii.gz"),
-    "bad magic": (fields("LGE", magic=b"abc"), "E_FORMAT", "bad_LGE.nii.gz"),
-    "bad data type": (fields("LGE", datatype=77), "E_HEADER", "bad_LGE.nii.gz"),
     "mask empty": (voxels("gd", np.zeros_like), "E_MASK_EMPTY", "bad_gd.nii.gz"),
     "mask fractional": (voxels("gd", lambda d: d * 0.4999), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
-    "mask infinite": (voxels("gd", at(math.inf, CORNER)), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
     "mask NaN": (voxels("gd", at(math.nan, CORNER)), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
     "mask small": (voxels("gd", lambda d: at(500, MIDDLE)(np.zeros_like(d))), "E_MASK_SMALL", "bad_gd.nii.gz"),
     "mask elsewhere": (lambda f: save(f["gd"], heart(), MOVED), "E_GRID", "bad_gd.nii.gz"),
@@ -171,12 +122,10 @@ FAILS: dict[str, tuple[Bend, str, str]] = {
     "identical": (lambda f: f["T2"].write_bytes(f["LGE"].read_bytes()), "E_IDENTICAL", "bad_T2.nii.gz"),
     "two files": (lambda f: shutil.copy(f["LGE"], f["LGE"].with_name("bad_DE.nii.gz")), "E_AMBIGUOUS", "bad_DE.nii.gz"),
     "no mask": (lambda f: f["gd"].unlink(), "E_MASK_NONE", ""),
-    "folder": (becomes("LGE", Path.mkdir), "E_FILE", "bad_LGE.nii.gz"),
-    "dicom series": (becomes("LGE", dicom_folder), "E_DICOM", "bad_LGE.nii.gz"),
-    "dicom file": (lambda f: f["LGE"].write_bytes(bytes(128) + b"DICM" + bytes(99)), "E_DICOM", "bad_LGE.nii.gz"),
-    "dangling link": (becomes("LGE", lambda p: p.symlink_to("gone.nii.gz")), "E_FILE", "bad_LGE.nii.gz"),
-    "looping link": (becomes("LGE", lambda p: p.symlink_to(p.name)), "E_FILE", "bad_LGE.nii.gz"),
-    "pipe": (becomes("LGE", os.mkfifo), "E_FILE", "bad_LGE.nii.gz"),
+    "folder": (becomes(Path.mkdir), "E_FILE", "bad_LGE.nii.gz"),
+    "dicom series": (becomes(dicom_folder), "E_DICOM", "bad_LGE.nii.gz"),
+    "dangling link": (becomes(lambda p: p.symlink_to("gone.nii.gz")), "E_FILE", "bad_LGE.nii.gz"),
+    "pipe": (becomes(os.mkfifo), "E_FILE", "bad_LGE.nii.gz"),
 }
 
 
@@ -213,27 +162,9 @@ def test_a_dry_run_finds_the_same_and_writes_nothing(cohort, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# Accepted, warned, worked -------------------------------------------------------------------------------------------
-
-
-def oblique_shear(files: Files) -> None:
-    sheared = AFFINE.copy()
-    sheared[0, 1] = 0.3
-    for path in files.values():
-        image = nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj), None)
-        image.set_sform(sheared, 2)
-        image.header.set_zooms(np.linalg.norm(sheared[:3, :3], axis=0))
-        nib.save(image, path)
-
-
-def scaled_to(unit: int, factor: float) -> Bend:
-    """Files whose lengths are in metres or micron."""
-
-    def one(what: str) -> Bend:
-        rows = {f"srow_{axis}": AFFINE[i] * factor for i, axis in enumerate("xyz")}
-        return fields(what, xyzt_units=unit, qform_code=0, **rows)
-
-    return all_files(one)
+def in_metres(what: str) -> Bend:
+    rows = {f"srow_{axis}": AFFINE[i] * 1e-3 for i, axis in enumerate("xyz")}
+    return fields(what, xyzt_units=1, qform_code=0, **rows)
 
 
 def swapped(files: Files) -> None:
@@ -246,16 +177,9 @@ def swapped(files: Files) -> None:
 #: what is odd → how to do it, and the warnings' codes
 WORKS: dict[str, tuple[Bend, str]] = {
     "NaN outside": (voxels("LGE", at(math.nan, CORNER)), "W_NONFINITE"),
-    "infinity outside": (voxels("C0", at(math.inf, CORNER)), "W_NONFINITE"),
-    "int64": (typed(np.int64), ""),
-    "float64": (typed(np.float64), ""),
-    "big-endian": (typed(">i2", endianness=">"), ""),
     "slope 0 with an intercept": (fields("LGE", scl_slope=0, scl_inter=9), "W_SCALE"),
-    "metres": (scaled_to(1, 1e-3), "W_UNITS"),
-    "micron": (scaled_to(3, 1e3), "W_UNITS"),
+    "metres": (all_files(in_metres), "W_UNITS"),
     "zero pixdim": (fields("LGE", qform_code=0, pixdim=[1, 0, 1.5, 8, 1, 1, 1, 1]), "W_PIXDIM"),
-    "negative pixdim": (fields("LGE", pixdim=[1, -1.5, 1.5, 8, 1, 1, 1, 1]), "W_PIXDIM"),
-    "shear": (oblique_shear, "W_SHEAR"),
     "qform differs": (fields("LGE", qform_code=1, qoffset_x=3), "W_QFORM"),
     "both codes 0": (all_files(lambda what: fields(what, qform_code=0, sform_code=0)), "W_NOFORM"),
     "swapped": (swapped, "W_SWAPPED W_UNSURE"),
@@ -269,6 +193,7 @@ WORKS: dict[str, tuple[Bend, str]] = {
 }
 
 
+@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("case", WORKS)
 def test_what_is_odd_is_segmented_and_recorded(cohort, tmp_path, case):
     bend, code = WORKS[case]
@@ -283,66 +208,40 @@ def test_what_is_odd_is_segmented_and_recorded(cohort, tmp_path, case):
     labels = nib.load(out / "bad" / "bad_dseg.nii.gz")
     assert labels.shape == (48, 48, 2)
     assert set(np.unique(labels.dataobj)) <= {0, 1, 2, 3, 4}
+    if case == "metres":  # measured in ml
+        with (out / "measurements.tsv").open() as file:
+            rows = [row for row in csv.DictReader(file, delimiter="\t") if row["patient"] == "bad"]
+        total = sum(float(row["volume_ml"]) for row in rows)
+        assert total == pytest.approx(np.count_nonzero(heart()) * 1.5 * 1.5 * 8 / 1000, rel=1e-4)
 
 
 @pytest.mark.usefixtures("no_picture")
-@pytest.mark.parametrize("case", ["int64", "float64", "big-endian"])
-def test_the_type_on_disk_changes_no_label(cohort, tmp_path, case):
-    plain = Path(shutil.copytree(cohort, tmp_path / "plain"))
-    WORKS[case][0](files_of(cohort))
-    for name, folder in (("a", plain), ("b", cohort)):
-        assert main(["segment", str(folder), str(tmp_path / name)]) == 0
-    a, b = (nib.load(tmp_path / name / "bad" / "bad_dseg.nii.gz") for name in "ab")
-    np.testing.assert_array_equal(a.dataobj, b.dataobj)
-
-
-@pytest.mark.usefixtures("no_picture")
-@pytest.mark.parametrize(("unit", "factor"), [(1, 1e-3), (3, 1e3)])
-def test_metres_and_micron_are_measured_in_ml(cohort, tmp_path, unit, factor):
-    scaled_to(unit, factor)(files_of(cohort))
-    assert main(["segment", str(cohort), str(tmp_path / "out")]) == 0
-    with (tmp_path / "out" / "measurements.tsv").open() as file:
-        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["patient"] == "bad"]
-    total = sum(float(row["volume_ml"]) for row in rows)
-    assert total == pytest.approx(np.count_nonzero(heart()) * 1.5 * 1.5 * 8 / 1000, rel=1e-4)
-
-
-def test_a_trailing_axis_of_size_1_is_restored(cohort, tmp_path):
-    for path in files_of(cohort).values():
-        save(path, np.asanyarray(nib.load(path).dataobj)[..., None])
-    assert main(["segment", str(cohort), str(tmp_path / "out")]) == 0
-    assert nib.load(tmp_path / "out" / "bad" / "bad_dseg.nii.gz").shape == (48, 48, 2, 1)
-
-
-def test_one_slice_is_enough(tmp_path, make_patient):
-    make_patient(tmp_path / "cohort", "one", shape=(48, 48, 1))
-    assert main(["segment", str(tmp_path / "cohort"), str(tmp_path / "out")]) == 0
+def test_one_slice_is_enough_and_a_trailing_axis_of_size_1_is_restored(tmp_path, make_patient):
+    made = make_patient(tmp_path / "in", "one", shape=(48, 48, 1))
+    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
     labels = nib.load(tmp_path / "out" / "one" / "one_dseg.nii.gz")
     assert labels.shape == (48, 48, 1)
     assert labels.header.get_zooms() == pytest.approx((1.5, 1.5, 8))
+    for path in made.values():
+        save(path, np.asanyarray(nib.load(path).dataobj)[..., None])
+    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert nib.load(tmp_path / "out" / "one" / "one_dseg.nii.gz").shape == (48, 48, 1, 1)
 
 
 @pytest.mark.usefixtures("no_picture")
-def test_a_frame_of_a_cine_is_chosen_on_demand(cohort, tmp_path):
+def test_a_frame_of_a_cine_is_chosen_on_demand_and_max_voxels_is_checked_before_reading(cohort, tmp_path):
+    args = ["segment", str(cohort), str(tmp_path / "out")]
+    assert main([*args, "--max-voxels", str(48 * 48 * 2 - 1)]) == 3
+    assert {row["code"] for row in summary(tmp_path / "out").values()} == {"E_SIZE"}
+    assert main([*args, "--max-voxels", str(48 * 48 * 2)]) == 0
     for what in ("LGE", "gd"):
         path = files_of(cohort)[what]
         data = np.asanyarray(nib.load(path).dataobj)
         save(path, np.stack([np.zeros_like(data), data], axis=-1))
-    assert main(["segment", str(cohort), str(tmp_path / "out"), "--frame", "1"]) == 0
+    assert main([*args, "--frame", "1"]) == 0
     assert nib.load(tmp_path / "out" / "bad" / "bad_dseg.nii.gz").shape == (48, 48, 2)
-    assert main(["segment", str(cohort), str(tmp_path / "out"), "--frame", "2"]) == 1
+    assert main([*args, "--frame", "2"]) == 1
     assert summary(tmp_path / "out")["bad"]["code"] == "E_DIM"
-
-
-@pytest.mark.usefixtures("no_picture")
-def test_max_voxels_is_checked_before_reading(cohort, tmp_path):
-    args = ["segment", str(cohort), str(tmp_path / "out"), "--max-voxels"]
-    assert main([*args, str(48 * 48 * 2 - 1)]) == 3
-    assert {row["code"] for row in summary(tmp_path / "out").values()} == {"E_SIZE"}
-    assert main([*args, str(48 * 48 * 2)]) == 0
-
-
-# Names --------------------------------------------------------------------------------------------------------------
 
 
 def one_folder(cohort: Path, patient: str, make_patient) -> None:
