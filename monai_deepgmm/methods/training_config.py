@@ -202,8 +202,9 @@ class TrainingConfig:
         return dataclasses.replace(self, **missing, window=_window(self.window, 2 if protocol.unit == "slice" else 3))
 
     def _check_use(self, *, semi_supervised: bool) -> None:
+        settled = self.loss in GAMMA and self.gamma == GAMMA[self.loss]  # as a model's folder has it
         for name, used, where in (
-            ("gamma", self.loss in ("gmm_tv", "gmm_bias"), "--loss gmm_tv or gmm_bias"),
+            ("gamma", settled or self.loss in ("gmm_tv", "gmm_bias"), "--loss gmm_tv or gmm_bias"),
             ("degree", self.shaded, "--loss gmm_bias"),
             ("alpha", semi_supervised, "--labels"),
             ("beta", semi_supervised, "--labels"),
