@@ -10,15 +10,13 @@ are. ``--write`` puts the reaches into the package. OUT keeps every result: a se
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import runner
 import yaml
 
 import monai_deepgmm.results
@@ -45,26 +43,20 @@ class Volume(NamedTuple):
     mask_ml: float
 
 
-def deepgmm(*words: str | Path) -> None:
-    """One command, in a process of its own."""
-    subprocess.run([sys.executable, "-m", "monai_deepgmm", *map(str, words)], check=True, stdout=sys.stderr)
-
-
 def volumes(method: str, seed: int, number: int, out: Path) -> dict[str, list[Volume]]:
     """The volumes of each tissue in every phantom of a seed."""
     wanted = protocols.load(PROTOCOLS[method])
     data, results = out / f"{wanted.name}-{seed}", out / f"{wanted.name}-{seed}-{method}"
-    if not data.exists():
-        deepgmm("phantom", data, "-n", str(number), "--seed", str(seed), "--protocol", wanted.name)
-    deepgmm("segment", data, results, "--protocol", wanted.name, "--method", method, "-q")
+    runner.phantoms(data, "-n", number, "--seed", seed, "--protocol", wanted.name)
+    runner.deepgmm("segment", data, results, "--protocol", wanted.name, "--method", method, "-q")
     found: dict[str, list[Volume]] = {t.name: [] for t in wanted.tissues}
     for study in discovery.find(data, wanted).studies:
         place = results / study.patient / f"{study.patient}_dseg.json"
+        sidecar = runner.read_json(place)
         try:
-            sidecar = json.loads(place.read_text(encoding="utf-8"))
             reference = nifti.read(place.with_suffix("").with_suffix(".nii.gz"))
             marked = labels.read(study, wanted, sidecar["sequences"], like=reference).labels
-        except (OSError, StudyError) as error:
+        except StudyError as error:
             print(f"left out: {study.patient}: {error}", file=sys.stderr)
             continue
         told = sidecar["uncertainty"]["volumes"]
@@ -92,11 +84,11 @@ def checked(rows: Sequence[Volume], reach: tuple[float, float]) -> tuple[float, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrates, checks, prints and, if asked to, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runner.parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--methods", nargs="+", choices=PROTOCOLS, default=["anatomy", "svgmm", "cohort", "pvgmm"])
-    parser.add_argument("--hearts", type=int, default=40, help="phantoms of each seed (default: %(default)s)")
-    parser.add_argument("--brains", type=int, default=24, help="phantoms of each seed (default: %(default)s)")
+    parser.add_argument("--hearts", type=int, default=40, help="phantoms of each seed")
+    parser.add_argument("--brains", type=int, default=24, help="phantoms of each seed")
     parser.add_argument("--write", action="store_true", help="put the reaches into the package")
     arguments = parser.parse_args(argv)
     table = yaml.safe_load(TABLE.read_text(encoding="utf-8")) or {}

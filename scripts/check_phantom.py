@@ -8,30 +8,33 @@ its allowance plus 2.5 standard errors over patients, since slices of one patien
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+import runner
 from numpy.typing import NDArray
+from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.mixture import GaussianMixture
+from sklearn.preprocessing import scale
 
 from monai_deepgmm.phantom.heart import SEQUENCES, PhantomConfig, PhantomPatient, make_patient
 from monai_deepgmm.results.metrics import confusion, matched_dice
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
-Solver = Callable[[Floats, Labels], Labels]
 
 TISSUES = {"blood": 500, "myocardium": 200, "edema": 1220, "scar": 2221}
+PAIRS = ("LGE-T2", "LGE-bSSFP", "T2-bSSFP")
 CROP_MM = 120.0
 LAGS = (1, 2, 3, 5, 8)
-
-#: 102 slices of 25 patients. Per tissue: mean, sd between slices, sd within; then the correlations within
-#: (LGE-T2, LGE-bSSFP, T2-bSSFP); then the share of the left ventricle.
+#: Voxels that a tissue needs in a slice to have moments.
+ENOUGH = 30
+#: 102 slices of 25 patients. Per tissue: mean, sd between slices, sd within; then the correlations within, of PAIRS;
+#: then the share of the left ventricle.
 TARGET = {
     "blood": ((1.12, -0.17, 1.60), (0.50, 0.38, 0.36), (0.66, 0.63, 0.60), (-0.42, 0.45, -0.40), 0.38),
     "myocardium": ((-0.45, 0.52, -0.05), (0.26, 0.31, 0.24), (0.55, 0.41, 0.44), (0.15, 0.19, 0.16), 0.38),
@@ -43,8 +46,7 @@ TARGET_DICE = (0.72, 0.74, 0.22, 0.48)
 DICE_TOLERANCE = 0.07
 
 
-@dataclass(frozen=True)
-class Crop:
+class Crop(NamedTuple):
     """One slice around the left ventricle.
 
     Attributes:
@@ -65,8 +67,7 @@ class Crop:
         return len(np.unique(self.labels[self.labels > 0])) == len(TISSUES)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of the table: what was measured, what it should be, and by how much it may differ."""
 
     name: str
@@ -96,35 +97,28 @@ def crops(patient: PhantomPatient) -> Iterator[Crop]:
         yield Crop(patient.patient, score, labels[(*window, z)].astype(np.int64), spacing)
 
 
-def residuals(crop: Crop) -> Floats:
-    """What is left when each tissue's mean is taken off and its standard deviation divided out; NaN outside."""
-    result = np.full(crop.image.shape, np.nan)
+def autocorrelation(crop: Crop) -> Floats:
+    """Correlation of two voxels of one tissue at each of ``LAGS``, each tissue's mean and sd taken off."""
+    left = np.full(crop.image.shape, np.nan)
     for tissue in range(1, len(TISSUES) + 1):
         inside = crop.labels == tissue
-        if inside.sum() >= 30:
-            values = crop.image[:, inside]
-            result[:, inside] = (values - values.mean(1, keepdims=True)) / values.std(1, keepdims=True)
-    return result
-
-
-def autocorrelation(crop: Crop) -> Floats:
-    """Correlation of the residuals of two voxels of one tissue at each of ``LAGS``, over sequences and directions."""
-    left = residuals(crop)
+        if inside.sum() >= ENOUGH:
+            left[:, inside] = scale(crop.image[:, inside], axis=1)
     return np.array([np.mean([_lagged(left, crop.labels, lag, axis) for axis in (0, 1)]) for lag in LAGS])
 
 
 def _lagged(left: Floats, labels: Labels, lag: int, axis: int) -> float:
+    """Over sequences and the voxels along one axis."""
     here, there = [np.s_[:], np.s_[:]], [np.s_[:], np.s_[:]]
     here[axis], there[axis] = np.s_[:-lag], np.s_[lag:]
-    first, second = left[(np.s_[:], *here)], left[(np.s_[:], *there)]
-    same = (labels[tuple(here)] == labels[tuple(there)]) & ~np.isnan(first[0]) & ~np.isnan(second[0])
-    return float((first[:, same] * second[:, same]).mean())
+    products = left[(np.s_[:], *here)] * left[(np.s_[:], *there)]
+    return float(np.nanmean(products[:, labels[tuple(here)] == labels[tuple(there)]]))
 
 
 def moments(crop: Crop, tissue: int) -> Floats | None:
     """A tissue's means (3), sds (3), correlations (3) and share of the left ventricle (1); None where it is absent."""
     inside = crop.labels == tissue
-    if inside.sum() < 30:
+    if inside.sum() < ENOUGH:
         return None
     values = crop.image[:, inside]
     correlation = np.corrcoef(values)[[0, 0, 1], [1, 2, 2]]
@@ -133,9 +127,8 @@ def moments(crop: Crop, tissue: int) -> Floats | None:
 
 def sklearn_labels(voxels: Floats, _: Labels) -> Labels:
     """A converged mixture of four Gaussians with diagonal covariances, from k-means++: one label per voxel, 1 … 4."""
-    mixture = GaussianMixture(
-        4, covariance_type="diag", tol=1e-6, max_iter=1000, init_params="k-means++", random_state=0
-    )
+    stop = {"tol": 1e-6, "max_iter": 1000}
+    mixture = GaussianMixture(4, covariance_type="diag", init_params="k-means++", random_state=0, **stop)
     found: Labels = mixture.fit_predict(voxels).astype(np.int64) + 1
     return found
 
@@ -144,113 +137,99 @@ def em_labels(voxels: Floats, _: Labels) -> Labels:
     """The same by the package's own EM."""
     import torch
 
-    from monai_deepgmm.mixture import em
+    from monai_deepgmm.mixture import em, starts
 
     torch.set_num_threads(1)
     image, mask = torch.from_numpy(voxels.T.copy())[None], torch.ones(1, 1, len(voxels), dtype=torch.float64)
-    start = em.kmeans_start(image, mask, 4, generator=torch.Generator().manual_seed(0))
+    start = starts.kmeans_start(image, mask, 4, generator=torch.Generator().manual_seed(0))
     fit = em.fit(image, mask, start, tol=1e-6, max_iter=1000)
     return fit.resp[0].argmax(0).numpy() + 1
 
 
-def truth_labels(voxels: Floats, truth: Labels) -> Labels:
-    """Four full Gaussians fitted with the truth: what a mixture could reach at best."""
-    score = np.empty((4, len(voxels)))
-    for k in range(4):
-        mine = voxels[truth == k + 1]
-        away = voxels - mine.mean(0)
-        covariance = np.cov(mine.T)
-        distance = np.einsum("ni,ij,nj->n", away, np.linalg.inv(covariance), away)
-        score[k] = np.log(len(mine)) - 0.5 * (np.linalg.slogdet(covariance)[1] + distance)
-    return score.argmax(0) + 1
+def reference_fitted(voxels: Floats, reference: Labels) -> Labels:
+    """Four full Gaussians fitted with the reference labels: what a mixture could reach at best."""
+    found: Labels = QuadraticDiscriminantAnalysis().fit(voxels, reference).predict(voxels)
+    return found
 
 
-SOLVERS: dict[str, Solver] = {"sklearn": sklearn_labels, "em": em_labels, "truth": truth_labels}
+SOLVERS: dict[str, Callable[[Floats, Labels], Labels]] = {
+    "sklearn": sklearn_labels,
+    "em": em_labels,
+    "reference": reference_fitted,
+}
 
 
 def dice(crop: Crop, solver: str = "sklearn") -> Floats:
-    """Dice of each tissue when the mixture's components are named with the help of the truth."""
+    """Oracle-matched Dice of each tissue."""
     inside = crop.labels > 0
-    voxels, truth = crop.image[:, inside].T, crop.labels[inside]
-    found = SOLVERS[solver]((voxels - voxels.mean(0)) / voxels.std(0), truth)
-    return matched_dice(confusion(found, truth, (1, 2, 3, 4)))
+    reference = crop.labels[inside]
+    found = SOLVERS[solver](scale(crop.image[:, inside].T), reference)
+    return matched_dice(confusion(found, reference, (1, 2, 3, 4)))
 
 
-def tissue_rows(slices: Sequence[Crop]) -> list[Row]:
+def tissue_rows(slices: Sequence[Crop]) -> Iterator[Row]:
     """Means, spreads, correlations and shares of the four tissues."""
-    rows = []
     for tissue, (name, (means, between, within, correlations, share)) in enumerate(TARGET.items(), 1):
         found = [(c.patient, m) for c in slices if (m := moments(c, tissue)) is not None]
-        table = np.array([m for _, m in found])
+        values = np.array([m for _, m in found])
         root = np.sqrt(len({p for p, _ in found}))
-        average, spread = table.mean(0), table.std(0)
+        average, spread = values.mean(0), values.std(0)
         for i, s in enumerate(SEQUENCES):
-            rows.append(Row(f"{name} {s} mean", average[i], means[i], 0.08 + 2.5 * between[i] / root))
+            yield Row(f"{name} {s} mean", average[i], means[i], 0.08 + 2.5 * between[i] / root)
             allowed = 0.06 + 2.5 * between[i] / np.sqrt(2) / root
-            rows.append(Row(f"{name} {s} sd between slices", spread[i], between[i], allowed))
-            rows.append(Row(f"{name} {s} sd within", average[3 + i], within[i], 0.06 + 2.5 * spread[3 + i] / root))
-        for i, pair in enumerate(("LGE-T2", "LGE-bSSFP", "T2-bSSFP")):
+            yield Row(f"{name} {s} sd between slices", spread[i], between[i], allowed)
+            yield Row(f"{name} {s} sd within", average[3 + i], within[i], 0.06 + 2.5 * spread[3 + i] / root)
+        for i, pair in enumerate(PAIRS):
             allowed = 0.06 + 2.5 * spread[6 + i] / root
-            rows.append(Row(f"{name} {pair} correlation", average[6 + i], correlations[i], allowed))
-        rows.append(Row(f"{name} share", average[9], share, 0.02 + 2.5 * spread[9] / root))
-    return rows
+            yield Row(f"{name} {pair} correlation", average[6 + i], correlations[i], allowed)
+        yield Row(f"{name} share", average[9], share, 0.02 + 2.5 * spread[9] / root)
 
 
-def texture_rows(slices: Sequence[Crop]) -> list[Row]:
-    """How far the residuals are correlated in space."""
-    found = np.mean([autocorrelation(c) for c in slices], axis=0)
-    return [Row(f"residuals, lag {lag}", f, t, 0.06) for lag, f, t in zip(LAGS, found, TARGET_LAGS, strict=True)]
-
-
-def geometry_rows(slices: Sequence[Crop], patients: Sequence[PhantomPatient]) -> list[Row]:
+def geometry_rows(slices: Sequence[Crop], patients: Sequence[PhantomPatient]) -> Iterator[Row]:
     """Sizes in mm, and how many slices hold which tissue."""
     areas = np.array([[(c.labels > 0).sum(), (c.labels == 1).sum()] for c in slices])
     outer, inner = np.sqrt(areas.T / np.pi) * np.array([c.spacing_mm for c in slices])
     thick = np.array([np.linalg.norm(p.affine[:3, 2]) for p in patients])
-    root = np.sqrt(len(patients))
-    rows = []
+    allowed = 1.0 + 8 / np.sqrt(len(patients))
     for name, values, low, high in (("radius", outer, 25.0, 40.0), ("wall", outer - inner, 9.0, 16.0)):
-        rows.append(Row(f"{name} mm, 5th percentile", np.percentile(values, 5), low, 1.0 + 8 / root))
-        rows.append(Row(f"{name} mm, 95th percentile", np.percentile(values, 95), high, 1.0 + 8 / root))
-    rows.append(Row("thickness mm, least", thick.min(), 12.0, 0.01))
-    rows.append(Row("thickness mm, most", thick.max(), 23.0, 0.01))
-    held = {
-        "edema": np.mean([(c.labels == 3).any() for c in slices]),
-        "scar": np.mean([(c.labels == 4).any() for c in slices]),
-    }
-    held["all four"] = np.mean([c.complete for c in slices])
-    for name, target in (("edema", 87 / 102), ("scar", 89 / 102), ("all four", 79 / 102)):
-        rows.append(Row(f"slices with {name}", held[name], target, 0.03 + 1.25 / np.sqrt(len(slices))))
-    return rows
-
-
-def dice_rows(scores: Floats) -> list[Row]:
-    """Matched Dice of a converged mixture on the slices that hold all four tissues."""
-    found = scores.mean(0)
-    return [Row(f"Dice {t}", f, g, DICE_TOLERANCE) for t, f, g in zip(TISSUES, found, TARGET_DICE, strict=True)]
+        yield Row(f"{name} mm, 5th percentile", np.percentile(values, 5), low, allowed)
+        yield Row(f"{name} mm, 95th percentile", np.percentile(values, 95), high, allowed)
+    yield Row("thickness mm, least", thick.min(), 12.0, 0.01)
+    yield Row("thickness mm, most", thick.max(), 23.0, 0.01)
+    held = [((c.labels == 3).any(), (c.labels == 4).any(), c.complete) for c in slices]
+    for name, share, target in zip(("edema", "scar", "all four"), np.mean(held, 0), (87, 89, 79), strict=True):
+        yield Row(f"slices with {name}", share, target / 102, 0.03 + 1.25 / np.sqrt(len(slices)))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("-n", type=int, default=40, help="patients (default 40)")
-    parser.add_argument("--seed", type=int, default=0, help="the cohort's seed (default 0)")
+    parser = runner.parser(__doc__)
+    parser.add_argument("-n", type=int, default=40, help="patients")
+    parser.add_argument("--seed", type=int, default=0, help="the cohort's seed")
     parser.add_argument("--solver", choices=["sklearn", "em"], default="sklearn", help="who fits the mixture")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     args = parser.parse_args()
     with ProcessPoolExecutor(args.jobs) as pool:
         patients = list(pool.map(partial(make_patient, PhantomConfig(), args.seed), range(1, args.n + 1)))
         slices = [crop for patient in patients for crop in crops(patient)]
         complete = [crop for crop in slices if crop.complete]
-        scores = np.array(list(pool.map(partial(dice, solver=args.solver), complete)))
-        best = np.array(list(pool.map(partial(dice, solver="truth"), complete)))
-    rows = tissue_rows(slices) + texture_rows(slices) + geometry_rows(slices, patients) + dice_rows(scores)
+        scores = np.mean(list(pool.map(partial(dice, solver=args.solver), complete)), 0)
+        best = np.mean(list(pool.map(partial(dice, solver="reference"), complete)), 0)
+    lags = np.mean([autocorrelation(crop) for crop in slices], 0)
+    rows = [*tissue_rows(slices), *geometry_rows(slices, patients)]
+    rows += [Row(f"residuals, lag {n}", f, t, 0.06) for n, f, t in zip(LAGS, lags, TARGET_LAGS, strict=True)]
+    rows += [Row(f"Dice {t}", f, g, DICE_TOLERANCE) for t, f, g in zip(TISSUES, scores, TARGET_DICE, strict=True)]
     print(f"{len(patients)} patients, {len(slices)} slices, {len(complete)} with all four tissues, seed {args.seed}\n")
-    print(f"{'':34}{'phantom':>9}{'patients':>10}{'differ':>9}{'allowed':>9}")
-    for row in rows:
-        numbers = f"{row.found:9.2f}{row.target:10.2f}{row.found - row.target:+9.2f}{row.tolerance:9.2f}"
-        print(f"{row.name:34}{numbers}  {'ok' if row.ok else 'OFF'}")
-    bound = " ".join(f"{b:.2f}" for b in best.mean(0))
-    print(f"\nGaussians fitted with the truth reach {bound}, mean {best.mean():.2f}")
+    cells = [(r.name, *(f"{n:.2f}" for n in (*r[1:3], r.found - r.target, r.tolerance)), r.ok) for r in rows]
+    print(
+        runner.table(
+            [
+                ("", "phantom", "patients", "differ", "allowed", ""),
+                *((*c[:-1], "ok" if c[-1] else "OFF") for c in cells),
+            ]
+        )
+    )
+    bound = " ".join(f"{b:.2f}" for b in best)
+    print(f"\nGaussians fitted with the reference labels reach {bound}, mean {best.mean():.2f}")
     print("(in patients edema .51, scar .67, mean .73)")
     off = sum(not row.ok for row in rows)
     print(f"{off} of {len(rows)} numbers are off" if off else f"all {len(rows)} numbers are within their tolerance")

@@ -3,35 +3,30 @@
     python scripts/compare_losses.py [DATA] OUT --experiment bias|labels [--seeds 0 1 2] [--set KEY=VALUE …]
 
 Each arm of an experiment is trained as by ``deepgmm train``, on the first patients, with the same seeds and as many
-steps; the rest are segmented as by ``deepgmm segment --model``, and compared with their truth slice by slice. Without
-DATA, phantoms are made in OUT. What is done is kept: interrupt it and run it again.
+steps; the rest are segmented as by ``deepgmm segment --model``, and compared with their reference labels slice by
+slice. Without DATA, phantoms are made in OUT. What is done is kept: interrupt it and run it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
 import re
-import statistics
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import runner
 import torch
 
-from monai_deepgmm import cli, protocol
-from monai_deepgmm.images import atomic_files as files
-from monai_deepgmm.images import labels as truth
+from monai_deepgmm import protocol
+from monai_deepgmm.images import labels as reference_labels
 from monai_deepgmm.methods import config
 from monai_deepgmm.patients.discovery import find
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.results import metrics, segment
+from monai_deepgmm.results import segment
 
 
 class Experiment(NamedTuple):
@@ -68,48 +63,58 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         },
     ),
 }
-Scores = dict[str, float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    experiment = EXPERIMENTS[arguments.experiment]
-    data = arguments.data or phantoms(arguments.out / f"phantoms-{arguments.experiment}", arguments, experiment)
-    wanted = by_slice(experiment.protocol, arguments.out)
-    studies = find(data, protocol.load(wanted)).studies
-    seen, unseen = studies[: -arguments.test], studies[-arguments.test :]
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads of torch")
-    print(f"trained on {len(seen)} patients of {data.name}, compared on {len(unseen)}; options: {options(arguments)}")
-    results: dict[str, list[Scores]] = {}
-    for name, own in experiment.arms.items():
-        for seed in arguments.seeds:
-            scores = measured(name, own, seed, data, wanted, seen, unseen, arguments)
-            results.setdefault(name, []).append(scores)
-            print(f"{name:28s} seed {seed}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
-    print("\n".join(table(results)))
-    return cli.OK
+    return runner.ended("compare_losses", lambda: compare(arguments))
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = runner.parser(__doc__)
     made.add_argument("data", metavar="DATA", nargs="?", type=Path, help="labelled patients; phantoms if absent")
     made.add_argument("out", metavar="OUT", type=Path, help="the folder for phantoms and models")
     made.add_argument("--experiment", choices=EXPERIMENTS, required=True)
-    made.add_argument("-n", "--number", type=int, default=20, metavar="N", help="phantoms (default: %(default)s)")
-    made.add_argument("--test", type=int, default=8, metavar="N", help="of them not trained on (default: %(default)s)")
+    made.add_argument("-n", "--number", type=int, default=20, metavar="N", help="phantoms")
+    made.add_argument("--test", type=int, default=8, metavar="N", help="of them not trained on")
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="one training for each")
     made.add_argument("--network", default="{_target_: monai_deepgmm.networks.UNet, filters: [16, 32, 64, 128]}")
-    made.add_argument("--epochs", type=int, default=20, help="of every training (default: %(default)s)")
+    made.add_argument("--epochs", type=int, default=20, help="of every training")
     made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all trainings")
-    made.add_argument("--threads", type=int, default=2, metavar="N", help="threads of torch (default: %(default)s)")
+    made.add_argument("--threads", type=int, default=2, metavar="N", help="threads of torch")
     return made
 
 
-def options(arguments: argparse.Namespace) -> str:
-    """What all arms share, and what is kept with a result."""
-    settings = " ".join([*EXPERIMENTS[arguments.experiment].common, *arguments.set])
-    return f"{arguments.network}, epochs {arguments.epochs}, {settings}"
+def compare(arguments: argparse.Namespace) -> None:
+    """Trains every arm with every seed, and prints the table."""
+    torch.set_num_threads(arguments.threads)
+    experiment, out = EXPERIMENTS[arguments.experiment], arguments.out
+    made = ("-n", arguments.number, "--seed", 11, "--protocol", experiment.protocol, "--set", *experiment.recipe)
+    data = arguments.data or runner.phantoms(out / f"phantoms-{arguments.experiment}", *made)
+    wanted = by_slice(experiment.protocol, out)
+    studies = find(data, protocol.load(wanted)).studies
+    seen, unseen = studies[: -arguments.test], studies[-arguments.test :]
+    settings = [*experiment.common, *arguments.set]
+    asked = f"{arguments.network}, epochs {arguments.epochs}, {' '.join(settings)}"
+    print(runner.machine_line(runner.machine(), f"{arguments.threads} threads of torch"))
+    print(f"trained on {len(seen)} patients of {data.name}, compared on {len(unseen)}; options: {asked}")
+    results: dict[str, list[dict[str, float]]] = {}
+    for name, own in experiment.arms.items():
+        for seed in arguments.seeds:
+            folder = out / f"{'-'.join(re.findall('[A-Za-z_]+', name))}-seed{seed}"
+            # The loss on all patients is watched in every arm, and nothing stops early.
+            command = ["train", data, folder / "model", "-q", "--seed", seed, "--epochs", arguments.epochs, "--resume"]
+            command += ["--protocol", wanted, "--network", arguments.network, "--patients", *(s.patient for s in seen)]
+            command += ["--set", "validation=0", "tol=0", *settings, *own]
+            scores = runner.kept(
+                folder / "scores.json",
+                {"arm": own, "options": asked, "patients": [s.patient for s in studies]},
+                lambda words=command, model=folder / "model": {"scores": measured(words, model, unseen, wanted)},
+                strict=True,
+            )["scores"]
+            results.setdefault(name, []).append(scores)
+            print(f"{name:28s} seed {seed}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
+    print(runner.table(table(results)))
 
 
 def by_slice(name: str, out: Path) -> str:
@@ -118,78 +123,42 @@ def by_slice(name: str, out: Path) -> str:
     if known.unit == "slice":
         return name
     place = out / f"{name}-slices.yaml"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(place, protocol.as_yaml(dataclasses.replace(known, name=f"{name}-slices", unit="slice")).encode())
+    runner.write(place, protocol.as_yaml(dataclasses.replace(known, name=f"{name}-slices", unit="slice")))
     return str(place)
 
 
-def phantoms(folder: Path, arguments: argparse.Namespace, experiment: Experiment) -> Path:
-    """A cohort of phantoms, made if it is not there whole."""
-    if not (done := folder.with_suffix(".done")).is_file():
-        made = ["phantom", str(folder), "-n", str(arguments.number), "--seed", "11", "--protocol", experiment.protocol]
-        if cli.main([*made, "--set", *experiment.recipe]):
-            raise SystemExit("the phantoms could not be made")
-        files.write_whole(done, b"")
-    return folder
+def measured(command: Sequence[object], model: Path, unseen: Sequence[Study], wanted: str) -> dict[str, float]:
+    """Trains a network and scores it on the others, with the CPU seconds of both."""
+    began = runner.cpu_seconds()
+    if runner.deepgmm(*command):
+        raise runner.StageError(f"{model.parent.name}: the training failed")
+    return agreement(model, unseen, wanted) | {"cpu_s": runner.cpu_seconds() - began}
 
 
-def measured(
-    name: str,
-    own: Sequence[str],
-    seed: int,
-    data: Path,
-    wanted: str,
-    seen: Sequence[Study],
-    unseen: Sequence[Study],
-    arguments: argparse.Namespace,
-) -> Scores:
-    """Trains an arm with a seed and scores it, unless that is done."""
-    folder = arguments.out / f"{'-'.join(re.findall('[A-Za-z_]+', name))}-seed{seed}"
-    asked = {"arm": list(own), "options": options(arguments), "patients": [s.patient for s in (*seen, *unseen)]}
-    if (record := folder / "scores.json").is_file():
-        kept = json.loads(record.read_text(encoding="utf-8"))
-        if kept["asked"] == asked:
-            return dict(kept["scores"])
-        raise SystemExit(f"{folder.name} was made with other options; remove it, or name another OUT")
-    # The loss on all patients is watched in every arm, and nothing stops early.
-    settings = ["validation=0", "tol=0", *EXPERIMENTS[arguments.experiment].common, *arguments.set]
-    began = time.process_time()
-    command = ["train", str(data), str(folder / "model"), "-q", "--seed", str(seed), "--epochs", str(arguments.epochs)]
-    command += ["--protocol", wanted, "--network", arguments.network, "--resume"]
-    if cli.main([*command, "--patients", *(s.patient for s in seen), "--set", *settings, *own]):
-        raise SystemExit(f"{name}: the training failed")
-    scores = agreement(folder / "model", unseen, wanted) | {"cpu_s": time.process_time() - began}
-    files.write_whole(record, json.dumps({"asked": asked, "scores": scores}).encode())
-    return scores
-
-
-def agreement(model: Path, studies: Sequence[Study], wanted: str) -> Scores:
+def agreement(model: Path, studies: Sequence[Study], wanted: str) -> dict[str, float]:
     """Named Dice of each tissue over all slices, and their mean."""
     asked = config.build(protocol=wanted, model=model)
     rows = []
     for study in studies:
         found = segment.segment(study, asked)
-        known = truth.read(study, asked.protocol, tuple(found.images), like=found.reference).labels
+        known = reference_labels.read(study, asked.protocol, tuple(found.images), like=found.reference).labels
+        indices = {t.name: t.index for t in found.tissues}
         pairs = (np.moveaxis(volume, found.slice_axis, 0) for volume in (found.labels, known))
-        for ours, theirs in zip(*pairs, strict=True):
-            if theirs.any():
-                counts = metrics.confusion(ours, theirs, [t.index for t in found.tissues])
-                rows.append(metrics.overlap(counts).dice)
-    means = np.nanmean(np.stack(rows), axis=0).tolist()
-    return {t.name: value for t, value in zip(found.tissues, means, strict=True)} | {"mean": statistics.mean(means)}
+        rows += [runner.dice(*pair, indices, needed=False) for pair in zip(*pairs, strict=True) if pair[1].any()]
+    means = {name: float(np.nanmean([row[name] for row in rows])) for name in rows[0]}
+    return means | {"mean": float(np.mean(list(means.values())))}
 
 
-def table(results: Mapping[str, Sequence[Scores]]) -> list[str]:
-    """Markdown: means over the seeds; the last column is the gain over the first arm, seed by seed."""
-    base, names = next(iter(results.values())), [k for k in next(iter(results.values()))[0] if k != "cpu_s"]
-    lines = [f"| arm | {' | '.join(names)} | mean of each seed | gain over the first, each seed | CPU s |"]
-    lines += ["|" + "---|" * (len(names) + 4)]
+def table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[Sequence[str]]:
+    """Means over the seeds; the last columns are each seed's mean, and its gain over the first arm."""
+    base = next(iter(results.values()))
+    names = [k for k in base[0] if k != "cpu_s"]
+    yield ("arm", *names, "mean of each seed", "gain over the first, each seed", "CPU s")
     for arm, rows in results.items():
-        cells = [f"{statistics.mean(row[k] for row in rows):.3f}" for k in names]
+        cells = [runner.shown(runner.mean(row[k] for row in rows)) for k in names]
         cells += [" ".join(f"{row['mean']:.3f}" for row in rows)]
         cells += [" ".join(f"{row['mean'] - b['mean']:+.3f}" for row, b in zip(rows, base, strict=True))]
-        lines += [f"| {arm} | {' | '.join(cells)} | {statistics.mean(row['cpu_s'] for row in rows):.0f} |"]
-    return lines
+        yield (arm, *cells, runner.shown(runner.mean(row["cpu_s"] for row in rows), 0))
 
 
 if __name__ == "__main__":

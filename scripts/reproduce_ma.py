@@ -16,49 +16,30 @@ that 18 volumes take about an hour on four cores; ``--every``, ``--filters`` and
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
 import json
-import math
 import os
 import re
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
+import ibsr
 import numpy as np
-from monai_deepgmm.networks.model_spec import WEIGHTS
+import runner
 from numpy.typing import NDArray
-from reproduce_paper import Ledger, Stage, StageError, as_json, clock, interrupt, machine, run, run_apart
-from scipy import ndimage
+from runner import Facts, Ledger, Stage, StageError
 
 from monai_deepgmm import cli, protocol
-from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import atomic_files as files
-from monai_deepgmm.images import nifti
-from monai_deepgmm.images.volume import Volume
-from monai_deepgmm.phantom.heart import write_nifti
+from monai_deepgmm.methods.model_spec import WEIGHTS
 from monai_deepgmm.results import metrics
 
 Labels = NDArray[np.int64]
 
-#: IBSR's own value of each tissue.
-IBSR = {"CSF": 1, "GM": 2, "WM": 3}
-#: The ends of names, the best first. The last is also the name of 43 structures: what is in it decides.
-IMAGE_ENDS = ("", "_ana_strip", "_ana")
-TRUTH_ENDS = ("_seg", "_segtri", "_segtri_ana", "_segtri_fill_ana", "_seg_ana")
-NAMED = re.compile(r"(IBSR_?\d+)(\w*)\.nii(\.gz)?", re.IGNORECASE)
-#: An image with more voxels above 0 than this many times the labelled ones still has its skull.
-STRIPPED = 2.0
-WHOLE, SLICES = "brain", "brain-slices"
-EVERYWHERE, FILLED = "voxels above 0", "labelled voxels, holes filled"
 #: Every n-th patient is tested on in the semi-supervised tables.
 TESTED = 3
-
 MEASURES = ("precision", "recall", "F1", "JS")
 TISSUES = ("GM", "WM")
 #: Table 5, precision, recall, F1 and Jaccard in percent.
@@ -111,182 +92,6 @@ KNOWN: Mapping[str, tuple[str, str]] = {
 }
 
 
-# The data ----------------------------------------------------------------------------------------------------------
-
-
-class Source(NamedTuple):
-    """The files of one patient in DATA: the images and the label files that may be meant, the best first."""
-
-    patient: str
-    images: tuple[Path, ...]
-    truths: tuple[Path, ...]
-
-
-def sources(data: Path) -> list[Source]:
-    """Who is in DATA, by the files' names.
-
-    Raises:
-        UsageError: there is no such folder, nobody in it, or a file twice.
-    """
-    if not data.is_dir():
-        raise UsageError(f"DATA: there is no folder {data}")
-    found: dict[str, dict[str, Path]] = {}
-    for path in sorted(data.rglob("*.nii*")):
-        if not (named := NAMED.fullmatch(path.name)) or not path.is_file():
-            continue
-        own = found.setdefault(named[1].upper(), {})
-        if other := own.get(named[2].lower()):
-            both = " and ".join(str(p.relative_to(data)) for p in (other, path))
-            raise UsageError(f"{named[1]}: {both} are the same file twice; keep one of them")
-        own[named[2].lower()] = path
-    if not found:
-        raise UsageError(f"DATA: no file in {data.name} is called like IBSR_01.nii.gz and IBSR_01_seg.nii.gz")
-    return [
-        Source(
-            patient,
-            tuple(own[end] for end in IMAGE_ENDS if end in own),
-            tuple(own[end] for end in TRUTH_ENDS if end in own),
-        )
-        for patient, own in sorted(found.items())
-    ]
-
-
-def digest(found: Sequence[Source]) -> str:
-    """What tells that the files are still the same: names, sizes, times."""
-    paths = [path for source in found for path in (*source.images, *source.truths)]
-    facts = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-class Brain(NamedTuple):
-    """One patient as the tool reads it, all arrays (X, Y, Z) on one grid.
-
-    Attributes:
-        image: T1.
-        mask: the brain.
-        truth: the protocol's indices, 0 where nothing is labelled.
-        affine: (4, 4), mm.
-        facts: which files, and what the mask is.
-    """
-
-    image: NDArray[np.float32]
-    mask: NDArray[np.bool_]
-    truth: NDArray[np.uint8]
-    affine: NDArray[np.float64]
-    facts: Mapping[str, Any]
-
-
-def load(source: Source) -> Brain:
-    """Reads a patient: recodes the labels, finds the mask, and turns the arrays so that slices are stacked last.
-
-    Raises:
-        StudyError: a file is missing or cannot be read, no label file holds IBSR's three tissues, or image and labels
-            lie on different grids.
-    """
-    if not source.images:
-        ends = " or ".join(f"{source.patient}{end}.nii.gz" for end in IMAGE_ENDS)
-        raise StudyError("E_NO_SEQUENCE", "there is no image", f"Add {ends}")
-    volume = nifti.read(source.images[0])
-    labelled, name = _truth(source)
-    if labelled.data.shape != volume.data.shape:
-        shapes = f"{volume.name} is {volume.data.shape}, but {name} {labelled.data.shape}"
-        raise StudyError("E_GRID", shapes, "Take image and labels from the same release")
-    own = np.rint(labelled.data).astype(np.int64)
-    recoded = np.array([0, *(protocol.load(WHOLE).tissue(t).index for t in sorted(IBSR, key=IBSR.__getitem__))])
-    truth, inside = recoded[own].astype(np.uint8), ndimage.binary_fill_holes(own > 0)
-    above = np.isfinite(volume.data) & (volume.data > 0)
-    stripped = int(above.sum()) < STRIPPED * int(inside.sum())
-    spacing = volume.spacing_mm
-    facts = {
-        "image": volume.name,
-        "truth": name,
-        "mask": EVERYWHERE if stripped else FILLED,
-        "shape": list(volume.data.shape),
-        "spacing_mm": [round(mm, 4) for mm in spacing],
-        "voxels_labelled": int((truth > 0).sum()),
-    }
-    # IBSR's slices are 1.5 mm apart, which is not always clearly more than in the plane: stacked last, all are cut
-    # alike. Affines of label files converted from Analyze are not to be trusted, the arrays are.
-    thick = int(np.argmax(np.round(spacing, 3)))
-    order = [axis for axis in range(3) if axis != thick] + [thick]
-    arrays = (np.ascontiguousarray(a.transpose(order)) for a in (volume.data, above if stripped else inside, truth))
-    image, mask, turned = arrays
-    return Brain(image, mask, turned, volume.affine[:, [*order, 3]], facts)
-
-
-def _truth(source: Source) -> tuple[Volume, str]:
-    """The first label file that holds the three tissues and nothing else."""
-    held = []
-    for path in source.truths:
-        volume = nifti.read(path, dtype=np.float64)
-        values = np.unique(volume.data)
-        if set(values.tolist()) - {0} == set(map(float, IBSR.values())):
-            return volume, volume.name
-        held.append(f"{volume.name} holds {len(values)} values up to {values.max():g}")
-    found = "; ".join(held) or "there is no label file"
-    meant = ", ".join(f"{value} {tissue}" for tissue, value in IBSR.items())
-    raise StudyError("E_TRUTH", found, f"Add {source.patient}_seg.nii.gz with {meant}")
-
-
-def thinned(brain: Brain, every: int) -> Brain:
-    """Every n-th slice of those with brain: what a network learns from."""
-    held = np.flatnonzero(brain.mask.any(axis=(0, 1)))
-    first = int(held[0]) + min(every, len(held)) // 2
-    kept = slice(first, int(held[-1]) + 1, every)
-    affine = brain.affine.copy()
-    affine[:3, 3] += first * affine[:3, 2]
-    affine[:3, 2] *= every
-    return brain._replace(
-        image=brain.image[..., kept], mask=brain.mask[..., kept], truth=brain.truth[..., kept], affine=affine
-    )
-
-
-def prepare(data: Path, out: Path, *, every: int) -> tuple[dict[str, Any], str]:
-    """Writes the copies that the tool reads, whole and thinned, with a manifest each, and the protocol of slices.
-
-    Returns:
-        patient → facts, or why a patient is left out; and the digest of the sources.
-
-    Raises:
-        UsageError: fewer than two patients can be used.
-    """
-    found = sources(data)
-    facts, made = digest(found), out / "data" / "prepared.json"
-    asked = {"digest": facts, "every": every}
-    if made.is_file() and (kept := json.loads(made.read_text(encoding="utf-8")))["asked"] == asked:
-        return kept["patients"], facts
-    patients: dict[str, Any] = {}
-    for source in found:
-        try:
-            brain = load(source)
-        except StudyError as error:
-            patients[source.patient] = {"left_out": f"{error.code}: {error}"}
-            continue
-        for folder, version in ((out / "data", brain), (out / "slices", thinned(brain, every))):
-            (folder / source.patient).mkdir(parents=True, exist_ok=True)
-            for name in ("image", "mask", "truth"):
-                array = getattr(version, name)
-                array = array.astype(np.uint8) if array.dtype == np.bool_ else array
-                write_nifti(folder / source.patient / f"{name}.nii.gz", array, version.affine)
-        patients[source.patient] = dict(brain.facts)
-    used = usable(patients)
-    if len(used) < 2:
-        told = "; ".join(f"{p}: {fact['left_out']}" for p, fact in patients.items() if "left_out" in fact)
-        raise UsageError(f"{len(used)} patient with image and labels; at least 2 are needed ({told or 'no other'})")
-    for folder in (out / "data", out / "slices"):
-        rows = [f"{p},{p}/image.nii.gz,{p}/mask.nii.gz,{p}/truth.nii.gz\n" for p in used]
-        files.write_whole(folder / "manifest.csv", "".join(["patient,T1,mask,truth\n", *rows]).encode())
-    by_slice = dataclasses.replace(protocol.load(WHOLE), name=SLICES, unit="slice")
-    files.write_whole(out / "slices" / "protocol.yaml", protocol.as_yaml(by_slice).encode())
-    files.write_whole(made, as_json({"asked": asked, "patients": patients}))
-    return patients, facts
-
-
-def usable(patients: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """Those who are not left out."""
-    return tuple(p for p, facts in patients.items() if "left_out" not in facts)
-
-
 class Split(NamedTuple):
     """Who trains, with labels or without, and who is tested, in the semi-supervised tables."""
 
@@ -300,7 +105,7 @@ def split(patients: Sequence[str]) -> Split:
     return Split(tuple(p for p in patients if p not in test), test)
 
 
-# What is run -------------------------------------------------------------------------------------------------------
+# What is run ---------------------------------------------------------------------------------------------------------
 
 
 class Line(NamedTuple):
@@ -321,8 +126,7 @@ class Line(NamedTuple):
 
 def segmented(options: argparse.Namespace, name: str, *how: str, needs: tuple[Path, ...] = ()) -> Stage:
     """The segmentation of whole volumes."""
-    folder = options.out / "runs" / name
-    data = options.out / "data"
+    folder, data = options.out / "runs" / name, options.out / "data"
     command = ("segment", str(data), str(folder), "--manifest", str(data / "manifest.csv"), *how)
     return Stage(f"segment_{name}", (*command, "--device", options.device), needs, folder / "summary.tsv")
 
@@ -354,13 +158,14 @@ def applied(options: argparse.Namespace, training: Stage, *patients: str) -> Sta
 
 def unsupervised(options: argparse.Namespace) -> list[Line]:
     """Table 5: everyone is trained on, without labels, and everyone is segmented."""
-    lines = [Line("GMM", (segmented(options, "gmm", "--protocol", WHOLE, "--method", "gmm"),), key=("GMM",))]
+    whole = ("--protocol", ibsr.WHOLE)
+    lines = [Line("GMM", (segmented(options, "gmm", *whole, "--method", "gmm"),), key=("GMM",))]
     for loss, name in (("gmm", "network, without bias field"), ("gmm_bias", "network, with bias field")):
         own = [trained(options, f"{loss}_seed{seed}", "unet", seed, "--loss", loss) for seed in options.seeds]
         lines.append(Line(name, tuple(applied(options, stage) for stage in own), tuple(own), (name,)))
-    default = segmented(options, "default", "--protocol", WHOLE)
-    plain = segmented(options, "default_no_field", "--protocol", WHOLE, "--set", "degree=0")
-    return [*lines, Line("brain default, no bias field", (plain,)), Line("brain default", (default,))]
+    plain = segmented(options, "default_no_field", *whole, "--set", "degree=0")
+    lines.append(Line("brain default, no bias field", (plain,)))
+    return [*lines, Line("brain default", (segmented(options, "default", *whole),))]
 
 
 def semi_supervised(options: argparse.Namespace, who: Split) -> list[Line]:
@@ -380,42 +185,29 @@ def semi_supervised(options: argparse.Namespace, who: Split) -> list[Line]:
     return lines
 
 
-# Figures -----------------------------------------------------------------------------------------------------------
+# Figures -------------------------------------------------------------------------------------------------------------
 
 
-def scores(run_folder: Path, data: Path, patients: Sequence[str]) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Patient → tissue → precision, recall, F1, Jaccard, among the voxels that have a true label; NaN: undefined."""
-    wanted = protocol.load(WHOLE)
-    found = {}
-    for patient in patients:
-        path = run_folder / patient / f"{patient}_dseg.nii.gz"
-        if path.is_file():
-            labels, truth = (
-                np.rint(nifti.read(p, dtype=np.float64).data).astype(np.int64)
-                for p in (path, data / patient / "truth.nii.gz")
-            )
-            found[patient] = agreement(labels, truth, {t.name: t.index for t in wanted.tissues})
-    return found
-
-
-def agreement(labels: Labels, truth: Labels, tissues: Mapping[str, int]) -> dict[str, tuple[float, ...]]:
-    """Tissue → precision, recall, F1, Jaccard of labels (X, Y, Z) where ``truth`` is above 0."""
-    inside = truth > 0
-    found = metrics.overlap(metrics.confusion(labels[inside], truth[inside], list(tissues.values())))
+def agreement(labels: Labels, reference: Labels) -> dict[str, tuple[float, ...]]:
+    """Tissue → precision, recall, F1, Jaccard of labels (X, Y, Z) where the reference is above 0; NaN: undefined."""
+    tissues, inside = {t.name: t.index for t in protocol.load(ibsr.WHOLE).tissues}, reference > 0
+    found = metrics.overlap(metrics.confusion(labels[inside], reference[inside], list(tissues.values())))
     columns = zip(found.precision, found.recall, found.dice, found.jaccard, strict=True)
     return {name: tuple(map(float, column)) for name, column in zip(tissues, columns, strict=True)}
 
 
-def row(options: argparse.Namespace, line: Line, patients: Sequence[str], ledger: Ledger) -> dict[str, Any]:
+def row(options: argparse.Namespace, line: Line, patients: Sequence[str], ledger: Ledger) -> Facts:
     """A method's figures: of each tissue and measure the mean over seeds and the values of the patients."""
-    runs = [scores(stage.makes.parent, options.out / "data", patients) for stage in line.runs if ledger.done(stage)]
-    common = [p for p in patients if runs and all(p in found for found in runs)]
+    runs = [stage.makes.parent for stage in line.runs if ledger.done(stage)]
+    common = [p for p in patients if runs and all((run / p / f"{p}_dseg.nii.gz").is_file() for run in runs)]
+    known = {p: runner.labels_in(options.out / "data" / p / "truth.nii.gz") for p in common}
+    found = [{p: agreement(runner.labels_in(run / p / f"{p}_dseg.nii.gz"), known[p]) for p in common} for run in runs]
     values = {
         tissue: {
-            measure: {p: _rounded(fmean(found[p][tissue][i] for found in runs)) for p in common}
+            measure: {p: _rounded(fmean(scores[p][tissue][i] for scores in found)) for p in common}
             for i, measure in enumerate(MEASURES)
         }
-        for tissue in (IBSR if common else ())
+        for tissue in (ibsr.VALUES if common else ())
     }
     return {
         "name": line.name,
@@ -429,67 +221,48 @@ def row(options: argparse.Namespace, line: Line, patients: Sequence[str], ledger
 
 
 def _rounded(value: float) -> float | None:
-    """Four digits; None, which JSON has, for what is undefined."""
-    return None if math.isnan(value) else round(value, 4)
+    """Four digits; None for what is undefined."""
+    return round(value, 4) if value == value else None
 
 
-def results(
-    options: argparse.Namespace, patients: Mapping[str, Any], plan: Mapping[str, list[Line]], ledger: Ledger
-) -> dict[str, Any]:
-    """The content of ``tables.json``, as far as the runs have come."""
-    everyone = usable(patients)
-    who = split(everyone)
-    chosen = {"unsupervised": everyone, "semi": who.test}
-    keys = ("epochs", "every", "filters", "batch", "beta", "seeds", "networks", "ratios", "jobs", "device", "set")
-    return {
-        "paper": "Ma 2022, Tables 1, 3 and 5",
-        "patients": patients,
-        "split": {"train": list(who.train), "test": list(who.test)},
-        "machine": machine(),
-        "settings": {key: getattr(options, key) for key in keys},
-        "wall_seconds": ledger.earlier,
-        **{part: [row(options, line, chosen[part], ledger) for line in lines] for part, lines in plan.items()},
-    }
-
-
-# Tables ------------------------------------------------------------------------------------------------------------
+# Tables --------------------------------------------------------------------------------------------------------------
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The page."""
     lines = ["# IBSR18: Tables 1, 3 and 5 of Ma 2022", "", *about(found)]
-    if "unsupervised" in found:
+    if rows := found.get("unsupervised"):
         title = "## Table 5: without labels"
-        lines += ["", title, "", "All volumes are trained on and segmented.", "", *cells(table5(found["unsupervised"]))]
-    if "semi" in found:
-        who = found["split"]
-        told = (
-            f"{len(who['train'])} volumes are trained on, {len(who['test'])} are tested on: {', '.join(who['test'])}."
-        )
-        lines += ["", "## Table 1: recall, the mean over tissues", "", told, "", *cells(table1(found["semi"]))]
-        lines += ["", "## Table 3: IoU (Jaccard) of each tissue", "", *cells(table3(found["semi"]))]
+        lines += ["", title, "", "All volumes are trained on and segmented.", "", runner.table(table5(rows), text=3)]
+    if rows := found.get("semi"):
+        train, test = found["split"]["train"], found["split"]["test"]
+        told = f"{len(train)} volumes are trained on, {len(test)} are tested on: {', '.join(test)}."
+        lines += ["", "## Table 1: recall, the mean over tissues", "", told, "", runner.table(table1(rows), text=3)]
+        lines += ["", "## Table 3: IoU (Jaccard) of each tissue", "", runner.table(table3(rows), text=4)]
     return "\n".join(lines) + "\n"
 
 
 def about(found: Mapping[str, Any]) -> Iterator[str]:
     """What the figures were computed from."""
-    made, settings, patients = found["machine"], found["settings"], found["patients"]
-    used = [patients[p] for p in usable(patients)]
-    masks, shapes = (Counter(map(str, (f[key] for f in used))) for key in ("mask", "shape"))
-    yield "Mean ± standard deviation over volumes, among the voxels that have a label; named without truth."
+    settings, patients = found["settings"], found["patients"]
+    used = [patients[p] for p in ibsr.usable(patients)]
+    shapes, masks = (
+        ", ".join(f"{what} ({n})" for what, n in Counter(str(facts[key]) for facts in used).items())
+        for key in ("shape", "mask")
+    )
+    yield "Mean ± standard deviation over volumes, among the voxels that have a label; named without reference labels."
     yield ""
-    yield f"- {len(used)} volumes; voxels: {_counted(shapes)}; brain mask: {_counted(masks)}"
+    yield f"- {len(used)} volumes; voxels: {shapes}; brain mask: {masks}"
     yield from (f"- left out: {p}: {f['left_out']}" for p, f in patients.items() if "left_out" in f)
+    filters, seeds = (" ".join(map(str, settings[key])) for key in ("filters", "seeds"))
     yield (
-        f"- networks: slices of 2-D, every {settings['every']}th of them to learn from, filters "
-        f"{' '.join(map(str, settings['filters']))}, {settings['epochs']} epochs, seeds "
-        f"{' '.join(map(str, settings['seeds']))}; the paper's: lr 1e-4, batch 20, 200 epochs"
+        f"- networks: slices of 2-D, every {settings['every']}th of them to learn from, filters {filters}, "
+        f"{settings['epochs']} epochs, seeds {seeds}; the paper's: lr 1e-4, batch 20, 200 epochs"
     )
     beta = settings["beta"]
     yield f"- β: {'the default of deepgmm train' if beta is None else beta} per voxel; L_CE alone is β = 0"
-    packages = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    yield f"- machine: {made['cpu']}, {made['cores']} cores, {made['system']}, {settings['device']}; {packages}"
-    yield f"- wall time: {clock(found['wall_seconds'])} with {settings['jobs']} jobs"
+    yield f"- machine: {runner.machine_line(found['machine'], settings['device'])}"
+    yield f"- wall time: {runner.clock(found['wall_seconds'])} with {settings['jobs']} jobs"
 
 
 def table5(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
@@ -497,8 +270,8 @@ def table5(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
     yield ("method", "tissue", "figures", *MEASURES, "volumes", "training CPU s")
     for ours in rows:
         for place, tissue in enumerate(TISSUES):
-            own = [moments(ours, tissue, measure) for measure in MEASURES]
-            cpu = " ".join(f"{s:.0f}" for s in ours["cpu_seconds"]) if place == 0 else ""
+            own = [over_volumes(ours, tissue, measure) for measure in MEASURES]
+            cpu = seconds(ours) if place == 0 else ""
             yield (f"**{ours['name']}**" if place == 0 else "", tissue, "ours", *own, str(ours["n"]), cpu)
             if ours["key"]:
                 yield ("", "", "paper", *(short(v) for v in TABLE5[ours["key"][0]][tissue]), "", "")
@@ -508,10 +281,9 @@ def table1(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
     """Each network and share of labels: the two losses, ours and the paper's."""
     yield ("network", "labelled", "figures", CE, TOTAL, "gain", "training CPU s")
     for network, ratio, pair in _pairs(rows):
-        own = [_recall(pair.get(loss)) for loss in (CE, TOTAL)]
-        gain = f"{own[1] - own[0]:+.3f}" if None not in own else "–"
-        cpu = " / ".join(" ".join(f"{s:.0f}" for s in r["cpu_seconds"]) for r in pair.values())
-        yield (f"**{network}**", ratio, "ours", *("–" if v is None else f"{v:.3f}" for v in own), gain, cpu)
+        own = [recall(pair[loss]) if loss in pair else None for loss in (CE, TOTAL)]
+        gain = f"{own[1] - own[0]:+.3f}" if None not in own else runner.NOTHING
+        yield (f"**{network}**", ratio, "ours", *map(runner.shown, own), gain, " / ".join(map(seconds, pair.values())))
         theirs = KNOWN.get(network, (network, ""))[0]
         if theirs in PAPERS and (CE, ratio) in TABLE1:
             known = [TABLE1[loss, ratio][PAPERS.index(theirs)] for loss in (CE, TOTAL)]
@@ -524,7 +296,7 @@ def table3(rows: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
     for network, ratio, pair in _pairs(rows):
         theirs = KNOWN.get(network, (network, ""))[0]
         for loss, ours in pair.items():
-            own = [moments(ours, tissue, "JS") for tissue in ORDER3]
+            own = [over_volumes(ours, tissue, "JS") for tissue in ORDER3]
             yield (f"**{network}**", ratio, loss, "ours", *own, str(ours["n"]))
             if ratio == "1/4" and theirs in TABLE3[loss]:
                 yield (theirs, "", "", "paper", *map(short, TABLE3[loss][theirs]), "")
@@ -536,42 +308,30 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, dict[s
         yield network, ratio, {r["key"][0]: r for r in rows if (r["name"], r["key"][1]) == (network, ratio)}
 
 
-def _recall(ours: Mapping[str, Any] | None) -> Any:
+def recall(ours: Mapping[str, Any]) -> Any:
     """The mean over volumes, then tissues; None where nothing has been computed."""
-    if not ours or not ours["values"]:
-        return None
-    recalls = [[v for v in ours["values"][tissue]["recall"].values() if v is not None] for tissue in IBSR]
-    return fmean(map(fmean, filter(None, recalls)))
+    return runner.mean(runner.mean(measures["recall"].values()) for measures in ours["values"].values())
 
 
-def moments(ours: Mapping[str, Any], tissue: str, measure: str) -> str:
-    """Mean ± standard deviation over volumes of what is defined."""
-    kept = [v for v in ours["values"].get(tissue, {}).get(measure, {}).values() if v is not None]
-    sd = f" ± {stdev(kept):.3f}" if len(kept) > 1 else ""
-    return f"{fmean(kept):.3f}{sd}" if kept else "–"
+def over_volumes(ours: Mapping[str, Any], tissue: str, measure: str) -> str:
+    """Mean ± standard deviation of what is defined."""
+    return runner.spread(ours["values"].get(tissue, {}).get(measure, {}).values())
+
+
+def seconds(ours: Mapping[str, Any]) -> str:
+    """CPU seconds of each training."""
+    return " ".join(f"{s:.0f}" for s in ours["cpu_seconds"])
 
 
 def short(percent: float) -> str:
     return f"{percent / 100:.3f}"
 
 
-def cells(rows: Iterator[Sequence[str]]) -> list[str]:
-    """Markdown."""
-    head, *rest = rows
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rest)]
-
-
-def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{what} ({n})" for what, n in counts.items())
-
-
-# The run -----------------------------------------------------------------------------------------------------------
+# The run -------------------------------------------------------------------------------------------------------------
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = runner.parser(__doc__)
     add = parser.add_argument
     add("data", metavar="DATA", type=Path, help="the folder with the IBSR volumes")
     add("out", metavar="OUT", type=Path, help="the folder for tables, copies, runs and networks")
@@ -607,27 +367,22 @@ def reproduce(options: argparse.Namespace) -> int:
         StageError: a stage failed.
         UsageError: DATA does not hold what is needed.
     """
-    patients, facts = prepare(options.data, options.out, every=options.every)
-    ledger = Ledger(options.out, facts)
-    used = usable(patients)
+    patients, same = ibsr.prepare(options.data, options.out, every=options.every)
+    ledger, used = Ledger(options.out, same), ibsr.usable(patients)
     ledger.say(f"{len(used)} volumes")
-    for patient, known in patients.items():
-        if "left_out" in known:
-            print(f"left out: {patient}: {known['left_out']}", file=sys.stderr)
+    for patient in patients.keys() - set(used):
+        print(f"left out: {patient}: {patients[patient]['left_out']}", file=sys.stderr)
     plan = {"unsupervised": unsupervised(options), "semi": semi_supervised(options, split(used))}
     good = len(used) == len(patients)
     for part, lines in plan.items():
         if options.only not in (None, part):
             continue
-        for line in (line for line in lines if not line.trained):
-            for stage in line.runs:
+        for networks in (False, True):
+            chosen = [line for line in lines if bool(line.trained) == networks]
+            runner.run_apart(ledger, [stage for line in chosen for stage in line.trained], options.jobs)
+            for stage in (stage for line in chosen for stage in line.runs):
                 good &= attempted(ledger, stage, options.jobs)
-        write(options, patients, plan, ledger)
-        run_apart(ledger, [stage for line in lines for stage in line.trained], options.jobs)
-        for line in (line for line in lines if line.trained):
-            for stage in line.runs:
-                good &= attempted(ledger, stage, options.jobs)
-        write(options, patients, plan, ledger)
+            write(options, patients, plan, ledger)
     ledger.say(f"done: see {options.out / 'tables.md'}")
     return cli.OK if good else cli.SOME_FAILED
 
@@ -635,7 +390,7 @@ def reproduce(options: argparse.Namespace) -> int:
 def attempted(ledger: Ledger, stage: Stage, jobs: int) -> bool:
     """Runs a stage; False if it failed on every patient, which leaves its row empty and the others alone."""
     try:
-        run(ledger, stage, jobs)
+        runner.run(ledger, stage, jobs)
     except StageError as error:
         if error.code != cli.ALL_FAILED:
             raise
@@ -649,34 +404,29 @@ def write(
 ) -> None:
     """Writes the tables, as far as the runs have come."""
     ledger.save()
-    # A part that was not asked for is shown as far as an earlier run has brought it.
-    shown = {
-        part: lines
-        for part, lines in plan.items()
-        if options.only in (None, part) or any(ledger.done(stage) for line in lines for stage in line.runs)
+    everyone = ibsr.usable(patients)
+    who = split(everyone)
+    chosen = {"unsupervised": everyone, "semi": who.test}
+    keys = ("epochs", "every", "filters", "batch", "beta", "seeds", "networks", "ratios", "jobs", "device", "set")
+    content: Facts = {
+        "paper": "Ma 2022, Tables 1, 3 and 5",
+        "patients": patients,
+        "split": {"train": list(who.train), "test": list(who.test)},
+        "machine": runner.machine(),
+        "settings": {key: getattr(options, key) for key in keys},
+        "wall_seconds": ledger.earlier,
     }
-    content = results(options, patients, shown, ledger)
-    files.write_whole(options.out / "tables.json", as_json(content))
-    files.write_whole(options.out / "tables.md", markdown(content).encode())
+    for part, lines in plan.items():
+        # A part that was not asked for is shown as far as an earlier run has brought it.
+        if options.only in (None, part) or any(ledger.done(stage) for line in lines for stage in line.runs):
+            content[part] = [row(options, line, chosen[part], ledger) for line in lines]
+    runner.write(options.out / "tables.json", content)
+    runner.write(options.out / "tables.md", markdown(content))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        return reproduce(options)
-    except StageError as error:
-        print(f"reproduce_ma: {error}; run the same command again to go on", file=sys.stderr)
-        return error.code
-    except UsageError as error:
-        print(f"reproduce_ma: {error}", file=sys.stderr)
-        return cli.USAGE
-    except StudyError as error:
-        print(f"reproduce_ma: {error.code}: {error}", file=sys.stderr)
-        return cli.SOME_FAILED
-    except KeyboardInterrupt:
-        print("reproduce_ma: interrupted; run the same command again to go on", file=sys.stderr)
-        return cli.INTERRUPTED
+    return runner.ended("reproduce_ma", lambda: reproduce(options))
 
 
 if __name__ == "__main__":

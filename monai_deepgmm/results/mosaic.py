@@ -50,8 +50,8 @@ class View(NamedTuple):
         return turned[:, rows, columns]
 
 
-class _Block(NamedTuple):
-    """A grid of tiles of one size, with its headings."""
+class Block(NamedTuple):
+    """A grid of tiles of one size, with its headings; no title takes no room."""
 
     title: str
     row_names: list[str]
@@ -98,7 +98,7 @@ def preview(segmentation: Segmentation) -> bytes:
         tiles = [list(row) for row in zip(*block.tiles, strict=True)]
         blocks = [block._replace(title="", row_names=block.column_names, column_names=block.row_names, tiles=tiles)]
     # 256 colours are plenty for greys and a few tissues and halve the file; this method keeps rare colours exact.
-    picture = _stack(blocks).quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture = stacked(blocks).quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     return file.getvalue()
@@ -110,14 +110,14 @@ def _by_plane(segmentation: Segmentation) -> list[int]:
     return sorted(range(3), key=lambda axis: -view(affine, axis).plane)
 
 
-def _block(segmentation: Segmentation, slice_axis: int, most: int) -> _Block:
+def _block(segmentation: Segmentation, slice_axis: int, most: int) -> Block:
     """One orientation: a row of tiles per panel, a column per slice."""
     turned = view(segmentation.reference.affine, slice_axis)
     mask = turned.upright(segmentation.mask)
     chosen = _evenly(np.flatnonzero(mask.any(axis=(1, 2))), most)
     spacing_mm = segmentation.reference.spacing_mm
     row_mm, column_mm = float(spacing_mm[turned.axes[1]]), float(spacing_mm[turned.axes[2]])
-    rows, columns = _box(mask, row_mm, column_mm)
+    rows, columns = shown_box(mask, row_mm, column_mm)
     across = most if segmentation.protocol.unit == "volume" else len(segmentation.images) + 2
     side_px = min(_TILE_PX, (_WIDTH_PX - _GUTTER_PX) // across - _GAP_PX)
     height_mm, width_mm = (rows.stop - rows.start) * row_mm, (columns.stop - columns.start) * column_mm
@@ -127,22 +127,22 @@ def _block(segmentation: Segmentation, slice_axis: int, most: int) -> _Block:
     cut = np.s_[chosen, rows, columns]
     masks = mask[cut]
     greys = {
-        name: [_grey(plane, window, size) for plane in cropped]
+        name: [grey_tile(plane, window, size) for plane in cropped]
         for name, image in segmentation.images.items()
         for cropped in [turned.upright(image)[cut]]
-        for window in [_window(cropped)]
+        for window in [grey_range(cropped)]
     }
-    outlines = [_resized(m, size) for m in masks]
-    labels = [_resized(plane, size) for plane in turned.upright(segmentation.labels)[cut]]
+    outlines = [resized(m, size) for m in masks]
+    labels = [resized(plane, size) for plane in turned.upright(segmentation.labels)[cut]]
     unsure = [_entropy(segmentation.probabilities, turned, k)[rows, columns] for k in chosen]
     reference = next(iter(greys))
-    panels = [[_outlined(g, o) for g, o in zip(tiles, outlines, strict=True)] for tiles in greys.values()]
-    panels.append([_painted(g, n, segmentation.tissues) for g, n in zip(greys[reference], labels, strict=True)])
+    panels = [[outlined(g, o) for g, o in zip(tiles, outlines, strict=True)] for tiles in greys.values()]
+    panels.append([painted(g, n, segmentation.tissues) for g, n in zip(greys[reference], labels, strict=True)])
     panels.append([_heated(u, g, o, size) for u, g, o in zip(unsure, greys[reference], outlines, strict=True)])
     panels[0][0] = _lettered(panels[0][0], turned.edges)
     panels[0][min(1, len(chosen) - 1)] = _scaled(panels[0][min(1, len(chosen) - 1)], scale)
     names = [*segmentation.images, "tissues", "unsure"]
-    return _Block(PLANE_NAMES[turned.plane], names, [str(k) for k in chosen], panels)
+    return Block(PLANE_NAMES[turned.plane], names, [str(k) for k in chosen], panels)
 
 
 def _letters(direction: np.ndarray) -> str:
@@ -162,7 +162,7 @@ def _evenly(indices: np.ndarray, most: int) -> np.ndarray:
     return np.asarray(indices[np.linspace(0, len(indices) - 1, most + 2)[1:-1].round().astype(int)])
 
 
-def _box(mask: np.ndarray, row_mm: float, column_mm: float) -> tuple[slice, slice]:
+def shown_box(mask: np.ndarray, row_mm: float, column_mm: float) -> tuple[slice, slice]:
     """The rows and columns that hold the mask in any slice, with a margin, within the image."""
     box = []
     for axes, step_mm in (((0, 2), row_mm), ((0, 1), column_mm)):
@@ -173,22 +173,22 @@ def _box(mask: np.ndarray, row_mm: float, column_mm: float) -> tuple[slice, slic
     return box[0], box[1]
 
 
-def _window(image: np.ndarray) -> tuple[float, float]:
+def grey_range(image: np.ndarray) -> tuple[float, float]:
     """The intensities shown as black and white, robust against a few bright or dark voxels."""
     finite = image[np.isfinite(image)]
     low, high = np.percentile(finite, [1.0, 99.5]) if finite.size else (0.0, 1.0)
     return float(low), float(max(high, low + 1e-6 * max(1.0, abs(low))))
 
 
-def _grey(plane: np.ndarray, window: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+def grey_tile(plane: np.ndarray, window: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
     """(rows, columns) intensities → (height, width, 3) uint8."""
     low, high = window
     filled = np.nan_to_num(plane.astype(np.float32), nan=low, posinf=high, neginf=low)
     grey = np.clip((filled - low) / (high - low), 0, 1) * 255
-    return np.repeat(_resized(grey.astype(np.uint8), size, smooth=True)[..., None], 3, axis=2)
+    return np.repeat(resized(grey.astype(np.uint8), size, smooth=True)[..., None], 3, axis=2)
 
 
-def _resized(plane: np.ndarray, size: tuple[int, int], *, smooth: bool = False) -> np.ndarray:
+def resized(plane: np.ndarray, size: tuple[int, int], *, smooth: bool = False) -> np.ndarray:
     """(rows, columns) → (height, width); labels keep their values, images are interpolated."""
     method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     picture = Image.fromarray(np.ascontiguousarray(plane, dtype=np.uint8)).resize((size[1], size[0]), method)
@@ -210,14 +210,15 @@ def _edges(labels: np.ndarray) -> np.ndarray:
     return np.asarray(np.any([centre != n for n in neighbours], axis=0) & (centre > 0))
 
 
-def _outlined(grey: np.ndarray, outline: np.ndarray) -> np.ndarray:
+def outlined(grey: np.ndarray, outline: np.ndarray) -> np.ndarray:
+    """The border of a mask over the image, both (height, width)."""
     tile = grey.copy()
     edge = _edges(outline)
     tile[edge] = (0.3 * tile[edge] + 0.7 * np.array(MASK_COLOR)).astype(np.uint8)
     return tile
 
 
-def _painted(grey: np.ndarray, labels: np.ndarray, tissues: Sequence[Tissue]) -> np.ndarray:
+def painted(grey: np.ndarray, labels: np.ndarray, tissues: Sequence[Tissue]) -> np.ndarray:
     """The tissues over the image: see-through inside, solid along their borders."""
     tile, edge = grey.astype(np.float32), _edges(labels)
     for tissue in tissues:
@@ -230,7 +231,7 @@ def _painted(grey: np.ndarray, labels: np.ndarray, tissues: Sequence[Tissue]) ->
 
 def _heated(unsure: np.ndarray, grey: np.ndarray, outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The entropy inside the mask, over a faint image outside."""
-    level = _resized((np.clip(unsure, 0, 1) * 255).astype(np.uint8), size)
+    level = resized((np.clip(unsure, 0, 1) * 255).astype(np.uint8), size)
     ramp = np.array([_rgb(color) for color in UNCERTAINTY_COLORS], dtype=np.float64)
     at = np.linspace(0, 255, len(ramp))
     heat = np.stack([np.interp(level, at, ramp[:, channel]) for channel in range(3)], axis=-1)
@@ -271,7 +272,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _stack(blocks: Sequence[_Block]) -> Image.Image:
+def stacked(blocks: Sequence[Block]) -> Image.Image:
     """The blocks one below the other on white."""
     parts = [_grid(block) for block in blocks]
     canvas = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
@@ -282,7 +283,7 @@ def _stack(blocks: Sequence[_Block]) -> Image.Image:
     return canvas
 
 
-def _grid(block: _Block) -> Image.Image:
+def _grid(block: Block) -> Image.Image:
     """The tiles of a block with headings above and beside them."""
     height, width = block.tiles[0][0].shape[:2]
     gutter = _GUTTER_PX if all(len(n) < 4 for n in block.row_names) else 2 * _GUTTER_PX
