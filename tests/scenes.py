@@ -8,6 +8,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 from monai.bundle import ConfigWorkflow, create_workflow
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from monai_deepgmm.patients import discovery
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.training import dataset
 from monai_deepgmm.training.dataset import Patient
-from monai_deepgmm.training.handlers import CHECKPOINT, read_checkpoint
+from monai_deepgmm.training.handlers import CHECKPOINT, Clip, read_checkpoint
 
 INFARCT, BRAIN = protocol.load("infarct"), protocol.load("brain")
 #: A network as ``--network`` takes it.
@@ -83,3 +84,15 @@ def same_training(folder: Path, reference: Path) -> None:
     assert equal(read_checkpoint(folder / CHECKPOINT), read_checkpoint(reference / CHECKPOINT))
     assert set(ours) == set(theirs)
     assert [k for k in ours if ours[k] != theirs[k] and k != str(CHECKPOINT)] == []
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+    """Ctrl-C in the middle of these gradient steps, counted over all trainings to come."""
+    count, clip = iter(range(1 << 30)), Clip.__call__
+
+    def call(self, engine):
+        if next(count) in steps:
+            raise error
+        clip(self, engine)
+
+    monkeypatch.setattr(Clip, "__call__", call)

@@ -165,26 +165,20 @@ def test_augmentation_moves_labels_with_the_image(patients):
         assert torch.equal(example["zero"], made[0]["zero"])
 
 
-def test_the_target_ends_with_labels_and_unknown_is_ignored(patients):
-    made = dataset.make(of(patients, "pat1", "pat2", labelled=("pat1",)), INFARCT, grid_mm=1.5, labelled=True)
-    (batch,) = DataLoader(Examples([made["pat1"][0], made["pat2"][0]]), batch_size=2)
-    image, target = prepare_batch(batch, "cpu")
-    assert target.shape[1] == 3 + 1 + 4 + 1
-    assert torch.equal(target[:, :3], image[:, :3])
-    assert torch.equal(target[:, 8:], batch["labels"] - 1)
-    assert (target[1, 8] == IGNORE).all()
-    assert ((target[0, 8] == IGNORE) == (batch["mask"][0, 0] == 0)).all()
-
-
-def test_a_shaded_loss_sees_intensities_above_no_signal_and_the_network_does_not(patients):
-    found = of(patients, "pat1", "part")
-    made = dataset.make(found, INFARCT, grid_mm=1.5, shaded=True)
+def test_the_target_ends_with_labels_and_a_shaded_loss_sees_intensities_above_no_signal(patients):
+    found = of(patients, "pat1", "part", labelled=("pat1",))
+    made = dataset.make(found, INFARCT, grid_mm=1.5, labelled=True, shaded=True)
     (batch,) = DataLoader(Examples([made["pat1"][0], made["part"][0]]), batch_size=2)
     image, target = prepare_batch(batch, "cpu")
-    assert torch.equal(image, batch["image"])
+    assert torch.equal(image, batch["image"])  # as the network sees it
+    assert target.shape[1] == 3 + 1 + 4 + 1
+    assert torch.equal(target[:, 8:], batch["labels"] - 1)
+    assert (target[1, 8] == IGNORE).all()  # unknown
+    inside = batch["mask"][0, 0] > 0
+    assert ((target[0, 8] == IGNORE) == ~inside).all()
     zero = next(p for p in found if p.name == "pat1").crops.zero[0].float()
     assert torch.allclose(target[0, :3], image[0, :3] - zero[:, None, None])
-    assert (target[0, :3][:, batch["mask"][0, 0] > 0] > 0).all()
+    assert (target[0, :3][:, inside] > 0).all()
     assert (target[1, 1] == 0).all()  # T2, which this patient lacks
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from scenes import EPOCHS, INFARCT, OPTIONS, STEPS, contents, same_training, train
+from scenes import EPOCHS, INFARCT, OPTIONS, STEPS, contents, same_training, stop_at, train
 from torch import nn
 
 from monai_deepgmm.errors import StudyError
@@ -30,18 +30,6 @@ from monai_deepgmm.training.handlers import CHECKPOINT, HISTORY, Checkpoint, Cli
 def copy(trained, tmp_path) -> Path:
     """The trained model, for a test that changes it."""
     return Path(shutil.copytree(trained, tmp_path / "model"))
-
-
-def stop_at(monkeypatch, *steps: int, error: type[BaseException] = KeyboardInterrupt) -> None:
-    """Ctrl-C in the middle of these gradient steps, counted over all trainings to come."""
-    count, clip = iter(range(1 << 30)), Clip.__call__
-
-    def call(self, engine):
-        if next(count) in steps:
-            raise error
-        clip(self, engine)
-
-    monkeypatch.setattr(Clip, "__call__", call)
 
 
 @pytest.mark.parametrize("change", [["--seed", "1"], ["--epochs", "5"], ["--patients", "pat1"], ["--means", "cohort"]])

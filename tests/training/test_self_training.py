@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scenes import INFARCT, QUIET, contents, inference, labels, sidecar
+from scenes import INFARCT, QUIET, contents, inference, labels, sidecar, stop_at
 
 from monai_deepgmm.cli import main
 from monai_deepgmm.images.preparation import prepare
@@ -19,7 +19,7 @@ from monai_deepgmm.methods.model_spec import WEIGHTS
 from monai_deepgmm.patients import discovery
 from monai_deepgmm.results.segment import segment
 from monai_deepgmm.training import bundle, dataset, plan
-from monai_deepgmm.training.handlers import CHECKPOINT, Clip
+from monai_deepgmm.training.handlers import CHECKPOINT
 
 TINY = {"_target_": "monai_deepgmm.networks.UNet", "filters": [4, 8]}
 PATIENTS = ("pat1", "pat2", "pat3")
@@ -181,15 +181,8 @@ def test_what_changes_no_label_does_nothing_anew(patients, run, tmp_path):
 
 @pytest.mark.parametrize(("what", "step"), [(KeyboardInterrupt, 1), (KeyboardInterrupt, 3), (RuntimeError, 2)])
 def test_a_training_that_is_cut_off_is_resumed(patients, run, tmp_path, monkeypatch, what, step):
-    count, clip = iter(range(99)), Clip.__call__
-
-    def call(self, engine):
-        if next(count) == step:
-            raise what
-        clip(self, engine)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Clip, "__call__", call)
+        stop_at(patch, step, error=what)
         if what is KeyboardInterrupt:
             assert taught(patients, tmp_path) == 130
         else:
@@ -202,23 +195,14 @@ def test_a_training_that_is_cut_off_is_resumed(patients, run, tmp_path, monkeypa
     assert sha256(tmp_path) == sha256(run)
 
 
-def test_patients_that_are_cut_off_are_resumed(patients, run, tmp_path, monkeypatch):
-    done = []
-
-    def one(*given, **named):
-        if done:
-            raise KeyboardInterrupt
-        done.append(1)
-        return segment(*given, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("monai_deepgmm.batch.segment", one)
-        assert taught(patients, tmp_path) == 130
-    first = stamps(tmp_path)
-    assert {name.split("/")[0] for name in first} == {"pat1", "model"}
-    assert taught(patients, tmp_path) == 0
-    assert first.items() <= stamps(tmp_path).items()
-    assert same_labels(tmp_path, run)
+def test_a_patient_who_is_not_done_yet_is_done_without_another_training(patients, run, tmp_path):
+    out = Path(shutil.copytree(run, tmp_path / "out"))
+    first = stamps(out)
+    (out / "pat2" / "pat2_row.json").unlink()  # as an interrupt leaves him
+    assert taught(patients, out) == 0
+    changed = {name.split("/")[0] for name, time in stamps(out).items() if time != first[name]}
+    assert changed == {"pat2"}
+    assert same_labels(out, run)
 
 
 @pytest.mark.parametrize("change", [("pat4", 4), ("pat2", 9)], ids=["patient", "image"])

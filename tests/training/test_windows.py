@@ -12,7 +12,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.inferers import SimpleInferer
-from scenes import BRAIN, QUIET, TINY, inference, labels, sidecar
+from scenes import BRAIN, QUIET, TINY, inference, labels, sidecar, stop_at
 from torch import nn
 
 from monai_deepgmm.cli import main
@@ -25,7 +25,7 @@ from monai_deepgmm.patients import discovery
 from monai_deepgmm.phantom import brain
 from monai_deepgmm.training.augmentation import MAPS, Example, RandWindowd, augmentation, cropping
 from monai_deepgmm.training.dataset import Examples
-from monai_deepgmm.training.handlers import Clip, read_history
+from monai_deepgmm.training.handlers import read_history
 from monai_deepgmm.training.plan import plan
 from monai_deepgmm.training.prepare import agreement, prepare_cohort
 
@@ -255,15 +255,8 @@ def test_a_training_by_windows_segments_alike_by_the_command_and_the_bundle(brai
 
 def test_a_training_by_windows_that_was_interrupted_is_as_if_it_had_not_been(brains, trained, tmp_path, monkeypatch):
     """Two volumes with two windows each, two in a step: the third is in the second epoch."""
-    steps, clip = iter(range(100)), Clip.__call__
-
-    def call(self, engine):
-        if next(steps) == 2:
-            raise KeyboardInterrupt
-        clip(self, engine)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Clip, "__call__", call)
+        stop_at(patched, 2)
         assert train(brains, tmp_path / "model") == 130
     assert len(read_history(tmp_path / "model" / "training.tsv")) == 1
     assert train(brains, tmp_path / "model", "--resume") == 0
