@@ -22,7 +22,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.preprocessing import scale
 
 from monai_deepgmm.phantom.heart import SEQUENCES, PhantomConfig, PhantomPatient, make_patient
-from monai_deepgmm.results.metrics import confusion, matched_dice
+from monai_deepgmm.results.metrics import confusion, oracle_matched_dice
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -164,7 +164,7 @@ def dice(crop: Crop, solver: str = "sklearn") -> Floats:
     inside = crop.labels > 0
     reference = crop.labels[inside]
     found = SOLVERS[solver](scale(crop.image[:, inside].T), reference)
-    return matched_dice(confusion(found, reference, (1, 2, 3, 4)))
+    return oracle_matched_dice(confusion(found, reference, (1, 2, 3, 4)))
 
 
 def tissue_rows(slices: Sequence[Crop]) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from monai_deepgmm.protocol import Protocol
 
 
 class Truth(NamedTuple):
-    """What a patient's truth says.
+    """What a patient's reference labels say.
 
     Attributes:
         labels: (X, Y, Z) indices of tissues, 0 elsewhere.
@@ -27,23 +27,25 @@ class Truth(NamedTuple):
 
 
 def read(study: Study, protocol: Protocol, sequences: Sequence[str], *, like: nifti.Volume) -> Truth:
-    """Reads a patient's truth; tissues that the sequences cannot show join those that the protocol names.
+    """Reads a patient's reference labels; tissues that the sequences cannot show join those that the protocol names.
 
     Args:
-        study: whose truth, and what its values mean.
+        study: whose labels, and what their values mean.
         protocol: the tissues.
         sequences: those that the labels are compared on.
-        like: the grid wanted; a truth on another one is resampled by nearest neighbour, with a warning.
+        like: the grid wanted; labels on another one are resampled by nearest neighbour, with a warning.
 
     Raises:
-        StudyError: ``E_TRUTH`` for no truth, values that are not whole or none that means a tissue; ``E_GRID`` for a
-            truth that does not overlap ``like``; and whatever ``nifti.read`` finds.
+        StudyError: ``E_TRUTH`` for no labels, values that are not whole or none that means a tissue; ``E_GRID`` for a
+            file that does not overlap ``like``; and whatever ``nifti.read`` finds.
     """
     if study.truth is None:
         why = "".join(f"; {p.code}: {p.message}" for p in study.problems)
-        raise StudyError("E_TRUTH", f"no truth was found{why}", "Add a truth file, or leave this patient out")
+        raise StudyError(
+            "E_TRUTH", f"no reference labels were found{why}", "Add a file of them, or leave this patient out"
+        )
     volume = nifti.read(study.truth, dtype=np.float64)
-    name, data, warnings = f"{volume.name} (truth)", volume.data, list(volume.warnings)
+    name, data, warnings = f"{volume.name} (reference labels)", volume.data, list(volume.warnings)
     if not nifti.grids_equal(volume, like):
         if not nifti.overlaps(volume, like):
             remedy = "Check that both belong to the same patient and examination"

@@ -1,4 +1,4 @@
-"""Which component is which tissue, without any truth.
+"""Which component is which tissue, without any label.
 
 The protocol says how bright each tissue is in each sequence and how deep it lies. That alone sorts every voxel, softly
 and roughly: the *signature map*. A component gets the name of the tissue whose signature map it overlaps best, all

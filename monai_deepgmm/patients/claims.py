@@ -20,7 +20,7 @@ class Found:
         home: the folder that holds the sequences, where a layout keeps them in one; else "".
         images: sequence → all files that match it.
         mask: all files that match the mask.
-        truth: all files that match the truth.
+        truth: all files that match the reference labels.
         dicom: sequence without a NIfTI file → what stands in its place.
         folder: the patient's folder, when nothing in it matched.
     """
@@ -96,7 +96,7 @@ def _add_labels(found: Iterable[Found], labels: Iterable[tuple[str, str, str]]) 
 
 
 def _add_labels_beside(tree: Tree, reader: Reader, found: Iterable[Found]) -> None:
-    """The folders beside DIR are asked only for patients whose truth is not in DIR itself."""
+    """The folders beside DIR are asked only for patients whose reference labels are not in DIR itself."""
     wanting = [one for one in found if not one.truth]
     for pattern in reader.layout.truth:
         if wanting and pattern.startswith("../"):

@@ -5,10 +5,10 @@ A pattern is a path below DIR, without ``.nii`` or ``.nii.gz``, compared without
 ========================  ==========================================================================================
 ``{patient}``             the patient's id (``patient:`` in the file narrows it with a regular expression)
 ``{sequence}``            one of the sequence's names, exactly
-``{words}``               a name whose last word is one of the sequence's names (of the mask's, of the truth's)
+``{words}``               a name whose last word is one of the sequence's names (of the mask's, of the reference labels')
 ``{channel}``             four digits, which the file under ``channels:`` translates
 ``*`` and ``**/``         anything within a name; any folders or none
-``../``                   at the start of a pattern for truth: in a folder beside DIR
+``../``                   at the start of a pattern for reference labels (``truth``): in a folder beside DIR
 ========================  ==========================================================================================
 """
 
@@ -46,14 +46,14 @@ class Layout:
         title: for people.
         images: patterns of the sequences' files.
         mask: patterns of the mask's file; every value but 0 counts.
-        truth: patterns of the manual labels' file.
+        truth: patterns of the reference labels' file.
         sequences: sequence → its names in files.
         words: "mask" and "truth" → their names, for ``{words}``.
         patient: a regular expression for the id.
         folders: which folders right below DIR must hold a patient.
         one_folder: the sequences of a patient lie in one folder; the same id in two folders is two patients.
-        mask_labels: the values of the truth that make up the mask of a patient without a mask file.
-        tissues: value in the truth → tissue; empty: the values are the protocol's indices.
+        mask_labels: the values of the reference labels that make up the mask of a patient without a mask file.
+        tissues: value in the reference labels → tissue; empty: the values are the protocol's indices.
         channels: the JSON file that names the channels.
     """
 
@@ -83,7 +83,7 @@ class Layout:
         return known | {a.casefold(): s for s, aliases in (self.sequences or {}).items() for a in aliases}
 
     def truth_labels(self, protocol: Protocol) -> dict[int, int] | None:
-        """Value in the truth → the index of the protocol's tissue; None: the values are the indices."""
+        """Value in the reference labels → the index of the protocol's tissue; None: the values are the indices."""
         index = {t.name: t.index for t in protocol.tissues}
         return {v: index[t] for v, t in self.tissues.items() if t in index} if self.tissues else None
 

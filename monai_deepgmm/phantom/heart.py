@@ -1,4 +1,4 @@
-"""Synthetic patients after infarction, as hard as real ones: LGE, T2 and bSSFP short-axis slices with known truth.
+"""Synthetic patients after infarction, as hard as real ones: LGE, T2 and bSSFP short-axis slices with known tissues.
 
 The numbers below are statistics of real scans; no image went in. ``scripts/check_phantom.py`` measures phantom patients
 the way the real ones were measured and prints both beside each other.
@@ -131,7 +131,7 @@ def make_patient(config: PhantomConfig, seed: int, number: int) -> PhantomPatien
 
 
 def write_cohort(root: Path, n: int, *, seed: int, config: PhantomConfig | None = None) -> list[str]:
-    """Writes patients in MyoPS naming: ``root/<id>/<id>_LGE.nii.gz``, ``_T2``, ``_C0`` and the truth, ``_gd``.
+    """Writes patients in MyoPS naming: ``root/<id>/<id>_LGE.nii.gz``, ``_T2``, ``_C0`` and the reference labels, ``_gd``.
 
     The bytes of a patient depend on the configuration, the seed and its number only, not on ``n``.
 

@@ -1,7 +1,7 @@
 """Agreement of a finished run with manual labels, per patient, slice and tissue.
 
-What counts: every unit (slice or volume) in which truth or prediction holds any tissue, in whole; a wrong label outside
-the truth counts as wrong. A patient who cannot be evaluated is listed with the reason, never dropped.
+What counts: every unit (slice or volume) in which reference or prediction holds any tissue, in whole; a wrong label outside
+the reference counts as wrong. A patient who cannot be evaluated is listed with the reason, never dropped.
 
 Means and standard deviations are over units, with the sample's n - 1 in the latter. The mean over tissues is taken in
 each unit first, over the tissues that count there, and then over the units.
@@ -48,7 +48,7 @@ class Row:
         slice: the slice's array index, counted from 0; None for a volume.
         tissue: the name.
         dice: with the names that the tool gave.
-        dice_matched: with labels re-ordered by means of the truth, in this unit: the oracle.
+        dice_matched: with labels re-ordered by means of the reference, in this unit: oracle-matched.
         recall: share of the true voxels that were found.
         precision: share of the predicted voxels that are true.
         jaccard: intersection over union.
@@ -74,11 +74,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One patient who was compared with truth.
+    """One patient who was compared with reference labels.
 
     Attributes:
         sequences: those the segmentation used.
-        tissues: those that these sequences can show; the truth's other tissues were merged.
+        tissues: those that these sequences can show; the reference's other tissues were merged.
         rows: by unit and tissue; empty when no unit was kept.
         warnings: each begins with its code.
     """
@@ -91,12 +91,12 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run against its truth.
+    """A run against its reference labels.
 
     Attributes:
         protocol: its name.
         tissues: all of the protocol, in order of index.
-        slices: which units were kept: all, or those whose truth holds every tissue.
+        slices: which units were kept: all, or those whose reference holds every tissue.
         unit: what one comparison is made on.
         patients: id → result, sorted.
         problems: id → why it was not evaluated, sorted.
@@ -118,13 +118,13 @@ class Evaluation:
 def evaluate(
     out: Path, cohort: Cohort, protocol: Protocol, *, slices: Slices = "all", unit: Unit = "slice"
 ) -> Evaluation:
-    """Compares the segmentations in a folder with the cohort's truth.
+    """Compares the segmentations in a folder with the cohort's reference labels.
 
     Args:
         out: the folder that ``deepgmm segment`` wrote.
-        cohort: the patients and their truth files.
+        cohort: the patients and their reference labels.
         protocol: the one they were segmented with.
-        slices: "complete" keeps the units whose truth holds every tissue that the patient's sequences can show.
+        slices: "complete" keeps the units whose reference holds every tissue that the patient's sequences can show.
         unit: "slice" compares in 2-D, along the slice axis of the sidecar; "volume" in 3-D.
 
     Raises:
@@ -185,7 +185,7 @@ def write(out: Path, evaluation: Evaluation) -> None:
 def summary(evaluation: Evaluation) -> str:
     """An aligned table for the terminal: mean ± standard deviation of each tissue, and who is missing."""
     found = as_json(evaluation)
-    lines: list[tuple[str, ...]] = [("tissue", "dice", "dice_matched (oracle)", "n", "empty in both")]
+    lines: list[tuple[str, ...]] = [("tissue", "dice", "oracle-matched dice", "n", "empty in both")]
     for tissue in evaluation.tissues:
         named, matched = found["dice"][tissue], found["dice_matched"][tissue]
         spreads = (_spread(named["mean"], named["sd"]), _spread(matched["mean"], matched["sd"]))
@@ -201,7 +201,7 @@ def summary(evaluation: Evaluation) -> str:
 
 
 def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, unit: Unit) -> Evaluated:
-    """Compares one patient's segmentation with its truth."""
+    """Compares one patient's segmentation with its reference labels."""
     for problem in study.problems:
         if problem.code in _NOT_ONE_PATIENT:
             raise StudyError(problem.code, problem.message, problem.remedy)
@@ -265,7 +265,7 @@ def _rows(
 ) -> Iterator[Row]:
     """One row for each tissue of a unit."""
     counts = metrics.confusion(predicted, true, [t.index for t in tissues])
-    found, matched = metrics.overlap(counts), metrics.matched_dice(counts)
+    found, matched = metrics.overlap(counts), metrics.oracle_matched_dice(counts)
     for i, tissue in enumerate(tissues):
         surface = metrics.surface(predicted == tissue.index, true == tissue.index, spacing_mm=spacing_mm)
         yield Row(

@@ -26,7 +26,7 @@ class Overlap(NamedTuple):
     Attributes:
         dice: 2 |P∩T| / (|P| + |T|); NaN where both are empty.
         jaccard: |P∩T| / |P∪T|; NaN where both are empty.
-        recall: |P∩T| / |T|; NaN where the truth is empty.
+        recall: |P∩T| / |T|; NaN where the reference is empty.
         precision: |P∩T| / |P|; NaN where the prediction is empty.
         voxels_predicted: |P|.
         voxels_true: |T|.
@@ -52,12 +52,12 @@ class Surface(NamedTuple):
     assd_mm: float
 
 
-def confusion(predicted: Labels, truth: Labels, indices: Sequence[int]) -> Counts:
+def confusion(predicted: Labels, reference: Labels, indices: Sequence[int]) -> Counts:
     """Counts how often each predicted label meets each true one.
 
     Args:
         predicted: labels (*S).
-        truth: labels (*S).
+        reference: labels (*S).
         indices: the K label values that are tissues; every other value is background.
 
     Returns:
@@ -66,12 +66,14 @@ def confusion(predicted: Labels, truth: Labels, indices: Sequence[int]) -> Count
     Raises:
         ValueError: the two maps differ in shape, or an index is repeated or is 0.
     """
-    if predicted.shape != truth.shape:
-        raise ValueError(f"predicted has shape {predicted.shape}, truth {truth.shape}; they must lie on one grid")
+    if predicted.shape != reference.shape:
+        raise ValueError(
+            f"predicted has shape {predicted.shape}, reference {reference.shape}; they must lie on one grid"
+        )
     if len(set(indices)) < len(indices) or 0 in indices:
         raise ValueError(f"indices: {list(indices)}; expected different label values other than 0")
     n = len(indices) + 1
-    cells = _rank(predicted, indices) * n + _rank(truth, indices)
+    cells = _rank(predicted, indices) * n + _rank(reference, indices)
     return np.bincount(cells.ravel(), minlength=n * n).reshape(n, n).astype(np.int64)
 
 
@@ -109,7 +111,7 @@ def dice_table(counts: Counts) -> Floats:
 def match(dice: Floats) -> tuple[int, ...]:
     """Pairs predicted with true tissues so that their mean Dice is as large as it can be: the oracle.
 
-    It asks the truth for the names that an unnamed mixture lacks, so what it gives is a bound and not a result. Pairs
+    It asks the reference for the names that an unnamed mixture lacks, so what it gives is a bound and not a result. Pairs
     that are empty on both sides are left out of that mean. Having as many of them as possible never costs any Dice,
     since every other pair with an empty side scores 0; so they may be rewarded, and a linear assignment is exact.
 
@@ -126,7 +128,7 @@ def match(dice: Floats) -> tuple[int, ...]:
     return tuple(int(p) for p in predicted[np.argsort(true)])
 
 
-def matched_dice(counts: Counts) -> Floats:
+def oracle_matched_dice(counts: Counts) -> Floats:
     """Dice of each true tissue with the predicted tissue that ``match`` pairs it with.
 
     Args:
@@ -139,7 +141,9 @@ def matched_dice(counts: Counts) -> Floats:
     return table[list(match(table)), range(len(table))]
 
 
-def surface(predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_], *, spacing_mm: Sequence[float]) -> Surface:
+def surface(
+    predicted: npt.NDArray[np.bool_], reference: npt.NDArray[np.bool_], *, spacing_mm: Sequence[float]
+) -> Surface:
     """Distances between the surfaces of two masks, between voxel centres.
 
     A mask's surface is its voxels that have a face (in 2-D an edge) in common with the outside; beyond the array all
@@ -147,26 +151,26 @@ def surface(predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_], *, s
 
     Args:
         predicted: (*S) bool, 2-D or 3-D.
-        truth: (*S) bool.
+        reference: (*S) bool.
         spacing_mm: distance between voxel centres along each axis.
 
     Raises:
         ValueError: the masks differ in shape, or there is not one spacing per axis.
     """
-    if predicted.shape != truth.shape or len(spacing_mm) != truth.ndim:
-        found = f"{predicted.shape}, {truth.shape} and {len(spacing_mm)} spacings"
-        raise ValueError(f"predicted, truth and spacing_mm do not fit together: {found}")
-    if not (predicted.any() and truth.any()):
+    if predicted.shape != reference.shape or len(spacing_mm) != reference.ndim:
+        found = f"{predicted.shape}, {reference.shape} and {len(spacing_mm)} spacings"
+        raise ValueError(f"predicted, reference and spacing_mm do not fit together: {found}")
+    if not (predicted.any() and reference.any()):
         return Surface(np.nan, np.nan)
     from monai.metrics import get_mask_edges, get_surface_distance  # here, as importing monai takes seconds
     from scipy.ndimage import find_objects
 
-    axes = [axis for axis, n in enumerate(truth.shape) if n > 1] or [0]
+    axes = [axis for axis, n in enumerate(reference.shape) if n > 1] or [0]
     spacing = [float(spacing_mm[axis]) for axis in axes]
-    shape = [truth.shape[axis] for axis in axes]
-    either = (predicted | truth).reshape(shape)
+    shape = [reference.shape[axis] for axis in axes]
+    either = (predicted | reference).reshape(shape)
     box = find_objects(either.astype(np.uint8))[0]  # MONAI's own crop is many times slower
-    edges = get_mask_edges(predicted.reshape(shape)[box], truth.reshape(shape)[box], crop=False)
+    edges = get_mask_edges(predicted.reshape(shape)[box], reference.reshape(shape)[box], crop=False)
     there = np.asarray(get_surface_distance(*edges, spacing=spacing), dtype=np.float64)
     back = np.asarray(get_surface_distance(*reversed(edges), spacing=spacing), dtype=np.float64)
     hd95 = max(np.percentile(there, 95), np.percentile(back, 95))

@@ -26,7 +26,7 @@ def compute(
     patients they are scored on flatter the score.
 
     Args:
-        studies: patients, each with a truth.
+        studies: patients, each with reference labels.
         protocol: its normalisation is the one the means are good for.
         preprocessing: of the scans; means are good for the same only.
 

@@ -13,7 +13,7 @@ import torch
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients.study import Study
 
-#: Everyone who has a truth.
+#: Everyone who has reference labels.
 ALL = "all"
 HINT = f"give {ALL}, patients, a text file of patients, or a share such as 1/4"
 
@@ -57,12 +57,12 @@ def of(studies: Sequence[Study], words: Sequence[str], *, seed: int) -> frozense
         seed: of the draw.
 
     Raises:
-        UsageError: a patient is unknown or has no truth, or nobody has one.
+        UsageError: a patient is unknown or has no reference labels, or nobody has any.
     """
     able = sorted(s.patient for s in studies if s.truth is not None and not s.problems)
     share = Fraction(1) if tuple(words) == (ALL,) else _share(words[0]) if len(words) == 1 else None
     if words and not able:
-        raise UsageError("--labels: no patient has a truth file; train without labels, or add some")
+        raise UsageError("--labels: no patient has a file of reference labels; train without labels, or add some")
     if share is not None:
         order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed)).tolist()
         return frozenset(able[i] for i in order[: max(1, math.floor(share * len(able) + Fraction(1, 2)))])
@@ -71,7 +71,7 @@ def of(studies: Sequence[Study], words: Sequence[str], *, seed: int) -> frozense
         if word not in known:
             raise UsageError(f"--labels {word}: there is no such patient; {HINT}")
         if word not in able:
-            raise UsageError(f"--labels {word}: no truth file of this patient can be used; {HINT}")
+            raise UsageError(f"--labels {word}: no reference labels of this patient can be used; {HINT}")
     return frozenset(words)
 
 

@@ -89,10 +89,10 @@ def test_a_share_is_drawn_by_the_seed(share, count):
     ("given", "said"),
     [
         (["p1", "p9"], "--labels p9: there is no such patient"),
-        (["p3"], "--labels p3: no truth file"),
+        (["p3"], "--labels p3: no reference labels"),
         (["some"], "share such as 1/4"),
         *((share, "above 0 and at most 1") for share in ("0/4", "5/4", "1/0")),
-        (["none"], "no patient has a truth file"),
+        (["none"], "no patient has a file of reference labels"),
         (b"\n \n", "names nobody"),
         (b"\xff\xfe\x00\x81", "cannot be read"),
     ],
