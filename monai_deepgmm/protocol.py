@@ -22,6 +22,22 @@ BRIGHTNESS = {"very dark": -1.5, "dark": -0.75, "grey": 0.0, "bright": 0.75, "ve
 
 
 @dataclass(frozen=True)
+class Enhancement:
+    """A sequence on which the healthy wall is dark and blood bright, and the tissue of the wall that shines there.
+
+    Attributes:
+        sequence: that one.
+        tissue: that one.
+        evidence: a patient has the tissue when a twentieth of the wall has at least this local log-likelihood ratio
+            (``enhancement.measure``).
+    """
+
+    sequence: str
+    tissue: str
+    evidence: float
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Where tissues can be, as far as the mask's shape tells: an inner border inside the mask, which is the outer one.
 
@@ -29,12 +45,16 @@ class Anatomy:
         inside: the tissues within the inner border; all others lie between the two.
         contrast: sequence → how much brighter the inside is, as a log-likelihood ratio per standard deviation in the
             mask; only the sequences that help.
-        radius: of the inner border, as a share of the outer one: its mean and standard deviation.
+        radius: of the inner border, as a share of the outer one: its mean, and its standard deviation at an angle.
+        spread: the standard deviations of its mean radius between patients, and between the slices of one.
+        enhancement: what late enhancement shows; None: no sequence does.
     """
 
     inside: tuple[str, ...]
     contrast: Mapping[str, float]
     radius: tuple[float, float]
+    spread: tuple[float, float] = (0.06, 0.05)
+    enhancement: Enhancement | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +223,7 @@ def as_yaml(protocol: Protocol) -> str:
         "normalisation": {"crop_mm": protocol.crop_mm},
         "anatomy": None
         if anatomy is None
-        else {**dataclasses.asdict(anatomy), "inside": list(anatomy.inside)} | {"radius": list(anatomy.radius)},
+        else dataclasses.asdict(anatomy) | {key: list(getattr(anatomy, key)) for key in ("inside", "radius", "spread")},
         "borders": [list(pair) for pair in protocol.borders],
         "deeper": [list(pair) for pair in protocol.deeper],
         "tissues": tissues,
@@ -257,13 +277,30 @@ def _anatomy(raw: Mapping[str, Any], unit: str, sequences: tuple[str, ...], tiss
     mean, sd = (float(v) for v in raw["radius"])
     if not (0 < mean < 1 and sd > 0):
         raise ValueError(f"anatomy: radius {raw['radius']} (a mean between 0 and 1, and its standard deviation)")
+    between, within = (float(v) for v in raw.get("spread", Anatomy.spread))
+    if not (between > 0 and within > 0):
+        raise ValueError(f"anatomy: spread {raw['spread']} (two standard deviations)")
     if strangers := (set(raw["contrast"]) - set(sequences)) | (set(raw["inside"]) - set(tissues)):
         raise ValueError(f"anatomy: {', '.join(sorted(strangers))}")
-    return Anatomy(tuple(raw["inside"]), {s: float(w) for s, w in raw["contrast"].items()}, (mean, sd))
+    late = raw.get("enhancement")
+    return Anatomy(
+        inside=tuple(raw["inside"]),
+        contrast={s: float(w) for s, w in raw["contrast"].items()},
+        radius=(mean, sd),
+        spread=(between, within),
+        enhancement=None if late is None else _enhancement(late, sequences, tissues),
+    )
+
+
+def _enhancement(raw: Mapping[str, Any], sequences: tuple[str, ...], tissues: Sequence[str]) -> Enhancement:
+    found = Enhancement(raw["sequence"], raw["tissue"], float(raw["evidence"]))
+    if found.sequence not in sequences or found.tissue not in tissues:
+        raise ValueError("anatomy: enhancement's sequence or tissue")
+    return found
 
 
 def _evidence(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> RegionCriteria:
-    if raw["sequence"] not in sequences or set(raw["weights"]) - {"size", "support", "contrast"}:
+    if raw["sequence"] not in sequences or set(raw["weights"]) - {"size", "support", "contrast", "evidence"}:
         raise ValueError("evidence: its sequence or its weights")
     weights = {name: float(weight) for name, weight in raw["weights"].items()}
     return RegionCriteria(float(raw["size"]), float(raw["score"]), weights, raw["sequence"])

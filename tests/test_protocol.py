@@ -144,6 +144,10 @@ def test_optional_keys(load):
     expected = protocol.Anatomy(("lesion",), {"ADC": 1.0, "T2": -0.5}, (0.5, 0.1))
     assert load(SLICED).anatomy == expected
     assert load(own("anatomy", "contrast", to={}, raw=SLICED)).anatomy.contrast == {}
+    late = {"sequence": "ADC", "tissue": "liver", "evidence": 2}
+    found = load(own("anatomy", to=SLICED["anatomy"] | {"spread": [0.1, 0.2], "enhancement": late}, raw=SLICED)).anatomy
+    assert found.spread == (0.1, 0.2)
+    assert found.enhancement == protocol.Enhancement("ADC", "liver", 2.0)
 
 
 def test_evidence_level_and_share(load):
@@ -229,6 +233,10 @@ def evident(*keys, to):
         (sliced("radius", to=[0.5, float("nan")]), "anatomy: radius"),
         (sliced("radius", to=[0.5]), "expected 2"),
         (sliced("radius", to="wide"), "own.yaml"),
+        (sliced("spread", to=[0, 0.1]), "anatomy: spread"),
+        (sliced("enhancement", to={"sequence": "T1", "tissue": "liver", "evidence": 1}), "anatomy: enhancement"),
+        (sliced("enhancement", to={"sequence": "ADC", "tissue": "tumour", "evidence": 1}), "anatomy: enhancement"),
+        (sliced("enhancement", to={"sequence": "ADC", "tissue": "liver"}), "evidence"),
         (sliced("inside", to=["lesion", "tumour"]), "anatomy: tumour"),
         (sliced("inside", to="lesion"), "anatomy: "),  # a word is no list
         (sliced("contrast", to={"ADC": 1, "T1": 1}), "anatomy: T1"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.ndimage import binary_fill_holes, label
 from torch import Tensor
 
 from monai_deepgmm.errors import UsageError
@@ -75,6 +78,7 @@ class AnatomicalConfig:
         The result's components are in the order of the tissues, its mixture is on the image's scale; the diagnostics
         are those of the place with the most tissues, on that place's own scale.
         """
+        images = images.with_wall()
         tissues, ring = images.tissues, images.border()
         within = [k for k, t in enumerate(tissues) if t.name in images.anatomy().inside]
         around = [k for k in range(len(tissues)) if k not in within]
@@ -90,6 +94,7 @@ class AnatomicalConfig:
                 continue
             fits.append(self._in_place(images, place, members))
             resp[:, members], weights[:, members] = fits[-1].resp, fits[-1].mixture.weights
+        resp = enhanced(resp, images)
         mixture = m_step(images.image, resp, images.mask, covariance="full", spatial=True)
         # Where each place has one tissue, there was nothing to iterate.
         alone = Diagnostics(nll(images.image, images.mask, mixture))
@@ -107,6 +112,44 @@ class AnatomicalConfig:
             tol=self.tol,
             max_iter=self.max_iter,
         )
+
+
+def enhanced(resp: Tensor, images: Images) -> Tensor:
+    """Responsibilities ``(B, K, H, W)`` that know how much of a voxel late enhancement shows to be scar.
+
+    Its share of a voxel becomes ``f / M + (1 − 1 / M) w``, f the partial volume that late enhancement shows and w the
+    responsibility of a mixture of M sequences: each sequence has one voice. The wall's other tissues keep their
+    proportions. A dark core that it encloses, alone or with the cavity, is no-reflow and belongs to it, where the core is
+    smaller than what encloses it.
+    """
+    found, late = images.enhanced(), images.anatomy().enhancement
+    healthy = next((j for j, t in enumerate(images.tissues) if t.level and t.criteria is None), None)
+    if found is None or late is None or healthy is None:
+        return resp
+    k = [t.name for t in images.tissues].index(late.tissue)
+    inside = images.border().inside
+    wall = images.mask - inside
+    fraction = torch.from_numpy(found.fraction)[:, None].to(resp)
+    own = resp[:, k : k + 1]
+    share = torch.where(wall > 0, own + (fraction - own) / len(images.sequences), own)
+    blended = resp * torch.where(own < 1, (1 - share) / (1 - own).clamp_min(1e-9), 0)
+    blended[:, k : k + 1] = share
+    blended[:, healthy : healthy + 1] += (images.mask - blended.sum(1, keepdim=True)).clamp_min(0)
+    cores = torch.from_numpy(_cores(blended.argmax(1), k, inside[:, 0], wall[:, 0]))[:, None].to(resp.device)
+    certain = torch.zeros_like(blended)
+    certain[:, k] = 1
+    return torch.where(cores, certain, blended)
+
+
+def _cores(labels: Tensor, tissue: int, inside: Tensor, wall: Tensor) -> NDArray[np.bool_]:
+    """What of the wall a tissue encloses, alone or with the cavity ``(B, H, W)``."""
+    cores = []
+    for found, cavity, around in zip(*(t.cpu().numpy() for t in (labels == tissue, inside > 0, wall > 0)), strict=True):
+        ring = found & around
+        holes, count = label(binary_fill_holes(ring | cavity) & around & ~ring)
+        small = [h for h in range(1, count + 1) if (holes == h).sum() < ring.sum()]
+        cores.append(np.isin(holes, small))
+    return np.stack(cores)
 
 
 def _prior(members: list[Tissue], sequences: tuple[str, ...]) -> map_em.Prior:

@@ -2,37 +2,58 @@
 
 In a short-axis slice the mask's border is the epicardium. The endocardium is sought as a star-shaped contour around
 the mask's centre: in polar coordinates it is one radius per angle, and dynamic programming finds the radii that best
-separate the bright cavity from the wall, that change little from angle to angle, and that leave a wall of a usual
-thickness. A smooth contour swallows papillary muscles and trabeculae, as readers do.
+separate the cavity from the wall, that change little from angle to angle, and that leave a wall of a usual thickness,
+the patient's own as far as its slices agree on one. A smooth contour swallows papillary muscles and trabeculae, as
+readers do.
+
+On late enhancement scar is as bright as blood. What tells them apart is how much of the wall is bright at an angle: a
+thin rim is blood that the border has left out, a broad one is scar. So the border is sought several times, each time
+with the share of the wall that was bright at each angle as the chance that bright tissue is wall.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
+from scipy.ndimage import gaussian_filter1d
+from scipy.special import expit
 from torch import Tensor
 
+from monai_deepgmm.methods import blood_pool_scale, polar
 from monai_deepgmm.methods.naming import standardise
+from monai_deepgmm.methods.polar import ANGLES, ENDS, MIDDLES, RADII, View
 from monai_deepgmm.protocol import Anatomy
 
 Array = NDArray[np.float64]
 
-#: Angles around the centre, and radii from it to the outer border.
-ANGLES, RADII = 72, 48
 #: How many independent voxels the contrast of one ray through the wall is worth: neighbours repeat each other.
 EVIDENCE = 10.0
 #: The log-likelihood ratio that a single place can contribute at most; keeps a papillary muscle from having its way.
 CLIP = 2.0
-#: Standard deviation of the change of the relative radius from one angle to the next, and the largest step allowed.
-SMOOTHNESS, MAX_STEP = 0.027, 3
+#: Standard deviation of the change of the relative radius from one angle to the next.
+SMOOTHNESS = 0.027
 #: How far the usual border is moved towards that of the neighbouring slices, smoothed over so many angles.
 NEIGHBOURS, ANGULAR_SD = 0.25, 4.0
-#: Standard deviation of the Gaussian that takes the noise off the contrast, in mm.
-DENOISE_MM = 0.5
+#: How often the border is sought; and from which time on the wall's bright share is taken from the last border.
+ROUNDS, INFORMED = 5, 2
+
+# Late enhancement, on the blood pool's scale.
+#: Standard deviation of healthy wall around 0 and of blood around 1; of scar around 1, as it is brighter or fainter.
+TISSUE_SD, SCAR_SD = 0.3, 0.6
+#: The share of the cavity that is as dark as the wall: papillary muscles, trabeculae.
+DARK_IN_CAVITY = 0.3
+#: The bright share of the wall: before it is known, and its limits.
+BRIGHT_IN_WALL, BRIGHT_LIMITS = 0.2, (0.03, 0.8)
+#: What late enhancement counts beside the other sequences: its log-likelihood ratio is multiplied by this.
+ENHANCEMENT_WEIGHT = 0.3
+#: The quantile of the wall that stands for its healthy part, and the softness of "bright" around one half.
+HEALTHY_QUANTILE, BRIGHT_SOFTNESS = 0.33, 0.12
+#: Blood is looked at this far inside the border, and wall up to this share of the way to the outer one.
+CAVITY_MARGIN, WALL_END = 0.03, 0.97
 
 
 class Ring(NamedTuple):
@@ -57,22 +78,6 @@ class Ring(NamedTuple):
         return thickness
 
 
-class _Polar(NamedTuple):
-    """One image in polar coordinates around its mask's centre.
-
-    Attributes:
-        distance: of each voxel from the centre, in mm ``(H, W)``.
-        turn: each voxel's angle as a share of a full turn ``(H, W)``.
-        outer: the outer border's radius at each angle, in mm ``(ANGLES,)``.
-        evidence: what the contrast says for each relative radius of the inner border ``(ANGLES, RADII)``.
-    """
-
-    distance: Array
-    turn: Array
-    outer: Array
-    evidence: Array
-
-
 def ring(
     image: Tensor,
     mask: Tensor,
@@ -89,9 +94,13 @@ def ring(
     ``Σ_θ [ E Σ_{r<ρ(θ)} ℓ(θ, r) A(θ, r) / Ā − (ρ(θ) − m(θ))² / 2s² ] − Σ_θ (ρ(θ+1) − ρ(θ))² / 2t²``
 
     with ℓ the contrast (a log-likelihood ratio of inside against outside, clipped), A the area of a polar cell and Ā
-    that of an average ray, E = ``EVIDENCE``, t = ``SMOOTHNESS``, and s the anatomy's. What is usual, m, is the
-    anatomy's mean; the border is sought twice, the second time with m moved some way (``NEIGHBOURS``) to what was found
-    in the neighbouring slices.
+    that of an average ray, E = ``EVIDENCE``, t = ``SMOOTHNESS``, and s the anatomy's. It is sought ``ROUNDS`` times.
+    What is usual, m, is at first the anatomy's mean; then the patient's own, the posterior mean
+
+    ``m = (μ / τ² + Σ_i ρ̄_i / σ²) / (1 / τ² + n / σ²)``
+
+    of n slices with mean radii ρ̄, τ and σ the anatomy's spread; moved some way (``NEIGHBOURS``) to what was found in
+    the neighbouring slices. The contrast of late enhancement is that of ``_enhancement``.
 
     Args:
         image: ``(B, M, H, W)``; any scale.
@@ -99,118 +108,117 @@ def ring(
         anatomy: the contrast and the usual radius.
         sequences: the names of the channels.
         spacing_mm: of H and W.
-        slices: the position of each image along the stack, neighbours differ by 1; empty: none has neighbours.
+        slices: the position of each image along the stack, neighbours differ by 1; empty: the images have nothing to
+            do with each other.
     """
-    weights = torch.tensor([anatomy.contrast.get(s, 0.0) for s in sequences]).to(image)
-    contrast = (standardise(image, mask) * weights.reshape(-1, 1, 1)).sum(1).cpu().numpy()
-    masks = mask[:, 0].cpu().numpy() > 0
-    views = [_polar(c, m, np.array(spacing_mm)) for c, m in zip(contrast, masks, strict=True)]
-    mean, sd = anatomy.radius
-    first = [_border(v.evidence, np.full(ANGLES, mean), sd) for v in views]
-    places = slices or tuple(2 * i for i in range(len(views)))
-    borders = []
-    for i, view in enumerate(views):
-        beside = [first[j] - mean for j, at in enumerate(places) if abs(at - places[i]) == 1]
-        if beside:
-            moved = NEIGHBOURS * gaussian_filter1d(np.mean(beside, 0), ANGULAR_SD, mode="wrap")
-            borders.append(_border(view.evidence, mean + moved, sd) * view.outer)
-        else:
-            borders.append(first[i] * view.outer)
-    inside = [_within(v, b) & m for v, b, m in zip(views, borders, masks, strict=True)]
+    views = [polar.view(m, np.array(spacing_mm)) for m in mask[:, 0].cpu().numpy() > 0]
+    standard = standardise(image, mask).cpu().numpy().astype(float)
+    weights = np.array([anatomy.contrast.get(s, 0.0) for s in sequences])
+    plain = _sampled(views, np.tensordot(standard, weights, (1, 0)))
+    late = anatomy.enhancement.sequence if anatomy.enhancement else None
+    enhanced = _sampled(views, standard[:, sequences.index(late)]) if late in sequences else None
+    usual, shares = np.full((len(views), ANGLES), anatomy.radius[0]), np.full((len(views), ANGLES), BRIGHT_IN_WALL)
+    borders = usual
+    for number in range(ROUNDS):
+        contrast = plain
+        if enhanced is not None:
+            if number >= INFORMED:
+                shares = _bright_share(enhanced, views, borders, slices)
+            contrast = plain + _enhancement(enhanced, views, borders, shares, pooled=bool(slices))
+        gains = [np.cumsum(c.clip(-CLIP, CLIP) * v.weight, 1) / v.ray for c, v in zip(contrast, views, strict=True)]
+        borders = _border(np.stack(gains), usual, anatomy.radius[1])
+        usual = _usual(borders, anatomy, slices)
+    outer = np.stack([v.outer for v in views])
+    inside = np.stack([v.within(b) for v, b in zip(views, borders, strict=True)])
     return Ring(
-        inside=torch.from_numpy(np.stack(inside))[:, None].to(mask),
-        angle=np.stack([(v.turn * ANGLES).astype(np.int64) % ANGLES for v in views]),
-        outer=np.stack([v.outer for v in views]),
-        inner=np.stack(borders),
+        inside=torch.from_numpy(inside)[:, None].to(mask),
+        angle=np.stack([v.angle for v in views]),
+        outer=outer,
+        inner=borders * outer,
     )
 
 
-def _border(evidence: Array, usual: Array, sd: float) -> Array:
-    """The inner border's relative radius at each angle ``(ANGLES,)``."""
-    ends = (np.arange(RADII) + 1) / RADII
-    gain = EVIDENCE * evidence - ((ends - usual[:, None]) / sd) ** 2 / 2
-    return ends[smoothest(gain, 1 / (2 * (SMOOTHNESS * RADII) ** 2))]
+def _sampled(views: Sequence[View], images: Array) -> Array:
+    """Images ``(B, H, W)`` in polar cells ``(B, ANGLES, RADII)``."""
+    return np.stack([v.sample(i) for v, i in zip(views, images, strict=True)])
 
 
-def _within(view: _Polar, border: Array) -> NDArray[np.bool_]:
-    """What lies closer to the centre than a border given in mm ``(ANGLES,)``."""
-    closed = np.interp(view.turn, np.arange(ANGLES + 1) / ANGLES, np.append(border, border[0]))
-    inside: NDArray[np.bool_] = view.distance < closed
-    return inside
+def _border(gain: Array, usual: Array, sd: float) -> Array:
+    """The inner border's relative radius at each angle ``(B, ANGLES)``."""
+    penalty = ((ENDS - usual[..., None]) / sd) ** 2 / 2
+    return ENDS[polar.smoothest(EVIDENCE * gain - penalty, 1 / (2 * (SMOOTHNESS * RADII) ** 2))]
 
 
-def _polar(contrast: Array, mask: NDArray[np.bool_], spacing_mm: Array) -> _Polar:
-    """One image around the centre of its mask."""
-    grid = np.indices(mask.shape).astype(float)
-    centre = np.array([axis[mask].mean() if mask.any() else axis.mean() for axis in grid])
-    away = (grid - centre[:, None, None]) * spacing_mm[:, None, None]
-    outer = _outer(mask, centre, spacing_mm)
-    relative = (np.arange(RADII) + 0.5) / RADII
-    points = centre[:, None, None] + _directions() / spacing_mm[:, None, None] * (outer[:, None] * relative)
-    smooth = gaussian_filter(np.where(mask, contrast, 0), DENOISE_MM / spacing_mm)
-    seen = map_coordinates(smooth, points, order=1, mode="nearest").clip(-CLIP, CLIP)
-    # Outside the mask (a hole, an open ring) nothing is known.
-    known = map_coordinates(mask.astype(float), points, order=1, mode="constant")
-    area = relative * outer[:, None] ** 2
-    evidence = np.cumsum(known * seen * area, 1) / max(area.sum() / ANGLES, 1e-9)
-    turn = np.arctan2(away[1], away[0]) / (2 * np.pi) % 1
-    return _Polar(np.hypot(*away), turn, outer, evidence)
+def _usual(borders: Array, anatomy: Anatomy, slices: tuple[int, ...]) -> Array:
+    """The usual border of each image ``(B, ANGLES)`` after what was found in all of them."""
+    mean, (between, within) = anatomy.radius[0], anatomy.spread
+    if not slices:
+        return np.full(borders.shape, mean)
+    found = (mean / between**2 + borders.mean(1).sum() / within**2) / (1 / between**2 + len(borders) / within**2)
+    usual = np.full(borders.shape, found)
+    for i in range(len(borders)):
+        if near := blood_pool_scale.beside(slices, i):
+            moved = (borders[near] - found).mean(0)
+            usual[i] += NEIGHBOURS * gaussian_filter1d(moved, ANGULAR_SD, mode="wrap")
+    return usual
 
 
-def _directions() -> Array:
-    """The unit vector of each angle ``(2, ANGLES, 1)``."""
-    turns = 2 * np.pi * np.arange(ANGLES) / ANGLES
-    return np.stack([np.cos(turns), np.sin(turns)])[..., None]
+def _on_scale(image: Array, views: Sequence[View], borders: Array, *, pooled: bool) -> Array | None:
+    """Polar images ``(B, ANGLES, RADII)`` on the blood pool's scale, by these borders; None: blood is not bright."""
+    cavity = borders[..., None] - CAVITY_MARGIN > MIDDLES
+    wall = (borders[..., None] < MIDDLES) & (MIDDLES < WALL_END)
+    weights = np.stack([v.weight for v in views])
+    # A cell that the mask only touches holds what lies outside.
+    weights = np.where(weights > weights.max((1, 2), keepdims=True) * 1e-3, weights, 0)
+    levels = [
+        np.array([blood_pool_scale.quantile(x[p], w[p], share) for x, w, p in zip(image, weights, place, strict=True)])
+        for place, share in ((wall, HEALTHY_QUANTILE), (cavity, 0.5))
+    ]
+    found = blood_pool_scale.scale(levels[0], levels[1], pooled=pooled)
+    return None if found is None else found(image)
 
 
-def _outer(mask: NDArray[np.bool_], centre: Array, spacing_mm: Array) -> Array:
-    """How far the mask reaches at each angle, in mm, slightly smoothed."""
-    step = spacing_mm.min() / 2
-    lengths = np.arange(0.0, np.hypot(*(np.array(mask.shape) * spacing_mm)), step)
-    points = centre[:, None, None] + _directions() / spacing_mm[:, None, None] * lengths
-    found = map_coordinates(mask.astype(float), points, order=1, mode="constant") > 0.5
-    farthest = np.where(found.any(1), len(lengths) - 1 - found[:, ::-1].argmax(1), 0)
-    reach: Array = gaussian_filter1d(lengths[farthest] + step / 2, 1.0, mode="wrap")
-    return reach
+def _enhancement(image: Array, views: Sequence[View], borders: Array, shares: Array, *, pooled: bool) -> Array:
+    """The log-likelihood ratio of cavity against wall that late enhancement gives ``(B, ANGLES, RADII)``.
 
-
-def smoothest(gain: Array, weight: float) -> NDArray[np.int64]:
-    """The closed path through a table of gains that maximises ``Σ_a gain[a, p_a] − weight · Σ_a (p_{a+1} − p_a)²``.
-
-    Dynamic programming along two turns, of which the middle one has nearly closed; then along one turn that begins
-    and ends where that middle one began, so that it closes always.
+    ``log [(1 − d) N(x | 1, s) + d N(x | 0, s)] − log [(1 − b(θ)) N(x | 0, s) + b(θ) N(x | 1, S)]`` with x on the blood
+    pool's scale, d = ``DARK_IN_CAVITY``, b the bright share of the wall, s = ``TISSUE_SD`` and S = ``SCAR_SD``.
 
     Args:
-        gain: ``(A, R)``, cyclic in A.
-        weight: of the squared steps; a step is at most ``MAX_STEP``.
-
-    Returns:
-        ``(A,)`` indices of R.
+        image: ``(B, ANGLES, RADII)``.
+        views: of the B images.
+        borders: the last ones ``(B, ANGLES)``.
+        shares: b ``(B, ANGLES)``.
+        pooled: whether the images are one patient's.
     """
-    n_angles, half = len(gain), len(gain) // 2
-    through = int(_best_path(np.concatenate([gain, gain]), weight)[half])
-    turn = np.roll(gain, -half, axis=0)
-    fixed = np.full(gain.shape[1], -np.inf)
-    fixed[through] = 0
-    turn = np.concatenate([turn[:1] + fixed, turn[1:], fixed[None]])
-    return np.roll(_best_path(turn, weight)[:n_angles], half)
+    x = _on_scale(image, views, borders, pooled=pooled)
+    if x is None:
+        return np.zeros_like(image)
+    dark, bright, scar = _normal(x, 0, TISSUE_SD), _normal(x, 1, TISSUE_SD), _normal(x, 1, SCAR_SD)
+    b = shares[..., None]
+    cavity, wall = (1 - DARK_IN_CAVITY) * bright + DARK_IN_CAVITY * dark, (1 - b) * dark + b * scar
+    ratio: Array = ENHANCEMENT_WEIGHT * np.log((cavity + 1e-3) / (wall + 1e-3))
+    return np.where(np.isnan(ratio), 0.0, ratio)  # a slice without a scale of its own says nothing
 
 
-def _best_path(gain: Array, weight: float) -> NDArray[np.int64]:
-    """The same for an open path."""
-    n_radii = gain.shape[1]
-    steps = np.arange(-MAX_STEP, MAX_STEP + 1)
-    came_from = np.arange(n_radii) + steps[:, None]  # (steps, R)
-    possible = (came_from >= 0) & (came_from < n_radii)
-    cost = np.where(possible, weight * steps[:, None] ** 2, np.inf)
-    source = came_from.clip(0, n_radii - 1)
-    best, back = gain[0], []
-    for row in gain[1:]:
-        candidates = best[source] - cost
-        choice = candidates.argmax(0)
-        back.append(source[choice, np.arange(n_radii)])
-        best = candidates[choice, np.arange(n_radii)] + row
-    path = [int(best.argmax())]
-    for previous in reversed(back):
-        path.append(int(previous[path[-1]]))
-    return np.array(path[::-1])
+def _normal(x: Array, mean: float, sd: float) -> Array:
+    """A normal density without its constant factor."""
+    density: Array = np.exp(-(((x - mean) / sd) ** 2) / 2) / sd
+    return density
+
+
+def _bright_share(image: Array, views: Sequence[View], borders: Array, slices: tuple[int, ...]) -> Array:
+    """The share of the wall that is bright at each angle, here and in the neighbouring slices ``(B, ANGLES)``."""
+    x = _on_scale(image, views, borders, pooled=bool(slices))
+    if x is None:
+        return np.full(borders.shape, BRIGHT_IN_WALL)
+    weights = np.stack([v.weight for v in views]) * (borders[..., None] < MIDDLES)
+    bright = np.where(np.isnan(x), BRIGHT_IN_WALL, expit((x - 0.5) / BRIGHT_SOFTNESS))
+    share = (weights * bright).sum(2) / np.maximum(weights.sum(2), 1e-9)
+    smooth = gaussian_filter1d(share, ANGULAR_SD, axis=1, mode="wrap")
+    found = smooth.copy()
+    for i in range(len(found)):
+        if near := blood_pool_scale.beside(slices, i):
+            found[i] = (smooth[i] + smooth[near].mean(0)) / 2
+    limited: Array = found.clip(*BRIGHT_LIMITS)
+    return limited

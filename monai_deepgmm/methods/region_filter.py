@@ -1,8 +1,9 @@
 """Whether a tissue is there at all: a mixture always finds all its parts, a patient need not have them.
 
 Each connected region of a tissue that may be absent is weighed by what a reader looks for: is it more than a rim or a
-speck, is it also there in the neighbouring slices, is it clearly brighter than the healthy wall. What is not believed
-goes to the next probable tissue. What was seen and decided is kept, for the sidecar.
+speck, is it also there in the neighbouring slices, is it clearly brighter than the healthy wall. A tissue that late
+enhancement does not show in the patient at all has no accepted region. What is not accepted goes to the next probable
+tissue. What was seen and decided is kept, for the sidecar.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, gaussian_filter1d, label
 from torch import Tensor
 
-from monai_deepgmm.methods.endocardium import ANGLES
+from monai_deepgmm.methods.enhancement import Enhancement
+from monai_deepgmm.methods.polar import ANGLES
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.protocol import RegionCriteria
 
@@ -37,6 +39,7 @@ class Region(NamedTuple):
         size: the diameter of the largest disc within it, in mm.
         support: the tissue's share at the same angles in the neighbouring slices, 0 to 1.
         contrast: how much brighter it is than the healthy wall, in that one's standard deviations.
+        evidence: its mean local log-likelihood ratio on late enhancement; 0 where that tells nothing of the tissue.
         accepted: the decision.
     """
 
@@ -46,6 +49,7 @@ class Region(NamedTuple):
     size: float
     support: float
     contrast: float
+    evidence: float
     accepted: bool
 
 
@@ -78,6 +82,7 @@ def decide(resp: Tensor, images: Images) -> tuple[Tensor, list[Region]]:
         found = resp.argmax(1).cpu().numpy()
         shares = [_by_angle(f == k, w, a) for f, w, a in zip(found, wall, ring.angle, strict=True)]
         values = image[:, sequences.index(criteria.sequence)].cpu().numpy()
+        shown = images.enhanced() if _shines(images, tissues[k].name) else None
         for i in range(len(resp)):
             support = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1] if slices else []
             inside = found[i] == k
@@ -89,12 +94,14 @@ def decide(resp: Tensor, images: Images) -> tuple[Tensor, list[Region]]:
                     tissue=tissues[k].name,
                     image=i,
                     voxels=int(where.sum()),
-                    size=2 * float(distance_transform_edt(where, sampling=spacing_mm).max()),
+                    size=_diameter(where, spacing_mm),
                     support=_support(where, ring.angle[i], support),
                     contrast=_contrast(values[i][where], rest),
+                    evidence=0.0 if shown is None else _shown(shown, i, where),
                     accepted=False,
                 )
-                region = region._replace(accepted=accepted(region, criteria))
+                there = shown is None or shown.present
+                region = region._replace(accepted=there and accepted(region, criteria))
                 regions.append(region)
                 if not region.accepted:
                     resp[i] = torch.where(decided & torch.from_numpy(where).to(resp.device), 0, resp[i])
@@ -110,6 +117,27 @@ def accepted(region: Region, criteria: RegionCriteria) -> bool:
     """Whether a region meets a tissue's criteria."""
     score = sum(weight * getattr(region, name) for name, weight in criteria.weights.items())
     return region.size >= criteria.size and score >= criteria.score
+
+
+def _shines(images: Images, tissue: str) -> bool:
+    """Whether a tissue is the one that late enhancement shows."""
+    late = images.anatomy().enhancement
+    return late is not None and late.tissue == tissue
+
+
+def _shown(enhancement: Enhancement, image: int, where: NDArray[np.bool_]) -> float:
+    """The mean evidence of what shines of a region ``(H, W)``: a dark core says nothing of what encloses it."""
+    bright = where & (enhancement.fraction[image] > 0.5)
+    return float(enhancement.evidence[image][bright if bright.any() else where].mean())
+
+
+def _diameter(where: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> float:
+    """The diameter of the largest disc within a region ``(H, W)``, in mm.
+
+    Distances are from centre to centre of voxels, the nearest outside being half a voxel beyond the border.
+    """
+    depth = float(distance_transform_edt(np.pad(where, 1), sampling=spacing_mm).max())
+    return 2 * depth - min(spacing_mm)
 
 
 def _by_angle(tissue: NDArray[np.bool_], wall: NDArray[np.bool_], angle: NDArray[np.int64]) -> NDArray[np.float64]:

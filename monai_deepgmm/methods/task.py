@@ -8,8 +8,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 from torch import Tensor
 
 from monai_deepgmm import protocol as protocols
-from monai_deepgmm.methods import endocardium
+from monai_deepgmm.methods import endocardium, enhancement
 from monai_deepgmm.methods.endocardium import Ring
+from monai_deepgmm.methods.enhancement import Enhancement
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.protocol import Tissue
 
@@ -29,6 +30,7 @@ class Images(NamedTuple):
         means: μ_data ``(K, M)``, from which the start was made, or None.
         zero: where no signal lies on the image's scale ``(B, M)``; needed for a bias field.
         ring: the wall's borders, where the method or the region filter needs them.
+        enhancement: what late enhancement shows in the wall, likewise.
         seed: of every random draw.
     """
 
@@ -43,6 +45,7 @@ class Images(NamedTuple):
     means: Tensor | None = None
     zero: Tensor | None = None
     ring: Ring | None = None
+    enhancement: Enhancement | None = None
     seed: int = 0
 
     def anatomy(self) -> protocols.Anatomy:
@@ -59,6 +62,31 @@ class Images(NamedTuple):
         """The wall's borders: ``ring``, or found now."""
         return self.ring or endocardium.ring(
             self.image, self.mask, self.anatomy(), self.sequences, self.spacing_mm, slices=self.slices
+        )
+
+    def with_wall(self) -> Self:
+        """The same, with the wall's borders and its enhancement found once for all who ask."""
+        found = self._replace(ring=self.border())
+        return found._replace(enhancement=found.enhanced())
+
+    def enhanced(self) -> Enhancement | None:
+        """What late enhancement shows in the wall of this patient: ``enhancement``, or measured now.
+
+        None where no sequence shows it, where the wall cannot have the tissue, and where the images are no stack of one
+        patient.
+        """
+        late = self.anatomy().enhancement
+        if self.enhancement is not None or late is None or late.sequence not in self.sequences or not self.slices:
+            return self.enhancement
+        if late.tissue not in [t.name for t in self.tissues]:
+            return None
+        return enhancement.measure(
+            self.image[:, self.sequences.index(late.sequence)].cpu().numpy().astype(float),
+            self.mask[:, 0].cpu().numpy() > 0,
+            self.border().inside[:, 0].cpu().numpy() > 0,
+            self.spacing_mm,
+            slices=self.slices,
+            threshold=late.evidence,
         )
 
     def from_zero(self) -> Tensor:

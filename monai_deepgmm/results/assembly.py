@@ -91,7 +91,7 @@ def assemble(prepared: Prepared, config: Config) -> Assembly:
         seed=config.seed,
     )
     if config.presence and images.slices:
-        images = images._replace(ring=images.border())
+        images = images.with_wall()
     return Assembly(images, large, image, mask)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from monai_deepgmm.images.nifti import Volume
 from monai_deepgmm.images.preparation import Prepared
+from monai_deepgmm.methods import enhancement
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.naming import Naming
 from monai_deepgmm.methods.region_filter import Region
@@ -76,7 +77,7 @@ def sidecar(
         "slice_axis": prepared.crops.slice_axis,
         "converged": None if converged is None else bool(converged.all()),
         "naming": _named(outcome, images, slices, config),
-        "presence": _presence(outcome.regions, images.tissues, slices) if config.presence else None,
+        "presence": _presence(outcome.regions, images, slices) if config.presence else None,
         "uncertainty": {
             "entropy": round(outcome.entropy, 4),
             "level": uncertainty.LEVEL,
@@ -138,28 +139,46 @@ def _fitted(known: Diagnostics, index: int, where: int | None) -> dict[str, Any]
     return out
 
 
-def _presence(regions: Sequence[Region], visible: tuple[Tissue, ...], slices: list[int | None]) -> dict[str, Any]:
+def _presence(regions: Sequence[Region], images: Images, slices: list[int | None]) -> dict[str, Any]:
     """Of each tissue that needs evidence: whether the patient has it, in which slices, and every region."""
     return {
         tissue.name: {
             "present": any(r.accepted for r in mine),
             "slices": sorted({s for r in mine if r.accepted and (s := slices[r.image]) is not None}),
             "criteria": dataclasses.asdict(tissue.criteria),
-            "regions": [
-                {
-                    "slice": slices[r.image],
-                    "voxels": r.voxels,
-                    "size_mm": round(r.size, 3),
-                    "support": round(r.support, 4),
-                    "contrast_sd": round(r.contrast, 4) if math.isfinite(r.contrast) else None,
-                    "accepted": r.accepted,
-                }
-                for r in mine
-            ],
+            "patient": _enhancement(images, tissue),
+            "regions": [_region(r, slices) for r in mine],
         }
-        for tissue in visible
+        for tissue in images.tissues
         if tissue.criteria is not None
         for mine in [[r for r in regions if r.tissue == tissue.name]]
+    }
+
+
+def _region(found: Region, slices: list[int | None]) -> dict[str, Any]:
+    return {
+        "slice": slices[found.image],
+        "voxels": found.voxels,
+        "size_mm": round(found.size, 3),
+        "support": round(found.support, 4),
+        "contrast_sd": round(found.contrast, 4) if math.isfinite(found.contrast) else None,
+        "evidence": round(found.evidence, 4),
+        "accepted": found.accepted,
+    }
+
+
+def _enhancement(images: Images, tissue: Tissue) -> dict[str, Any] | None:
+    """What late enhancement says of the whole patient; None where it says nothing of this tissue."""
+    late, found = images.anatomy().enhancement, images.enhancement
+    if found is None or late is None or late.tissue != tissue.name:
+        return None
+    return {
+        "present": found.present,
+        "evidence": round(found.found, 4),
+        "needed": late.evidence,
+        "separation": round(found.separation, 4),
+        "needed_separation": round(enhancement.ONE_CLASS, 4),
+        "level": round(found.level, 4),
     }
 
 

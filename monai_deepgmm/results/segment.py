@@ -189,8 +189,7 @@ def _perturbed(images: Images, seed: int, number: int) -> Images:
     """The same task with priors as plausible as the protocol's own."""
     protocol = uncertainty.perturbed(images.protocol, seed, number)
     tissues = tuple(protocol.tissue(t.name) for t in images.tissues)
-    moved = images._replace(protocol=protocol, tissues=tissues, ring=None)
-    return moved._replace(ring=moved.border())
+    return images._replace(protocol=protocol, tissues=tissues, ring=None, enhancement=None).with_wall()
 
 
 def _fields(fit: Fit, prepared: Prepared, assembly: Assembly) -> dict[str, NDArray[np.float32]]:

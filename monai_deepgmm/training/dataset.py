@@ -198,7 +198,7 @@ def _expected(patient: Patient, protocol: Protocol, teacher: Teacher | None) -> 
     images = Images(
         crops.image, crops.mask, expected, protocol, visible, patient.sequences, crops.spacing_mm, crops.slices
     )
-    images = images._replace(ring=images.border())
+    images = images.with_wall()
     resp = teacher.solve(images).resp
     return region_filter.decide(resp, images)[0] if teacher.presence else resp
 

@@ -14,7 +14,7 @@ from monai_deepgmm import protocol
 from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import build
 from monai_deepgmm.methods.endocardium import ANGLES, Ring
-from monai_deepgmm.methods.region_filter import MIN_HEALTHY, UNKNOWN_SUPPORT, Region, accepted, decide
+from monai_deepgmm.methods.region_filter import MIN_HEALTHY, UNKNOWN_SUPPORT, Region, _diameter, accepted, decide
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.mixture.gaussian import m_step
@@ -117,18 +117,19 @@ def only(regions: list[Region], tissue: str) -> list[Region]:
 def test_accepted_by_hand(weights, size, support, contrast, decision):
     given = {name: w for name, w in zip(("size", "support", "contrast"), weights, strict=True) if w is not None}
     criteria = RegionCriteria(5.0, 1.25 - 1e-9, given, "LGE")
-    assert accepted(Region("scar", 0, 9, size, support, contrast, False), criteria) is decision
+    assert accepted(Region("scar", 0, 9, size, support, contrast, 0.0, False), criteria) is decision
 
 
 @pytest.mark.parametrize(
     ("where", "spacing_mm", "voxels", "size"),
     [
-        (disc(17, 0, 0.5), (1.0, 1.0), 1, 2.0),
-        (disc(17, 0, 0.5), (2.0, 0.5), 1, 1.0),
-        ((np.abs(X - 17) <= 2) & (np.abs(Y) <= 2), (1.0, 1.0), 25, 6.0),  # from its centre, 3 to what is outside
-        ((np.abs(X - 17) <= 2) & (np.abs(Y) <= 2), (2.0, 1.0), 25, 6.0),
-        ((np.abs(X - 17) <= 2) & (np.abs(Y) <= 2), (1.5, 1.5), 25, 9.0),
-        ((X == 17) & (np.abs(Y) <= 9), (1.0, 1.0), 19, 2.0),  # as thin as a speck, though long
+        (disc(17, 0, 0.5), (1.0, 1.0), 1, 1.0),
+        (disc(17, 0, 0.5), (2.0, 0.5), 1, 0.5),
+        # From its centre, 3 to the next voxel outside, of which half a voxel is not its own.
+        ((np.abs(X - 17) <= 2) & (np.abs(Y) <= 2), (1.0, 1.0), 25, 5.0),
+        ((np.abs(X - 17) <= 2) & (np.abs(Y) <= 2), (2.0, 1.0), 25, 5.0),
+        ((np.abs(X - 17) <= 2) & (np.abs(Y) <= 2), (1.5, 1.5), 25, 7.5),
+        ((X == 17) & (np.abs(Y) <= 9), (1.0, 1.0), 19, 1.0),  # as thin as a speck, though long
     ],
     ids=["speck", "flat speck", "square", "wide square", "large square", "line"],
 )
@@ -137,6 +138,13 @@ def test_size_by_hand(where, spacing_mm, voxels, size):
     (region,) = only(regions, "scar")
     assert region.voxels == voxels == where.sum()
     assert region.size == pytest.approx(size)
+
+
+@pytest.mark.parametrize("spacing_mm", [0.75, 1.0, 2.0])
+def test_the_size_of_a_ring_does_not_grow_with_the_voxel(spacing_mm):
+    """5 mm thick."""
+    ring = (R * spacing_mm >= 10.25) & (R * spacing_mm < 15.25) & (R * spacing_mm < WALL)
+    assert _diameter(ring, (spacing_mm, spacing_mm)) == pytest.approx(5, abs=0.75 * spacing_mm)
 
 
 def test_regions_are_parted_and_measured_one_by_one():
@@ -375,7 +383,7 @@ def test_a_tissue_that_is_not_there_is_no_collapsed_component_and_one_place_is_t
 
 def test_slices_are_fitted_one_by_one():
     image, mask, _ = patient(infarcted(), healthy(), infarcted(), noise=0.5)
-    together = fitted(task(image, mask, slices=(0, 2, 4)))
+    together = fitted(task(image, mask))
     for b in range(3):
         alone = fitted(task(image[b : b + 1], mask[b : b + 1]))
         torch.testing.assert_close(alone.resp[0], together.resp[b], rtol=0, atol=1e-9)

@@ -1,0 +1,76 @@
+"""A scale on which late enhancement means the same in every patient: the healthy wall is 0, the blood pool 1.
+
+The wall's own spread cannot say whether there is scar in it: a wall without any is stretched as far as one that is half
+scar. The blood beside it can: it enhances like scar, and every slice holds some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+#: How far a slice's distance between wall and blood is drawn to its patient's.
+POOLED = 0.5
+#: No slice's distance is smaller than this share of its patient's: a slice that shows no contrast is not stretched.
+LEAST = 0.3
+
+
+class Scale(NamedTuple):
+    """Where 0 and 1 lie in each of B slices.
+
+    Attributes:
+        wall: the level of the healthy wall ``(B,)``.
+        unit: from there to the blood pool ``(B,)``, above 0.
+    """
+
+    wall: Array
+    unit: Array
+
+    def __call__(self, image: Array) -> Array:
+        """Intensities ``(B, ...)`` on the scale."""
+        shape = (-1, *[1] * (image.ndim - 1))
+        scaled: Array = (image - self.wall.reshape(shape)) / self.unit.reshape(shape)
+        return scaled
+
+
+def scale(wall: Array, blood: Array, *, pooled: bool = True) -> Scale | None:
+    """The scale of a patient's slices from what each of them shows.
+
+    Args:
+        wall: the level of the healthy wall in each slice ``(B,)``; NaN where it shows too little of it.
+        blood: that of the blood pool ``(B,)``, likewise.
+        pooled: whether the slices are one patient's, and help each other out; else a slice without has NaN.
+
+    Returns:
+        The scale; None where blood is not brighter than the wall (blood that was nulled, or a wrong sequence).
+    """
+    if not pooled:
+        each = [scale(w, b) for w, b in zip(wall[:, None], blood[:, None], strict=True)]
+        unknown = Scale(np.full(1, np.nan), np.full(1, np.nan))
+        parts = [s or unknown for s in each]
+        return Scale(np.concatenate([s.wall for s in parts]), np.concatenate([s.unit for s in parts]))
+    unit = blood - wall
+    if np.isnan(unit).all() or not (usual := float(np.nanmedian(unit))) > 0:
+        return None
+    own = np.where(np.isnan(unit), usual, unit)
+    level = np.where(np.isnan(wall), np.nanmedian(wall), wall)
+    return Scale(level, np.maximum(POOLED * usual + (1 - POOLED) * own, LEAST * usual))
+
+
+def quantile(values: Array, weights: Array, share: float) -> float:
+    """The weighted quantile of values ``(N,)``; NaN where nothing has a weight."""
+    if not weights.sum() > 0:
+        return float("nan")
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(reached, share * reached[-1])])
+
+
+def beside(slices: Sequence[int], index: int) -> list[int]:
+    """The indices of the slices that lie directly beside one of them; none where positions are unknown."""
+    return [j for j, at in enumerate(slices) if abs(at - slices[index]) == 1] if slices else []

@@ -1,0 +1,138 @@
+"""An image in polar coordinates around its mask's centre, and the smoothest closed path through such a table."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+#: Angles around the centre, and radii from it to the outer border.
+ANGLES, RADII = 72, 48
+#: The middle of each polar cell and its end, as shares of the way to the outer border ``(RADII,)``.
+MIDDLES, ENDS = (np.arange(RADII) + 0.5) / RADII, (np.arange(RADII) + 1) / RADII
+#: The largest step of a path from one angle to the next, in radii.
+MAX_STEP = 3
+#: Standard deviation of the Gaussian that takes the noise off an image before it is sampled, in mm.
+DENOISE_MM = 0.5
+
+
+class View(NamedTuple):
+    """The polar grid of one image.
+
+    Attributes:
+        mask: ``(H, W)``.
+        distance: of each voxel from the centre, in mm ``(H, W)``.
+        turn: each voxel's angle as a share of a full turn ``(H, W)``.
+        outer: the outer border's radius at each angle, in mm ``(ANGLES,)``.
+        points: where the polar cells lie in the image, in voxels ``(2, ANGLES, RADII)``.
+        weight: the area of each cell that lies in the mask, in mm² but for a factor ``(ANGLES, RADII)``.
+        ray: the area of an average ray, on the same scale.
+        spacing_mm: of H and W ``(2,)``.
+    """
+
+    mask: Mask
+    distance: Array
+    turn: Array
+    outer: Array
+    points: Array
+    weight: Array
+    ray: float
+    spacing_mm: Array
+
+    @property
+    def angle(self) -> NDArray[np.int64]:
+        """The index of each voxel's angle ``(H, W)``."""
+        return (self.turn * ANGLES).astype(np.int64) % ANGLES
+
+    def sample(self, image: Array) -> Array:
+        """An image ``(H, W)`` in the polar cells ``(ANGLES, RADII)``; what lies outside the mask counts as 0."""
+        smooth = gaussian_filter(np.where(self.mask, image, 0), DENOISE_MM / self.spacing_mm)
+        seen: Array = map_coordinates(smooth, self.points, order=1, mode="nearest")
+        return seen
+
+    def within(self, border: Array) -> Mask:
+        """What of the mask lies closer to the centre than a border, a share of the outer one ``(ANGLES,)``."""
+        radii = border * self.outer
+        closed = np.interp(self.turn, np.arange(ANGLES + 1) / ANGLES, np.append(radii, radii[0]))
+        inside: Mask = (self.distance < closed) & self.mask
+        return inside
+
+
+def view(mask: Mask, spacing_mm: Array) -> View:
+    """The polar grid around the centre of a mask ``(H, W)``."""
+    grid = np.indices(mask.shape).astype(float)
+    centre = np.array([axis[mask].mean() if mask.any() else axis.mean() for axis in grid])
+    away = (grid - centre[:, None, None]) * spacing_mm[:, None, None]
+    outer = _outer(mask, centre, spacing_mm)
+    points = centre[:, None, None] + _directions() / spacing_mm[:, None, None] * (outer[:, None] * MIDDLES)
+    # Outside the mask (a hole, an open ring) nothing is known.
+    known = map_coordinates(mask.astype(float), points, order=1, mode="constant")
+    area = MIDDLES * outer[:, None] ** 2
+    turn = np.arctan2(away[1], away[0]) / (2 * np.pi) % 1
+    ray = max(float(area.sum()) / ANGLES, 1e-9)
+    return View(mask, np.hypot(*away), turn, outer, points, known * area, ray, spacing_mm)
+
+
+def _directions() -> Array:
+    """The unit vector of each angle ``(2, ANGLES, 1)``."""
+    turns = 2 * np.pi * np.arange(ANGLES) / ANGLES
+    return np.stack([np.cos(turns), np.sin(turns)])[..., None]
+
+
+def _outer(mask: Mask, centre: Array, spacing_mm: Array) -> Array:
+    """How far the mask reaches at each angle, in mm, slightly smoothed."""
+    step = spacing_mm.min() / 2
+    lengths = np.arange(0.0, np.hypot(*(np.array(mask.shape) * spacing_mm)), step)
+    points = centre[:, None, None] + _directions() / spacing_mm[:, None, None] * lengths
+    found = map_coordinates(mask.astype(float), points, order=1, mode="constant") > 0.5
+    farthest = np.where(found.any(1), len(lengths) - 1 - found[:, ::-1].argmax(1), 0)
+    reach: Array = gaussian_filter1d(lengths[farthest] + step / 2, 1.0, mode="wrap")
+    return reach
+
+
+def smoothest(gain: Array, weight: float) -> NDArray[np.int64]:
+    """The closed path through a table of gains that maximises ``Σ_a gain[a, p_a] − weight · Σ_a (p_{a+1} − p_a)²``.
+
+    Dynamic programming along two turns, of which the middle one has nearly closed; then along one turn that begins
+    and ends where that middle one began, so that it closes always.
+
+    Args:
+        gain: ``(..., A, R)``, cyclic in A.
+        weight: of the squared steps; a step is at most ``MAX_STEP``.
+
+    Returns:
+        ``(..., A)`` indices of R.
+    """
+    tables = gain.reshape(-1, *gain.shape[-2:])
+    n_angles, half = tables.shape[1], tables.shape[1] // 2
+    through = _best_path(np.concatenate([tables, tables], 1), weight)[:, half]
+    turn = np.roll(tables, -half, axis=1)
+    fixed = np.where(np.arange(tables.shape[2]) == through[:, None], 0, -np.inf)[:, None]
+    turn = np.concatenate([turn[:, :1] + fixed, turn[:, 1:], fixed], 1)
+    return np.roll(_best_path(turn, weight)[:, :n_angles], half, axis=1).reshape(gain.shape[:-1])
+
+
+def _best_path(gain: Array, weight: float) -> NDArray[np.int64]:
+    """The same for open paths through N tables ``(N, A, R)``, ``(N, A)``."""
+    n_radii = gain.shape[2]
+    steps = np.arange(-MAX_STEP, MAX_STEP + 1)
+    came_from = np.arange(n_radii) + steps[:, None]  # (steps, R)
+    possible = (came_from >= 0) & (came_from < n_radii)
+    cost = np.where(possible, weight * steps[:, None] ** 2, np.inf)
+    source = came_from.clip(0, n_radii - 1)
+    best, back = gain[:, 0], []
+    for angle in range(1, gain.shape[1]):
+        candidates = best[:, source] - cost
+        choice = candidates.argmax(1)
+        back.append(source[choice, np.arange(n_radii)])
+        best = np.take_along_axis(candidates, choice[:, None], 1)[:, 0] + gain[:, angle]
+    rows = np.arange(len(gain))
+    path = [best.argmax(1)]
+    for previous in reversed(back):
+        path.append(previous[rows, path[-1]])
+    return np.stack(path[::-1], 1)
