@@ -150,7 +150,7 @@ def _mask(
         labels = f" with any of the values {_listed(study.mask_labels)}" if study.mask_labels else ""
         remedy = f"Draw the {protocol.mask}, or name the values that mean it with --mask-labels"
         raise StudyError("E_MASK_EMPTY", f"the mask {name} has no voxel{labels} on the grid of {sequences[0]}", remedy)
-    needed = MIN_VOXELS_PER_TISSUE * len(protocol.visible(sequences))
+    needed = MIN_VOXELS_PER_TISSUE * len(protocol.components(sequences))
     if (found := int(mask.sum())) < needed:
         message = f"the mask {name} has {found} voxels, but {needed} are needed"
         raise StudyError("E_MASK_SMALL", message, f"Check that it covers the {protocol.mask}")

@@ -30,6 +30,7 @@ class Images(NamedTuple):
         zero: where no signal lies on the image's scale ``(B, M)``; needed for a bias field.
         ring: the wall's borders, where the method or the region filter needs them.
         seed: of every random draw.
+        measured: where each sequence was ``(B, M, *S)``; None: everywhere inside the mask.
     """
 
     image: Tensor
@@ -44,6 +45,7 @@ class Images(NamedTuple):
     zero: Tensor | None = None
     ring: Ring | None = None
     seed: int = 0
+    measured: Tensor | None = None
 
     def anatomy(self) -> protocols.Anatomy:
         """Where the protocol's tissues can be.

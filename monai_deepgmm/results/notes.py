@@ -23,7 +23,7 @@ CERTAIN = 0.5
 def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config) -> Iterator[str]:
     """All warnings that a fit gives rise to, in the order of reading."""
     yield from _about_sequences(config.protocol, assembly.images.sequences)
-    yield from _about_order(prepared, config.protocol.visible(assembly.images.sequences))
+    yield from _about_order(prepared, config.protocol.components(assembly.images.sequences))
     yield from _about_fit(prepared, assembly, outcome)
     yield from _about_names(assembly, outcome, config)
     yield from _about_volumes(assembly, outcome)
