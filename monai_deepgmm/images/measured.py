@@ -6,7 +6,10 @@ vessel lies far beyond all tissues; it would widen every scale and draw a compon
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.ndimage import binary_propagation
 from torch import Tensor
 
 #: The quantiles inside the mask that all tissues reach, and how many times as far from the median values may lie.
@@ -39,3 +42,23 @@ def measured(image: Tensor, mask: Tensor) -> Tensor:
         reachable = (image[b, m] >= middle - REACH * (middle - low)) & (image[b, m] <= middle + REACH * (high - middle))
         out[b, m] = there[b, m] & reachable
     return out
+
+
+def padding(image: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What the mask has beyond the image: from its border inwards, voxels that are exactly 0 in every sequence.
+
+    Args:
+        image: (M, X, Y, Z).
+        mask: (X, Y, Z).
+
+    Returns:
+        (X, Y, Z); zeros that other voxels enclose are not padding.
+    """
+    empty = mask & (image == 0).all(0)
+    if not empty.any():
+        return empty
+    beyond: NDArray[np.bool_] = np.pad(~mask, 1, constant_values=True)
+    reached: NDArray[np.bool_] = binary_propagation(beyond, mask=beyond | np.pad(empty, 1))
+    inner = tuple(slice(1, -1) for _ in mask.shape)
+    found: NDArray[np.bool_] = reached[inner] & mask
+    return found

@@ -165,6 +165,8 @@ def looks_swapped(
     tissues: tuple[Tissue, ...],
     sequences: tuple[str, ...],
     spacing_mm: tuple[float, ...],
+    *,
+    measured: Tensor | None = None,
 ) -> tuple[str, ...] | None:
     """Whether the signatures would fit clearly better if the sequences' names were exchanged.
 
@@ -174,22 +176,24 @@ def looks_swapped(
         tissues: with their signatures and centralities.
         sequences: the names of the channels, as the user gave them.
         spacing_mm: of the axes in ``*S``.
+        measured: where each sequence was ``(B, M, *S)``; None: everywhere.
 
     Returns:
         The names that fit the channels better, or None where the given ones are fine.
     """
     if len(sequences) == 1:
         return None
+    seen = mask.expand_as(image) if measured is None else measured.to(mask)
     step = max(1, round((mask.numel() / ENOUGH) ** (1 / len(spacing_mm)))) if mask.numel() > ENOUGH else 1
     thinned = (slice(None), slice(None), *[slice(None, None, step)] * len(spacing_mm))
     if mask[thinned].any():
-        image, mask = image[thinned], mask[thinned]
+        image, mask, seen = image[thinned], mask[thinned], seen[thinned]
     else:  # a mask so thin that it falls between them
         step = 1
-    z, depth = standardise(image, mask), _depth(mask, tissues, tuple(step * s for s in spacing_mm))
+    z, depth = standardise(image, seen), _depth(mask, tissues, tuple(step * s for s in spacing_mm))
 
     def surprise(order: tuple[str, ...]) -> float:
-        joint = torch.stack([_log_expected(z, depth, t, order) for t in tissues], 1)
+        joint = torch.stack([_log_expected(z, depth, t, order, seen) for t in tissues], 1)
         return float(-(joint.logsumexp(1, keepdim=True) * mask).sum() / mask.sum())
 
     given = surprise(sequences)

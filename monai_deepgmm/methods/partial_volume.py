@@ -39,7 +39,7 @@ class PartialVolumeConfig:
     finds_regions: ClassVar[bool] = True
 
     degree: int | None = None
-    pooling: float = 0.1
+    pooling: float = 0.3
     coupling: float = 3.0
     tol: float = partial_volume.TOL
     max_iter: int = 3000

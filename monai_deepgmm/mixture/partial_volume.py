@@ -63,7 +63,7 @@ class Model(NamedTuple):
     borders: tuple[tuple[int, int], ...]
     degree: int = DEGREE
     require_bic_gain: bool = True
-    pooling: float = 0.1
+    pooling: float = 0.3
     coupling: float = 3.0
     sweeps: int = 3
     voxels: int = 25_000
