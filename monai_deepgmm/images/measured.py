@@ -58,7 +58,7 @@ def padding(image: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.b
     if not empty.any():
         return empty
     beyond: NDArray[np.bool_] = np.pad(~mask, 1, constant_values=True)
-    reached: NDArray[np.bool_] = binary_propagation(beyond, mask=beyond | np.pad(empty, 1))
+    reached = binary_propagation(beyond, mask=beyond | np.pad(empty, 1))
     inner = tuple(slice(1, -1) for _ in mask.shape)
-    found: NDArray[np.bool_] = reached[inner] & mask
+    found: NDArray[np.bool_] = np.logical_and(reached[inner], mask, dtype=bool)
     return found
