@@ -1,47 +1,38 @@
-"""Many patients: each on its own, resumable, in this process, in several, or on a Dask cluster.
-
-Workers are sent paths and a configuration, never arrays. Whatever happens to one patient, the others go on.
-"""
+"""Many patients: each on its own, and resumable. Whatever happens to one patient, the others go on."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
-import multiprocessing
-import os
 import pickle
 import re
-import signal
-import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from monai.data import Dataset
 from monai.transforms import Compose
 
-from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm import workers
+from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyError, UsageError
 from monai_deepgmm.images import loading
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.results import outputs
+from monai_deepgmm.results.log_file import log_file
 from monai_deepgmm.results.outputs import Row
 from monai_deepgmm.results.segment import Inferer, Solver, segment
 from monai_deepgmm.training import self_training
-
-OK, SOME_FAILED, USAGE, ALL_FAILED, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 4, 130
+from monai_deepgmm.workers import Rows
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Row], None]
-Rows = Generator[Row, None, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +138,7 @@ def run(
         job = dataclasses.replace(job, config=config)
         work = _work(studies, job, options)
     outputs.prepare(out, config.protocol)
-    with _log_file(out):
+    with log_file(out):
         return _run(studies, work, job, options, progress)
 
 
@@ -222,6 +213,18 @@ def _run(studies: Sequence[Study], work: Rows, job: Job, options: BatchOptions, 
     if failed and failed == len(studies):
         return ALL_FAILED
     return SOME_FAILED if failed or trouble else OK
+
+
+def _work(studies: Sequence[Study], job: Job, options: BatchOptions) -> Rows:
+    """Rows as they come. Only Dask's absence is found before the first is asked for."""
+    job = job if options.dask is None else dataclasses.replace(job, out=job.out.resolve())
+    return workers.rows(
+        studies,
+        functools.partial(process, job=job),
+        crashed=functools.partial(_crashed, job=job),
+        jobs=options.jobs,
+        dask=options.dask,
+    )
 
 
 def select(cohort: Cohort, options: BatchOptions) -> tuple[Study, ...]:
@@ -311,6 +314,12 @@ def _fail(out: Path, study: Study, row: Row) -> Row:
     return row
 
 
+def _crashed(study: Study, job: Job) -> Row:
+    remedy = "Give the patient more memory (fewer --jobs), or leave it out with --patients"
+    error = StudyError("E_CRASH", "the process died each time it handled this patient", remedy)
+    return _fail(job.out, study, _row(study, job.config) | _failure(error))
+
+
 def _row(study: Study, config: Config) -> Row:
     return {
         "patient": study.patient,
@@ -354,37 +363,6 @@ def _tables(out: Path) -> str | None:
     return None
 
 
-class _LogFile(logging.FileHandler):
-    """A log that a full disk silences: the patients' own failures say what happened."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's own name)
-        pass
-
-    def close(self) -> None:
-        with suppress(OSError):
-            super().close()
-
-
-@contextmanager
-def _log_file(out: Path) -> Iterator[None]:
-    """Everything said goes to ``deepgmm.log`` too."""
-    path = out / "deepgmm.log"
-    try:
-        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise files.unwritten(path, error) from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    package = logging.getLogger("monai_deepgmm")
-    if package.level == logging.NOTSET:  # a program that set the level itself knows why
-        package.setLevel(logging.INFO)
-    package.addHandler(handler)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
-        handler.close()
-
-
 def _log(row: Row) -> None:
     state = "done before" if row.get("resumed") else row["status"]
     detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else f"{row['seconds']:.1f} s"
@@ -393,94 +371,3 @@ def _log(row: Row) -> None:
         logger.info("%s: %s", row["patient"].encode(errors="replace").decode(), warning)
     if "traceback" in row:
         logger.debug("%s", row["traceback"])
-
-
-# Where the work is done --------------------------------------------------------------------------------------------
-
-
-def _work(studies: Sequence[Study], job: Job, options: BatchOptions) -> Rows:
-    """Rows as they come. Only Dask's absence is found before the first is asked for."""
-    if options.dask is not None:
-        return _on_dask(studies, job, _dask_client(options.dask))
-    if options.jobs > 1:
-        return _in_processes(studies, job, options)
-    return (process(study, job) for study in studies)
-
-
-def _in_processes(studies: Sequence[Study], job: Job, options: BatchOptions) -> Rows:
-    """In processes. If one dies, whoever has no row yet is tried again together, and at last each alone."""
-    left = {study.patient: study for study in studies}
-    for _ in range(2):
-        with closing(_pooled(list(left.values()), job, options)) as rows:
-            for row in rows:
-                del left[row["patient"]]
-                yield row
-    for study in left.values():
-        yield from list(_pooled([study], job, options)) or [_crashed(study, job)]
-
-
-def _pooled(studies: Sequence[Study], job: Job, options: BatchOptions) -> Rows:
-    """Rows as they come, until all are there or a process has died."""
-    if not studies:
-        return
-    # Forking a process that runs torch's threads can hang; a fresh interpreter cannot.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(options.jobs, len(studies)), mp_context=context, initializer=_quiet_worker)
-    try:
-        for future in as_completed([pool.submit(process, s, job) for s in studies]):
-            yield future.result()
-    except BrokenProcessPool:
-        logger.warning("a worker process died (out of memory, or killed); patients without a result are tried again")
-    finally:
-        _stop(pool)
-
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """Ends a pool at once: nobody waits for patients whose rows are not wanted any more."""
-    processes = list((getattr(pool, "_processes", None) or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for worker in processes:
-        worker.terminate()
-    for worker in processes:
-        worker.join()
-
-
-def _quiet_worker() -> None:
-    """Ctrl-C is the parent's business, and a worker whose parent was killed ends too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # Asking for the parent's id here would be too late: it may have been killed while this interpreter started.
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
-def _crashed(study: Study, job: Job) -> Row:
-    remedy = "Give the patient more memory (fewer --jobs), or leave it out with --patients"
-    error = StudyError("E_CRASH", "the process died each time it handled this patient", remedy)
-    return _fail(job.out, study, _row(study, job.config) | _failure(error))
-
-
-def _dask_client(address: str) -> Any:
-    try:
-        from distributed import Client
-    except ImportError:
-        raise UsageError("--dask needs Dask: pip install 'monai-deepgmm[dask]'") from None
-    try:
-        return Client(address, timeout="30s")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--dask {address}: no scheduler answers there ({error})") from error
-
-
-def _on_dask(studies: Sequence[Study], job: Job, client: Any) -> Rows:
-    from distributed import as_completed as dask_as_completed
-
-    with client:
-        job = dataclasses.replace(job, out=job.out.resolve())
-        futures = {client.submit(process, s, job, pure=False, retries=1): s for s in studies}
-        for future in dask_as_completed(list(futures)):
-            crashed = future.status != "finished"
-            yield _crashed(futures[future], job) if crashed else future.result()

@@ -6,9 +6,12 @@ and a remedy. The same table stands in the documentation (``bundle/docs/codes.md
 
 from __future__ import annotations
 
+#: What a command returns: nothing failed, some patients did, it could not start, all failed, a full disk, Ctrl-C.
+OK, SOME_FAILED, USAGE, ALL_FAILED, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
 CODES: dict[str, str] = {
     "E_NO_SEQUENCE": "no file of the protocol's sequences was found for this patient",
-    "E_AMBIGUOUS": "two or more files match the same sequence, mask or truth",
+    "E_AMBIGUOUS": "two or more files match the same sequence, mask or reference labels",
     "E_DUPLICATE": "two patients share an id, or their ids differ only by case",
     "E_ID": "the patient id holds a path separator, '..' or a leading '/'",
     "E_NAME": "the patient id is too long for a file name",
@@ -25,13 +28,13 @@ CODES: dict[str, str] = {
     "E_AFFINE": "the affine holds NaN or is singular",
     "E_NONFINITE": "NaN or infinite intensities lie inside the mask",
     "E_CONSTANT": "a sequence has no contrast inside the mask",
-    "E_GRID": "a sequence, mask or truth does not overlap the reference grid",
+    "E_GRID": "a sequence, mask or reference labels do not overlap the reference grid",
     "E_IDENTICAL": "two sequences are the same data, byte for byte",
     "E_MASK_NONE": "no mask was found",
     "E_MASK_EMPTY": "the mask holds no voxel",
     "E_MASK_FRACTIONAL": "the mask holds values that are not whole numbers",
     "E_MASK_SMALL": "the mask has fewer voxels than the mixture needs",
-    "E_TRUTH": "the truth cannot be used for evaluation",
+    "E_TRUTH": "the reference labels cannot be used for evaluation",
     "E_MEANS": "the means file does not fit the protocol, its tissues or the normalisation",
     "E_MODEL": "the trained network does not fit this patient's sequences, or its weights cannot be read",
     "E_N4": "the shading could not be taken off by N4",

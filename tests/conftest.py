@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 # Networks as small as these are done before threads have met, and where tests run side by side those get stuck.
 torch.set_num_threads(1)
 
-#: Intensities of each tissue (its value in the truth's file) as the protocol expects them.
+#: Intensities of each tissue (its value in the file with the labels) as the protocol expects them.
 CONTRAST = {
     "LGE": {500: 180, 200: 60, 1220: 100, 2221: 220},
     "T2": {500: 40, 200: 100, 1220: 220, 2221: 180},
@@ -48,7 +48,7 @@ def save(path: Path, data: NDArray[np.generic], affine: NDArray[np.float64] = AF
 
 @pytest.fixture(scope="session")
 def make_patient() -> MakePatient:
-    """Writes one patient and returns its files by what they hold: LGE, T2, C0 and gd (the truth, and the mask)."""
+    """Writes one patient and returns its files by what they hold: LGE, T2, C0 and gd (the labels, and the mask)."""
 
     def make(
         folder: Path,
@@ -60,14 +60,14 @@ def make_patient() -> MakePatient:
         sequences: tuple[str, ...] = ("LGE", "T2", "C0"),
     ) -> dict[str, Path]:
         folder.mkdir(parents=True, exist_ok=True)
-        truth, rng = heart(shape), np.random.default_rng(seed)
+        labels, rng = heart(shape), np.random.default_rng(seed)
         files = {}
         for sequence in sequences:
             image = 20 + rng.normal(0, 6, shape)
             for value, level in CONTRAST[sequence].items():
-                image[truth == value] += level
+                image[labels == value] += level
             files[sequence] = save(folder / f"{patient}_{sequence}.nii.gz", np.rint(image).astype(np.int16), affine)
-        files["gd"] = save(folder / f"{patient}_gd.nii.gz", truth, affine)
+        files["gd"] = save(folder / f"{patient}_gd.nii.gz", labels, affine)
         return files
 
     return make

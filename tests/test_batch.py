@@ -18,13 +18,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from outcomes import row
 
 from monai_deepgmm import batch, cli, protocol
 from monai_deepgmm.cli import main
-from monai_deepgmm.images import atomic_files as files
-from monai_deepgmm.methods import config
-from monai_deepgmm.patients import discovery as cohort
-from monai_deepgmm.results import outputs, segment
+from monai_deepgmm.images import atomic_files
+from monai_deepgmm.methods.config import build
+from monai_deepgmm.patients import discovery
+from monai_deepgmm.results import outputs
 
 PATIENTS = [f"pat{number}" for number in range(1, 8)]
 
@@ -70,11 +71,13 @@ def left(out: Path) -> dict[str, object]:
     return found
 
 
-def row(out: Path, patient: str) -> dict[str, object]:
-    return json.loads((out / patient / f"{patient}_row.json").read_text())
-
-
-# Killed --------------------------------------------------------------------------------------------------------------
+def whole(out: Path) -> bool:
+    """Whether every image and every file of JSON can be read, and no temporary file is left."""
+    for path in out.rglob("*.nii.gz"):
+        assert nib.load(path).get_fdata().shape[:3] == (48, 48, 2)
+    for path in out.rglob("*.json"):
+        assert json.loads(path.read_text())
+    return not list(out.rglob("*.part"))
 
 
 def in_a_process(argv: list[str], *, lingers_at: str | None = None) -> multiprocessing.Process:
@@ -114,17 +117,9 @@ def wait_for(path: Path, process: multiprocessing.Process | subprocess.Popen[byt
 
 
 KILLED_AFTER = [
-    "dataset_description.json",
-    ".locks",
-    "pat1",
-    "pat1/pat1_dseg.nii.gz",
-    "pat2/pat2_probseg.nii.gz",
-    "pat3/pat3_preview.png",
-    "pat4/pat4_dseg.json",
-    "pat5/pat5_row.json",
-    "pat6/pat6_report.html",
-    "pat7/pat7_row.json",
-    "summary.tsv",
+    *("dataset_description.json", ".locks", "pat1", "pat1/pat1_dseg.nii.gz", "pat2/pat2_probseg.nii.gz"),
+    *("pat3/pat3_preview.png", "pat4/pat4_dseg.json", "pat5/pat5_row.json", "pat6/pat6_report.html"),
+    *("pat7/pat7_row.json", "summary.tsv"),
 ]
 
 
@@ -140,7 +135,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_never_stopped(source, expec
     assert killed >= len(KILLED_AFTER) // 2
     assert main(arguments(source, out)) == 1
     assert left(out) == expected
-    assert not list(out.rglob("*.part"))
+    assert whole(out)
 
 
 def test_every_file_that_exists_is_whole_at_any_moment(source, tmp_path):
@@ -151,10 +146,7 @@ def test_every_file_that_exists_is_whole_at_any_moment(source, tmp_path):
         time.sleep(moment)
         process.kill()
         process.join()
-        for path in out.rglob("*.nii.gz"):
-            assert nib.load(path).get_fdata().shape[:3] == (48, 48, 2)
-        for path in out.rglob("*.json"):
-            assert json.loads(path.read_text())
+        whole(out)
         for path in out.glob("pat*/*_row.json"):
             if json.loads(path.read_text())["status"] == "ok":
                 assert (path.parent / f"{path.parent.name}_dseg.json").is_file()
@@ -168,7 +160,7 @@ def test_interrupted_it_says_so_and_can_go_on(source, expected, tmp_path):
         os.kill(process.pid, number)
         process.join()
         assert process.exitcode == cli.INTERRUPTED
-        assert not list(out.rglob("*.part"))
+        assert whole(out)
         assert b"pat1\tok" in (out / "summary.tsv").read_bytes()
         assert b"pat7" not in (out / "summary.tsv").read_bytes()
         assert main(arguments(source, out)) == 1
@@ -211,9 +203,6 @@ def test_no_worker_outlives_a_run_that_was_killed(source, expected, tmp_path, ea
     assert left(out) == expected
 
 
-# Several at once -----------------------------------------------------------------------------------------------------
-
-
 def test_several_jobs_give_the_same_bytes_as_one(source, expected, tmp_path):
     assert main(arguments(source, tmp_path / "out", "--jobs", 3)) == 1
     assert left(tmp_path / "out") == expected
@@ -234,8 +223,12 @@ def test_parts_are_together_the_whole(source, expected, tmp_path):
     assert left(tmp_path / "out") == expected
 
 
-def plan_of(source: Path, **options: object) -> tuple[cohort.Cohort, config.Config, batch.Plan]:
-    return cohort.find(source, protocol.load("infarct")), config.build(probabilities=True), batch.Plan(**options)
+def run(source: Path, out: Path, *, change=lambda studies: studies, progress=lambda row: None) -> int:
+    """In two processes, by way of the function."""
+    found = discovery.find(source, protocol.load("infarct"))
+    found = dataclasses.replace(found, studies=change(found.studies))
+    config, options = build(probabilities=True), batch.BatchOptions(jobs=2)
+    return batch.run(found, out, config, options, progress=progress)
 
 
 def test_a_worker_that_dies_takes_nobody_with_it(source, expected, tmp_path):
@@ -247,8 +240,7 @@ def test_a_worker_that_dies_takes_nobody_with_it(source, expected, tmp_path):
             killed.append(workers[0].pid)
             workers[0].kill()
 
-    found, what, plan = plan_of(source, jobs=2)
-    assert batch.run(found, out, what, plan, progress=kill_one) == 1
+    assert run(source, out, progress=kill_one) == 1
     assert len(killed) == 1
     assert left(out) == expected
 
@@ -262,15 +254,13 @@ class Deadly:
 
 @pytest.mark.slow
 def test_a_patient_who_kills_every_worker_fails(source, tmp_path):
-    found, what, plan = plan_of(source, jobs=2)
-    bad = dataclasses.replace(found.studies[0], images={**found.studies[0].images, "LGE": Deadly()})
+    def one(studies):
+        return (dataclasses.replace(studies[0], images={**studies[0].images, "LGE": Deadly()}),)
+
     out = tmp_path / "out"
-    assert batch.run(dataclasses.replace(found, studies=(bad,)), out, what, plan) == cli.ALL_FAILED
+    assert run(source, out, change=one) == cli.ALL_FAILED
     assert "\npat1\tfailed\tE_CRASH\t" in (out / "summary.tsv").read_text()
     assert sorted(p.name for p in (out / "pat1").iterdir()) == ["pat1_report.html", "pat1_row.json"]
-
-
-# Failing fast, surprises, a full disk --------------------------------------------------------------------------------
 
 
 def test_failing_fast_leaves_out_the_rest_but_nobody_who_is_done(source, tmp_path):
@@ -292,12 +282,12 @@ def test_failing_fast_leaves_out_the_rest_but_nobody_who_is_done(source, tmp_pat
 
 
 def test_a_surprise_is_one_patients_failure_without_a_path(source, tmp_path, monkeypatch):
-    out, real = tmp_path / "out", segment.segment
+    out, real = tmp_path / "out", batch.segment
 
-    def surprise(study, what):
+    def surprise(study, *given, **named):
         if study.patient == "pat2":
             raise ZeroDivisionError(f"odd thing in '{source}/pat2_LGE.nii.gz' and {source}/x")
-        return real(study, what)
+        return real(study, *given, **named)
 
     monkeypatch.setattr(batch, "segment", surprise)
     assert main(arguments(source, out)) == 1
@@ -311,7 +301,7 @@ def test_a_surprise_is_one_patients_failure_without_a_path(source, tmp_path, mon
 
 def full_when(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """From the moment that this file is to be written, the disk is full."""
-    real, full = files._write_beside, []
+    real, full = atomic_files._write_beside, []
 
     def write(path: Path, data: bytes) -> None:
         full.extend([True] if path.name == name else [])
@@ -319,26 +309,19 @@ def full_when(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         real(path, data)
 
-    monkeypatch.setattr(files, "_write_beside", write)
+    monkeypatch.setattr(atomic_files, "_write_beside", write)
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "dataset_description.json",
-        "pat2_dseg.nii.gz",
-        "pat2_row.json",
-        "pat2_report.html",
-        "summary.tsv",
-        "index.html",
-    ],
+    ["dataset_description.json", "pat2_dseg.nii.gz", "pat2_row.json", "pat2_report.html", "summary.tsv", "index.html"],
 )
 def test_a_full_disk_stops_the_run_cleanly_and_it_can_go_on(source, expected, tmp_path, monkeypatch, name):
     out = tmp_path / "out"
     full_when(monkeypatch, name)
     assert main(arguments(source, out)) == cli.DISK_FULL
     monkeypatch.undo()
-    assert not list(out.rglob("*.part"))
+    assert whole(out)
     assert not (out / name).exists()
     if name.startswith("pat2"):
         assert sorted(p.name for p in out.glob("pat*")) == ["pat1", "pat2"]
@@ -365,9 +348,7 @@ def test_a_disk_that_is_really_full(source, expected, small_disk, capfd):
     told = capfd.readouterr().err
     assert "E_DISK" in told
     assert "Traceback" not in told
-    assert not list(out.rglob("*.part"))
-    for path in out.rglob("*.nii.gz"):
-        assert nib.load(path).get_fdata().shape[:3] == (48, 48, 2)
+    assert whole(out)
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
     assert main(arguments(source, out)) == 1
     assert left(out) == expected

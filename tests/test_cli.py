@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import models
 import pytest
+from outcomes import row, sidecar
 
+import monai_deepgmm
 from monai_deepgmm import cli, errors
 from monai_deepgmm.cli import main
+from monai_deepgmm.images.preprocessing import Preprocessing
+from monai_deepgmm.methods import METHODS, model_spec
+from monai_deepgmm.methods.anatomy import AnatomicalConfig
+from monai_deepgmm.methods.registry import method_class
+from monai_deepgmm.methods.training_config import TrainingConfig
+from monai_deepgmm.training import self_training
 
 
 def run(*arguments: object) -> int:
@@ -47,9 +58,6 @@ def results(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-# As a command -------------------------------------------------------------------------------------------------------
-
-
 def test_the_command_works_outside_a_checkout(cohort, tmp_path):
     command = shutil.which("deepgmm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert command is not None
@@ -59,16 +67,39 @@ def test_the_command_works_outside_a_checkout(cohort, tmp_path):
     assert done.stdout == ""
     assert "pat1: ok" in done.stderr
     assert (tmp_path / "out" / "pat1" / "pat1_dseg.nii.gz").is_file()
+    module = [sys.executable, "-m", "monai_deepgmm", "scan", "absent"]
+    done = subprocess.run(module, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "deepgmm: there is no folder absent\n")
 
 
-def test_python_m_is_the_command(tmp_path):
-    module = [sys.executable, "-m", "monai_deepgmm"]
-    done = subprocess.run([*module, "scan", "absent"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "deepgmm: there is no folder absent\n"
+#: What is run in a fresh interpreter: torch and MONAI take seconds to load.
+LIGHT = {
+    "import": "import monai_deepgmm",
+    **{
+        words: f"from monai_deepgmm.cli import main\ntry: main({words.split()})\nexcept SystemExit: pass"
+        for words in ("--help", "--version", "phantom --help", "segment --help")
+    },
+}
 
 
-@pytest.mark.parametrize("command", ["scan", "segment", "means", "evaluate", "report", "phantom", "demo"])
+@pytest.mark.parametrize("case", LIGHT)
+def test_what_needs_no_torch_loads_none(case):
+    code = f"{LIGHT[case]}\nimport sys; print('loaded', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.rsplit("loaded ", 1)[1].split()
+    assert "monai_deepgmm" in loaded
+    assert {"torch", "monai", "ignite", "scipy", "sklearn", "SimpleITK"}.isdisjoint(loaded)
+
+
+def test_every_exported_name_is_there_and_no_other():
+    for name in monai_deepgmm.__all__:
+        assert getattr(monai_deepgmm, name) is not None
+    assert set(monai_deepgmm.__all__) <= set(dir(monai_deepgmm))
+    with pytest.raises(AttributeError, match="no attribute 'segmnt'"):
+        _ = monai_deepgmm.segmnt
+
+
+@pytest.mark.parametrize("command", ["scan", "segment", "means", "train", "evaluate", "report", "phantom", "demo"])
 def test_every_option_has_a_line_of_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(command, "--help")
@@ -76,9 +107,6 @@ def test_every_option_has_a_line_of_help(command, capsys):
     assert "show this help" in capsys.readouterr().out
     (commands,) = (a for a in cli.parser()._actions if hasattr(a, "choices") and a.choices)
     assert all(action.help for action in commands.choices[command]._actions)
-
-
-# Exit codes ---------------------------------------------------------------------------------------------------------
 
 
 def test_exit_codes_tell_none_some_and_all_apart(cohort, tmp_path):
@@ -101,15 +129,15 @@ REFUSED = {
     "layout": (["{in}", "{tmp}/out", "--layout", "dicomdir"], "bids, nnunet"),
     "layout and manifest": (["{in}", "{tmp}/out", "--layout", "myops", "--manifest", "x.csv"], "give one of them"),
     "manifest": (["{in}", "{tmp}/out", "--manifest", "{tmp}/gone.csv"], "gone.csv"),
-    "method": (["{in}", "{tmp}/out", "--method", "magic"], "gmm"),
+    "method": (["{in}", "{tmp}/out", "--method", "anatmy"], "did you mean anatomy?); choose one of gmm, svgmm"),
     "device": (["{in}", "{tmp}/out", "--device", "warp"], "--device warp"),
-    "setting": (["{in}", "{tmp}/out", "--set", "tolerance=1"], "tol, max_iter"),
+    "setting": (["{in}", "{tmp}/out", "--set", "max_itr=1"], "did you mean max_iter?); it has sigma_mm, temper"),
     "setting without =": (["{in}", "{tmp}/out", "--set", "tol"], "key=value"),
-    "value": (["{in}", "{tmp}/out", "--set", "covariance=round"], "diag, full, tied, spherical"),
+    "value": (["{in}", "{tmp}/out", "--method", "gmm", "--set", "covariance=round"], "diag, full, tied, spherical"),
     "number": (["{in}", "{tmp}/out", "--set", "max_iter=0"], "at least 1"),
     "not a number": (["{in}", "{tmp}/out", "--set", "tol=nan"], "tol"),
     "not YAML": (["{in}", "{tmp}/out", "--set", "tol=[1"], "tol"),
-    "start": (["{in}", "{tmp}/out", "--set", "start=guess"], "signature, kmeans"),
+    "start": (["{in}", "{tmp}/out", "--method", "gmm", "--set", "start=guess"], "signature, kmeans"),
     "seed": (["{in}", "{tmp}/out", "--seed", "99999999999999999999"], "--seed"),
     "means": (["{in}", "{tmp}/out", "--means", "{tmp}/gone.json"], "gone.json"),
     "part 0": (["{in}", "{tmp}/out", "--part", "0/3"], "I/N"),
@@ -130,6 +158,78 @@ def test_what_cannot_start_touches_nothing_and_names_the_choices(cohort, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
 
 
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ("gmm", "temper=.9"),
+        ("gmm", "n44=true"),
+        ("svgmm", "lr=5"),
+        ("deepsvg", "degree=0"),
+        ("anatomy", "lr=5"),
+        ("anatomy", "covariance=diag"),
+        ("anatomy", "degree=2"),
+        ("pvgmm", "temper=.9"),
+        ("pvgmm", "covariance=full"),
+        ("cohort", "restarts=2"),
+    ],
+)
+def test_a_setting_that_a_method_lacks_is_refused_with_those_that_it_has(cohort, tmp_path, capsys, method, setting):
+    options = ["--method", method, "--set", setting, "--protocol", "brain" if method == "pvgmm" else "infarct"]
+    said = refused(capsys, "segment", cohort, tmp_path / "out", *options)
+    kind = TrainingConfig if method == "cohort" else method_class(method)
+    own = [f.name for f in dataclasses.fields(kind) if f.metadata.get("set", True)]
+    own = [*(name for name in own if name != "preprocessing"), "n4"]
+    assert f"--set {setting.partition('=')[0]}: no such setting of " in said
+    assert set(own) <= set(re.findall(r"\w+", said.partition("it has ")[2]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_is_explained_with_its_default_and_unit(method, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("segment", "--help-method", method)
+    assert stopped.value.code == 0
+    told = dict(re.findall(r"^  (\S+) = (.+\n .+)$", capsys.readouterr().out, re.MULTILINE))
+    own, nested = method_class(method), {}
+    if method == "cohort":
+        own, nested = TrainingConfig, {"teacher": AnatomicalConfig, "preprocessing": Preprocessing}
+    fields = [f.name for f in dataclasses.fields(own) if f.metadata.get("set", True) and f.name != "preprocessing"]
+    fields += [f"{outer}.{f.name}" for outer, kind in nested.items() for f in dataclasses.fields(kind)]
+    fields = [name for name in fields if name.rpartition(".")[2] not in ("frame", "max_voxels")]
+    assert sorted(told) == sorted([*fields, *(["n4"] if method != "cohort" else [])])
+    for name, lines in told.items():
+        default, words = lines.split("\n")
+        assert len(words.split()) > 1, name
+        assert not re.search(r"[(\[{<]|None|True|False", default), name
+    if method == "anatomy":
+        assert told["sigma_mm"].startswith("2.2\n      the neighbourhood")
+        assert told["sigma_mm"].endswith("in mm.")
+    elif method == "gmm":
+        assert told["restarts"].startswith("1\n")
+        assert told["degree"].startswith("0\n")
+
+
+@pytest.mark.parametrize("name", ["gmn", "covariance"])
+def test_help_on_an_unknown_method_lists_all(capsys, name):
+    said = refused(capsys, "segment", "--help-method", name)
+    assert ("did you mean gmm?" in said) == (name == "gmn")
+    assert ", ".join(METHODS) in said
+
+
+def test_shading_is_taken_off_for_a_model_or_means_only_as_it_was_for_them(cohort, tmp_path, capsys):
+    model, shaded = models.write(tmp_path / "m"), models.specified(training={"n4": True})
+    asked = ["segment", cohort, tmp_path / "out"]
+    said = refused(capsys, *asked, "--model", model, "--set", "n4=true")
+    assert "n4: the network was trained with n4=false; leave n4 out, or train another" in said
+    assert "n4=true" in refused(capsys, *asked, "--model", models.write(tmp_path / "n4", shaded), "--set", "n4=false")
+    rows = {t.name: dict.fromkeys(models.INFARCT.sequences, 0.5) for t in models.INFARCT.tissues}
+    content = {"protocol": "infarct", "normalisation": models.INFARCT.normalisation, "means": rows, "n_slices": 1}
+    (tmp_path / "means.json").write_text(json.dumps(content))
+    said = refused(capsys, *asked, "--means", tmp_path / "means.json", "--set", "n4=true")
+    assert f"normalisation {models.INFARCT.normalisation}, but this run uses {models.INFARCT.normalisation}-n4" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("distributed") is not None, reason="Dask is installed")
 def test_dask_says_how_to_install_it(cohort, tmp_path, capsys):
     said = refused(capsys, "segment", cohort, tmp_path / "out", "--dask", "tcp://localhost:1")
@@ -144,9 +244,6 @@ def test_a_file_where_a_folder_is_expected_is_one_line(cohort, tmp_path, capsys,
     said = refused(capsys, name, tmp_path / "file", *(a.replace("{in}", str(cohort)) for a in more))
     assert "file" in said
     assert (tmp_path / "file").read_text() == "mine"
-
-
-# Commands -----------------------------------------------------------------------------------------------------------
 
 
 def test_scan_shows_files_mask_and_layout(cohort, capsys):
@@ -183,27 +280,42 @@ def test_means_of_labelled_patients_start_a_segmentation(cohort, tmp_path, capsy
     assert means["means"]["scar"]["LGE"] > means["means"]["blood"]["LGE"] > means["means"]["myocardium"]["LGE"]
     assert "from 4 images of 2 patients" in capsys.readouterr().out
     assert run("segment", cohort, out, "--means", file) == 0
-    sidecar = json.loads((out / "pat1" / "pat1_dseg.json").read_text())
-    assert sidecar["configuration"]["means"]["means"] == means["means"]
+    assert sidecar(out)["configuration"]["means"]["means"] == means["means"]
     for key, other in (("normalisation", "zscore-volume-mask"), ("protocol", "brain")):
         file.write_text(json.dumps({**means, key: other}))
         assert other in refused(capsys, "segment", cohort, tmp_path / "other", "--means", file)
     file.write_text("[]")
     assert "deepgmm means" in refused(capsys, "segment", cohort, tmp_path / "other", "--means", file)
     assert not (tmp_path / "other").exists()
-
-
-def test_means_that_lack_a_patients_sequence_fail_that_patient(cohort, tmp_path):
-    file = tmp_path / "means.json"
-    assert run("means", cohort, "-o", file) == 0
-    means = json.loads(file.read_text())
-    for row in means["means"].values():
-        del row["T2"]
+    for values in means["means"].values():
+        del values["T2"]
     file.write_text(json.dumps(means))
-    folder = Path(shutil.copytree(cohort, tmp_path / "cohort"))
-    (folder / "pat2_T2.nii.gz").unlink()
-    assert run("segment", folder, tmp_path / "out", "--means", file) == 1
-    assert json.loads((tmp_path / "out" / "pat1" / "pat1_row.json").read_text())["code"] == "E_MEANS"
+    assert run("segment", cohort, out, "--means", file, "--patients", "pat1") == cli.ALL_FAILED
+    assert row(out)["code"] == "E_MEANS"  # which this patient's sequences would need
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_what_a_cohorts_sidecar_tells_is_what_its_training_was_given(cohort, tmp_path, monkeypatch):
+    """The training itself is left out: its settings are recorded, and its network is as drawn."""
+    asked = []
+
+    def train(found, out, config):
+        training = config.method.training
+        asked.append(training)
+        folder = models.write(out / "model", dataclasses.replace(models.specified(), training=training))
+        model = model_spec.read(folder, config.protocol)
+        return dataclasses.replace(config, method=dataclasses.replace(config.method, model=model))
+
+    monkeypatch.setattr(self_training, "train_on_pseudo_labels", train)
+    command = ["segment", cohort, tmp_path / "out", "--method", "cohort", "--patients", "pat1"]
+    for more, tol, lr in (((), 5e-3, 1e-3), (("--set", "teacher.tol=0.02", "lr=0.004"), 0.02, 4e-3)):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert run(*command, *more) == 0
+        settings = sidecar(tmp_path / "out")["configuration"]["settings"]
+        assert settings.keys() == {"network", "training"}
+        assert settings["training"] == json.loads(json.dumps(asked[-1].as_json()))
+        assert settings["training"]["teacher"]["tol"] == tol
+        assert settings["training"]["lr"] == lr
 
 
 def test_a_run_is_evaluated(cohort, results, capsys):
@@ -245,20 +357,15 @@ def test_the_demo_ends_with_a_report(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "$ deepgmm segment" in shown
     assert "index.html" in shown
-    results = tmp_path / "results"
-    for name in ("summary.tsv", "measurements.tsv", "evaluation.json", "index.html"):
-        assert (results / name).is_file()
-    assert (results / "summary.tsv").read_text().count("\tok\t") == 1
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"summary.tsv", "measurements.tsv", "evaluation.json", "index.html"} <= names
+    assert (tmp_path / "results" / "summary.tsv").read_text().count("\tok\t") == 1
 
 
-def test_nothing_is_printed_when_asked_for_silence(cohort, tmp_path, capsys):
+def test_silence_and_errors_are_as_asked_for(cohort, tmp_path, capsys):
     assert run("segment", cohort, tmp_path / "out", "-q") == 0
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "")
+    assert capsys.readouterr() == ("", "")
     assert (tmp_path / "out" / "deepgmm.log").read_text().count(": ok (") == 2
-
-
-def test_an_error_of_a_command_has_its_code(tmp_path, cohort, capsys):
     assert run("means", cohort, "-o", tmp_path / "gone" / "means.json") == cli.SOME_FAILED
     said = capsys.readouterr().err
     assert said.startswith("deepgmm: E_WRITE: means.json")

@@ -16,11 +16,17 @@ pytestmark = [
     pytest.mark.data,
     pytest.mark.skipif(not DATA, reason="DEEPGMM_TEST_DATA does not name a folder with real scans"),
 ]
+BRAIN = ("--set", "tol=1e-3", "--protocol", "brain")
 METHODS = pytest.mark.parametrize("method", ["gmm", "svgmm"])
 
 
-def check(source: Path, result: Path, mask: np.ndarray) -> np.ndarray:
-    before, after = nib.load(source), nib.load(result)
+def segmented(folder: Path, out: Path, method: str, *options: str) -> None:
+    assert main(["segment", str(folder), str(out), "--method", method, *options]) == 0
+
+
+def check(source: Path, out: Path, patient: str, mask: np.ndarray) -> np.ndarray:
+    """The labels, once they have been found on their source's grid and in all of the mask."""
+    before, after = nib.load(source), nib.load(out / patient / f"{patient}_dseg.nii.gz")
     assert after.shape == before.shape
     assert np.array_equal(after.affine, before.affine)
     for field in ("sform_code", "qform_code", "xyzt_units", "srow_x", "srow_y", "srow_z", "quatern_b", "qoffset_x"):
@@ -33,15 +39,22 @@ def check(source: Path, result: Path, mask: np.ndarray) -> np.ndarray:
 @METHODS
 def test_emidec(tmp_path, method):
     folder = Path(DATA) / "emidec"
-    assert main(["segment", str(folder), str(tmp_path / "out"), "--method", method]) == 0
+    segmented(folder, tmp_path, method)
     for patient in ("samplePositive", "sampleNegative"):
         contours = np.asarray(nib.load(folder / patient / "Contours" / f"{patient}.nii.gz").dataobj)
-        source = folder / patient / "Images" / f"{patient}.nii.gz"
-        labels = check(source, tmp_path / "out" / patient / f"{patient}_dseg.nii.gz", contours > 0)
+        labels = check(folder / patient / "Images" / f"{patient}.nii.gz", tmp_path, patient, contours > 0)
         assert set(np.unique(labels)) == {0, 1, 2, 4}
 
 
-def shares_rise_with_t1(labels: np.ndarray, t1: np.ndarray) -> None:
+@pytest.mark.slow
+@METHODS
+def test_brain_in_template_space(tmp_path, method):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "patient19").symlink_to(Path(DATA) / "openms" / "patient19")
+    segmented(tmp_path / "in", tmp_path / "out", method, *BRAIN, "--mask", "nonzero")
+    path = Path(DATA) / "openms" / "patient19" / "T1.nii.gz"
+    t1 = nib.load(path).get_fdata()
+    labels = check(path, tmp_path / "out", "patient19", t1 != 0)
     shares = np.bincount(labels[labels > 0], minlength=4)[1:] / (labels > 0).sum()
     assert ((shares > 0.05) & (shares < 0.75)).all()
     gm, wm, csf = (t1[labels == index].mean() for index in (1, 2, 3))
@@ -50,28 +63,12 @@ def shares_rise_with_t1(labels: np.ndarray, t1: np.ndarray) -> None:
 
 @pytest.mark.slow
 @METHODS
-def test_brain_in_template_space(tmp_path, method):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "patient19").symlink_to(Path(DATA) / "openms" / "patient19")
-    options = ["--protocol", "brain", "--mask", "nonzero", "--method", method, "--set", "tol=1e-3"]
-    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), *options]) == 0
-    t1 = Path(DATA) / "openms" / "patient19" / "T1.nii.gz"
-    intensity = nib.load(t1).get_fdata()
-    labels = check(t1, tmp_path / "out" / "patient19" / "patient19_dseg.nii.gz", intensity != 0)
-    shares_rise_with_t1(labels, intensity)
-
-
-@pytest.mark.slow
-@METHODS
 def test_three_sequences_on_three_grids(tmp_path, method):
-    folder = tmp_path / "in" / "patient01"
-    shutil.copytree(Path(DATA) / "openms" / "patient01_raw", folder)
+    folder = Path(shutil.copytree(Path(DATA) / "openms" / "patient01_raw", tmp_path / "in" / "patient01"))
     t1 = folder / "study1_T1W.nii.gz"
     head = sitk.OtsuThreshold(sitk.ReadImage(str(t1)), 0, 1)
     largest = sitk.RelabelComponent(sitk.ConnectedComponent(head)) == 1
     sitk.WriteImage(largest, str(folder / "mask.nii.gz"))
-    options = ["--protocol", "brain", "--method", method, "--set", "tol=1e-3"]
-    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), *options]) == 0
-    mask = np.asarray(nib.load(folder / "mask.nii.gz").dataobj) > 0
-    check(t1, tmp_path / "out" / "patient01" / "patient01_dseg.nii.gz", mask)
+    segmented(tmp_path / "in", tmp_path / "out", method, *BRAIN)
+    check(t1, tmp_path / "out", "patient01", np.asarray(nib.load(folder / "mask.nii.gz").dataobj) > 0)
     assert "W_RESAMPLED" in (tmp_path / "out" / "summary.tsv").read_text(encoding="utf-8")

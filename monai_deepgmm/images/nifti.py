@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import atomic_files as files
-from monai_deepgmm.images import header
+from monai_deepgmm.images import atomic_files, header
 from monai_deepgmm.images.atomic_files import refused
 from monai_deepgmm.images.volume import Volume, grids_equal, overlaps, resample
 
@@ -75,7 +74,7 @@ class _Stream:
         try:
             block = self._file.read(_BLOCK)
         except OSError as error:
-            raise files.unreadable(self._path, error) from None
+            raise atomic_files.unreadable(self._path, error) from None
         self._digest.update(block)
         return block
 
@@ -131,7 +130,7 @@ def read(
     """
     path = Path(path)
     _refuse_folder(path)
-    with files.open_regular(path) as file:
+    with atomic_files.open_regular(path) as file:
         stream = _Stream(file, path)
         _refuse_foreign(path, stream)
         try:
@@ -159,7 +158,7 @@ def _refuse_folder(path: Path) -> None:
             return
         dicom = any(entry.suffix.lower() in (".dcm", ".ima") for entry in islice(path.rglob("*"), 256))
     except (OSError, ValueError) as error:
-        raise files.unreadable(path, error) from None
+        raise atomic_files.unreadable(path, error) from None
     if dicom:
         raise refused(path, "E_DICOM", "a folder of DICOM files stands where a NIfTI file belongs", _DCM2NIIX)
     raise refused(path, "E_FILE", "a folder stands where a NIfTI file belongs", f"Name the file itself. {_DCM2NIIX}")
@@ -278,4 +277,4 @@ def _write(path: Path, data: NDArray[Any], *, shape: tuple[int, ...], like: Volu
     content = kept.binaryblock + bytes(4) + data.tobytes(order="F")
     # zlib's own gzip frame carries neither a time nor a name, so equal labels make equal files.
     packed = path.name.lower().endswith(".gz")
-    files.write_whole(path, zlib.compress(content, wbits=31) if packed else content)
+    atomic_files.write_whole(path, zlib.compress(content, wbits=31) if packed else content)

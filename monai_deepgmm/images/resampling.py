@@ -13,8 +13,8 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-#: Sides of a view are multiples of this, so that a network may halve them five times.
-MULTIPLE = 32
+from monai_deepgmm.networks.sizes import MULTIPLE
+
 #: Surroundings on each side of the mask, in mm.
 MARGIN_MM = 4.0
 

@@ -55,6 +55,7 @@ def configure(
         training = training_config.configure(values, protocol, preprocessing=preprocessing)
         return CohortConfig(training, **fixed).resolved(protocol)
     values, begun = dict(values), kind(**fixed)
+    settings.check_keys(values, [*settings.keys(begun), *settings.keys(Preprocessing)], f"--method {name}")
     if preprocessing.n4 and "degree" in settings.keys(begun):
         if values.get("degree"):
             raise UsageError("n4 and degree: the shading is taken off once; choose one of them")

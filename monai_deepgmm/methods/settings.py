@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -71,12 +72,7 @@ def changed(config: Any, values: Mapping[str, Any], what: str) -> Any:
         UsageError: a key that it does not have, or a value that it cannot have.
     """
     known = keys(config)
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            names = ", ".join(name for name in known if "." not in name) or "none"
-            raise UsageError(f"--set {key}: no such setting of {what}{hint}; it has {names}")
+    check_keys(values, known, what)
     own: dict[str, Any] = {}
     inner: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
@@ -92,15 +88,16 @@ def changed(config: Any, values: Mapping[str, Any], what: str) -> Any:
 def help_lines(config: Any) -> Iterator[str]:
     """A line for each setting: name, default, and what its class's docstring says of it, units included."""
     documented = _documented(type(config))
-    for name, way in keys(config).items():
-        if len(way) == 1:
-            yield f"  {name} = {_shown(getattr(config, name))}\n      {documented.get(name, '')}"
-        elif name.startswith(f"{way[0]}."):
-            inner = config
-            for step in way[:-1]:
-                inner = getattr(inner, step)
-            text = _documented(type(inner)).get(way[-1], "")
-            yield f"  {name} = {_shown(getattr(inner, way[-1]))}\n      {text}"
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not dataclasses.is_dataclass(value) and field.metadata.get("set", True):
+            yield f"  {field.name} = {_shown(value)}\n      {documented.get(field.name, '')}"
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and field.metadata.get("set", True):
+            if hasattr(value, "name"):  # one of several kinds
+                yield f"  {field.name} = {value.name}\n      {documented.get(field.name, '')}"
+            yield from (line.replace("  ", f"  {field.name}.", 1) for line in help_lines(value))
 
 
 def _documented(kind: type) -> dict[str, str]:
@@ -114,12 +111,26 @@ def _documented(kind: type) -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, float) else f"{value:g}"
-    )
+    """A value as it could be typed."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 # Checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_keys(values: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuses settings that are not among the known ones.
+
+    Raises:
+        UsageError: naming the nearest, and listing all.
+    """
+    names = list(known)
+    for key in values:
+        if key not in names:
+            listed = ", ".join(name for name in names if "." not in name) or "none"
+            raise UsageError(f"--set {key}: no such setting of {what}{_hint(key, names)}; it has {listed}")
 
 
 def check_numbers(settings: object, limits: Mapping[str, tuple[type, float]]) -> None:
@@ -143,11 +154,17 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Refuses what is not among the choices.
 
     Raises:
-        UsageError: listing them.
+        UsageError: naming the nearest, and listing all.
     """
     if value not in choices or (isinstance(value, int) and not isinstance(value, bool)):
         listed = ", ".join(str(c).lower() if isinstance(c, bool) else str(c) for c in choices if c is not None)
-        raise UsageError(f"{name}: {value!r} is unknown; choose one of {listed}")
+        near = _hint(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+        raise UsageError(f"{name}: {value!r} is unknown{near}; choose one of {listed}")
+
+
+def _hint(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _value(text: str) -> Any:

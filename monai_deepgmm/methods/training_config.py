@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images.preprocessing import Preprocessing
 from monai_deepgmm.methods.anatomy import AnatomicalConfig
-from monai_deepgmm.methods.settings import NOT_SET, changed, check_choice, check_numbers
+from monai_deepgmm.methods.settings import NOT_SET, changed, check_choice, check_keys, check_numbers, keys
 from monai_deepgmm.mixture.gaussian import COVARIANCES, Covariance
 from monai_deepgmm.networks.sizes import GRID_MM, check_window, window_sides
 from monai_deepgmm.protocol import Protocol
@@ -70,7 +70,7 @@ class TrainingConfig:
         covariance: of the mixture: diag, full, tied or spherical; null: full for Ma's losses, else tied.
         batch_size: images in a gradient step, on each rank.
         lr: AdamW's learning rate; it decays polynomially (power 0.9) to 0.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's weight decay.
         clip: the largest norm of a gradient.
         start_epochs: epochs of the cross-entropy to the expected map alone; null: none, and a third for Ma's losses.
         start_weight: how much of that cross-entropy is kept afterwards, as a prior on Π; null: by the teacher.
@@ -84,11 +84,11 @@ class TrainingConfig:
         mean_weight: λ of ‖μ − μ_data‖², where μ_data is known.
         validation: the share of patients that is not trained on; 0: the loss on all of them is watched instead.
         tol: the training stops when the validation loss has gained less than this in ``patience`` epochs.
-        patience: in epochs; see ``tol``.
+        patience: how many epochs; see ``tol``.
         grid_mm: the voxel size that images are brought to, in mm.
         label_rule: posterior: a label is the most probable component of Π·g; network: of Π alone; both: of a weighted
             mean of Π and the anatomical mixture's responsibilities; null: by the teacher.
-        window: the size that the network is given at a time, one number or one for each axis, multiples of 32; an axis
+        window: voxels that the network is given at a time, one number or one for each axis, multiples of 32; an axis
             that is shorter is seen whole. 0: images are seen whole. null: 0 for slices, 96 for volumes. The likelihood
             is that of each window's own mixture.
         windows: how many windows of each image are drawn in an epoch; null: as many as hold its voxels.
@@ -275,6 +275,7 @@ def configure(
     begun = TrainingConfig(method, loss, TEACHERS[name](), preprocessing or Preprocessing())
     if isinstance(given.get("window"), list):
         given["window"] = tuple(given["window"])
+    check_keys(given, [*keys(begun), "teacher"], "a training")
     asked: TrainingConfig = changed(begun, given, "a training")
     return asked.resolved(protocol, semi_supervised=semi_supervised)
 

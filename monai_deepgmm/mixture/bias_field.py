@@ -53,7 +53,6 @@ def m_step(
     *,
     covariance: Covariance = "diag",
     spatial: bool = False,
-    shared: bool = False,
     floor: float | Tensor = VARIANCE_FLOOR,
 ) -> Mixture:
     """The M-step of a shaded mixture: ω, then μ, then Σ, each the best given the others, so that the NLL never rises.
@@ -69,13 +68,12 @@ def m_step(
         basis: from ``basis``.
         covariance: the shape of Σ.
         spatial: True for the SVGMM.
-        shared: one field for all sequences, as in the paper.
         floor: as in ``mixture.m_step``.
 
     Returns:
         The mixture with its field, 1 outside the mask.
     """
-    b = field(image, resp, mask, previous, basis, shared=shared)
+    b = field(image, resp, mask, previous, basis)
     voxels, w = image.flatten(2), (resp * mask).flatten(2)  # (B, M, N), (B, K, N)
     count = w.sum(-1)
     flat = b.flatten(2)
@@ -86,9 +84,7 @@ def m_step(
     return Mixture(weights, means, covariances, b)
 
 
-def field(
-    image: Tensor, resp: Tensor, mask: Tensor, mixture: Mixture, basis: Tensor, *, shared: bool = False
-) -> Tensor:
+def field(image: Tensor, resp: Tensor, mask: Tensor, mixture: Mixture, basis: Tensor) -> Tensor:
     """The field b ``(B, M, *S)`` that explains the image best, given the tissues (M eq. 3.8): mean 1 over the mask.
 
     ``U = Σ_x g(x) g(x)ᵀ J₁(x)``, ``V = Σ_x g(x) J₂(x)``, ``J₁ = Σ_k w_xk μ_kᵀ Σ_k⁻¹ μ_k``,
@@ -101,16 +97,13 @@ def field(
         mask: ``(B, 1, *S)``.
         mixture: μ and Σ.
         basis: g ``(B, J, *S)``.
-        shared: one field for all sequences.
 
     Returns:
         b, 1 outside the mask.
     """
     w, g = (resp * mask).flatten(2), basis.flatten(2)
     precision = _precision(mixture)
-    if shared:
-        omega = _shared(image.flatten(2), w, mixture.means, precision, g).expand(-1, image.shape[1], -1)
-    elif mixture.covariances.ndim == 3:
+    if mixture.covariances.ndim == 3:
         omega = _separate(image.flatten(2), w, mixture.means, precision.diagonal(dim1=-2, dim2=-1), g)
     else:
         omega = _block(image.flatten(2), w, mixture.means, precision, g)
@@ -230,14 +223,6 @@ def _separate(voxels: Tensor, w: Tensor, means: Tensor, inverse: Tensor, g: Tens
     j2 = torch.einsum("bkx,bkm->bmx", w, means * inverse) * voxels
     u = torch.stack([(g * j[:, None]) @ g.mT for j in j1.unbind(1)], 1)  # (B, M, J, J)
     return _solved(u, j2 @ g.mT)
-
-
-def _shared(voxels: Tensor, w: Tensor, means: Tensor, precision: Tensor, g: Tensor) -> Tensor:
-    """ω ``(B, 1, J)`` of one field for all sequences, the paper's."""
-    pull = torch.einsum("bkmn,bkn->bkm", precision, means)  # Σ⁻¹μ
-    j1 = torch.einsum("bkx,bk->bx", w, (pull * means).sum(-1))
-    j2 = torch.einsum("bkx,bkm,bmx->bx", w, pull, voxels)
-    return _solved((g * j1[:, None]) @ g.mT, (g @ j2[..., None]).squeeze(-1))[:, None]
 
 
 def _block(voxels: Tensor, w: Tensor, means: Tensor, precision: Tensor, g: Tensor) -> Tensor:

@@ -165,11 +165,26 @@ def log_density(image: Tensor, mixture: Mixture) -> Tensor:
     return log_g.reshape(*log_g.shape[:2], *image.shape[2:])
 
 
-def log_joint(image: Tensor, mixture: Mixture) -> Tensor:
-    """log(π_k g(I(x) | μ_k, Σ_k)) ``(B, K, *S)``, with π_k replaced by Π_k(x) where the weights are maps."""
-    weights = mixture.weights
-    weights = weights.reshape(*weights.shape, *[1] * (image.ndim - weights.ndim))
-    return weights.clamp_min(torch.finfo(weights.dtype).tiny).log() + log_density(image, mixture)
+def log_joint(image: Tensor, mixture: Mixture, log_weights: Tensor | None = None) -> Tensor:
+    """log(π_k g(I(x) | μ_k, Σ_k)) ``(B, K, *S)``, with π_k replaced by Π_k(x) where the weights are maps.
+
+    Args:
+        image: ``(B, M, *S)``.
+        mixture: its weights are not used where their logarithms are given.
+        log_weights: log π ``(B, K)`` or log Π ``(B, K, *S)``, from whoever has them without a detour by weights, which
+            in single precision are 0 from e⁻¹⁰³ on.
+    """
+    if log_weights is None:
+        log_weights = mixture.weights.clamp_min(torch.finfo(mixture.weights.dtype).tiny).log()
+    log_weights = log_weights.reshape(*log_weights.shape, *[1] * (image.ndim - log_weights.ndim))
+    return log_weights + log_density(image, mixture)
+
+
+def log_shares(log_resp: Tensor, mask: Tensor) -> Tensor:
+    """The logarithms of an M-step's π ``(B, K)``, from log w ``(B, K, *S)``; finite where the mask is empty."""
+    nothing = torch.finfo(log_resp.dtype).min / 2
+    inside = torch.where(mask > 0, log_resp, nothing).flatten(2)
+    return inside.logsumexp(-1) - mask.flatten(1).sum(1, keepdim=True).clamp_min(1).log()
 
 
 def e_step(image: Tensor, mask: Tensor, mixture: Mixture) -> Tensor:
@@ -188,7 +203,7 @@ def e_step(image: Tensor, mask: Tensor, mixture: Mixture) -> Tensor:
     return log_joint(image, mixture).softmax(1) * mask
 
 
-def nll(image: Tensor, mask: Tensor, mixture: Mixture) -> Tensor:
+def nll(image: Tensor, mask: Tensor, mixture: Mixture, log_weights: Tensor | None = None) -> Tensor:
     """The negative log-likelihood per voxel (S eq. 2), and NLL_V (S §2.1) where the weights are maps.
 
     ``NLL = −(1/|Ω|) Σ_{x∈Ω} log Σ_k π_k g(I(x) | μ_k, Σ_k)``.
@@ -197,11 +212,12 @@ def nll(image: Tensor, mask: Tensor, mixture: Mixture) -> Tensor:
         image: ``(B, M, *S)``.
         mask: ``(B, 1, *S)``.
         mixture: GMM or SVGMM.
+        log_weights: as in ``log_joint``.
 
     Returns:
         One value per image ``(B,)``; 0 where the mask is empty.
     """
-    return masked_mean(-log_joint(image, mixture).logsumexp(1, keepdim=True), mask)
+    return masked_mean(-log_joint(image, mixture, log_weights).logsumexp(1, keepdim=True), mask)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""A mixture that knows what to expect: maximum a posteriori EM with a smooth spatial prior, within one place.
+"""A mixture that knows what to expect: EM with priors on its parameters and a smooth spatial prior, within one place.
 
-Four things are added to the SVGMM (Schwab et al. 2024, §2.1). Priors on μ and Σ hold each component near the tissue
+Four things are added to the SVGMM (Schwab et al. 2024, §2.1). Priors draw μ and Σ of each component to the tissue
 that it stands for, so that it bears that tissue's name, and stays finite where the tissue is absent. Π(x) is the
 neighbourhood's average of the responsibilities instead of the voxel's own. And densities are tempered, g^β: the
 residuals of neighbouring voxels repeat each other, so that one voxel is worth less than one observation. And tails may
@@ -102,6 +102,10 @@ def fit(
     ``μ_k = (Σ_x w_xk I(x) + κ π₀_k N m_k) / (n_k + κ π₀_k N)``,
     ``Σ_k = (Σ_x w_xk (I(x) − μ_k)(I(x) − μ_k)ᵀ + ν π₀_k N v 1) / (n_k + ν π₀_k N)``.
 
+    μ is the posterior's mode given Σ, and Σ shrinks the scatter towards v 1. It is not the mode of a normal-inverse-
+    Wishart posterior, where ``κ π₀_k N (μ_k − m_k)(μ_k − m_k)ᵀ`` would widen a component that lies away from its prior:
+    with it the mean Dice of 25 patients of MyOPS was .683, without it is .685.
+
     Args:
         image: ``(B, M, *S)``; it is standardised within the place.
         place: ``(B, 1, *S)``, where these K tissues can be.
@@ -187,7 +191,7 @@ def _m_step(
     prior: Prior,
     neighbourhood: Smoother,
 ) -> Mixture:
-    """The modes of the posterior of μ and Σ, and the smooth Π.
+    """μ drawn towards its prior, Σ shrunk towards its own (see ``fit``), and the smooth Π.
 
     A t's scatter is divided by the sum of its weights, as parameter-expanded EM does: the same solution, sooner.
     """

@@ -1,97 +1,77 @@
 """The loss family of Ma 2022 (M): the expected complete-data likelihood, total variation, a bias field, a few labels.
 
-Where ``losses.MixtureNLL`` sums the components out, L_GMM takes the network's softmax s for the posterior and weighs
+Where ``nll_loss.MixtureNLL`` sums the components out, L_GMM takes the network's softmax s for the posterior and weighs
 each component's log density with it (M eq. 3.2): the function that EM's M-step maximises. They differ by the entropy
 of s when s is the posterior: ``−L_GMM − (M/2) log 2π + H(s) = log-likelihood``.
 
-Everything is per voxel by default, the mean over the mask, where M has sums. Divided by N, both sums of L_GMM_TV
-shrink alike, so γ keeps its value; β, which stands beside a cross-entropy per voxel, becomes β·N: the paper's 1e-10 is
-6.6e-6 for an image of 256×256 voxels.
+Everything is per voxel, the mean over the mask, where M has sums. Divided by N, both sums of L_GMM_TV shrink alike, so
+γ keeps its value; β, which stands beside a cross-entropy per voxel, becomes β·N: the paper's 1e-10 is 6.6e-6 for an
+image of 256×256 voxels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm.mixture import bias_field as bias
-from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_joint, m_step, masked_mean
+from monai_deepgmm.mixture import bias_field
+from monai_deepgmm.mixture.gaussian import Covariance, Mixture, log_joint, m_step, masked_mean
 from monai_deepgmm.networks.nll_loss import Regulariser, Term, parts
 from monai_deepgmm.networks.registry import finest
 
-Reduction = Literal["mean", "sum"]
-REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 #: A voxel whose label is not known.
 IGNORE = -1
 
 
-def l_gmm(image: Tensor, resp: Tensor, mask: Tensor, mixture: Mixture, *, reduction: Reduction = "mean") -> Tensor:
-    """L_GMM, and L_GMM_B with a mixture that has a field (M eq. 3.2, 3.7), without the constant C.
+def l_gmm(image: Tensor, resp: Tensor, mask: Tensor, mixture: Mixture) -> Tensor:
+    """L_GMM, and L_GMM_B with a mixture that has a field (M eq. 3.2, 3.7), without the constant C, per voxel.
 
-    ``−Σ_k Σ_i s_ik [log π_k − ½ log|Σ_k| − ½ (x_i − b_i μ_k)ᵀ Σ_k⁻¹ (x_i − b_i μ_k)]``.
+    ``−(1/|Ω|) Σ_k Σ_i s_ik [log π_k − ½ log|Σ_k| − ½ (x_i − b_i μ_k)ᵀ Σ_k⁻¹ (x_i − b_i μ_k)]``.
+
+    s weighs the terms, and so their gradients: a component 120 logits behind has one of about e⁻¹²⁰ however it is
+    computed. ``nll_loss.MixtureNLL`` is the loss that still pulls there.
 
     Args:
         image: ``(B, M, *S)``.
         resp: s ``(B, K, *S)``.
         mask: ``(B, 1, *S)``.
         mixture: π, μ, Σ and perhaps b; the paper's are those of an M-step from s.
-        reduction: "mean" over the mask, or the paper's "sum".
 
     Returns:
         One value per image ``(B,)``; 0 where the mask is empty.
-
-    Raises:
-        ValueError: ``reduction`` is not one of ``REDUCTIONS``.
     """
     constant = 0.5 * image.shape[1] * math.log(2 * math.pi)
-    expected = -(resp * (log_joint(image, mixture) + constant)).sum(1, keepdim=True)
-    return _reduced(expected, mask, reduction)
+    return masked_mean(-(resp * (log_joint(image, mixture) + constant)).sum(1, keepdim=True), mask)
 
 
-def total_variation(
-    resp: Tensor, mask: Tensor, *, spacing_mm: Sequence[float] | None = None, reduction: Reduction = "mean"
-) -> Tensor:
-    """``Σ_k Σ_i |∇s_k(x_i)|`` (M eq. 3.4): differences along each axis between voxels that both lie inside the mask.
+def total_variation(resp: Tensor, mask: Tensor) -> Tensor:
+    """``(1/|Ω|) Σ_k Σ_i Σ_axes |s_k(x_i + e_axis) − s_k(x_i)|``: the anisotropic total variation, of M eq. 3.4's |∇s|.
+
+    The paper leaves the norm of ∇s open. This is the sum of its absolute components, differences between neighbours
+    along each axis that both lie inside the mask: it is exact on the mask's border, where the Euclidean norm would lack
+    a component, and its gradient is bounded everywhere and exists wherever neighbours differ. The price is that oblique
+    borders count more than straight ones, in 2-D by √2 at most.
 
     Args:
         resp: s ``(B, K, *S)``.
         mask: ``(B, 1, *S)``.
-        spacing_mm: of the axes in ``*S``; a difference along an axis counts by the smallest spacing over its own.
-            None: all are alike.
-        reduction: "mean": over the voxels of the mask; or "sum".
 
     Returns:
         One value per image ``(B,)``; 0 where the mask is empty.
-
-    Raises:
-        ValueError: ``reduction`` is not one of ``REDUCTIONS``.
     """
     inside = (mask > 0).to(resp.dtype)
-    spacing = spacing_mm or [1.0] * (resp.ndim - 2)
     total = resp.new_zeros(len(resp))
-    for axis, step in enumerate(spacing, start=2):
-        n = resp.shape[axis]
-        if n > 1:
-            both = inside.narrow(axis, 1, n - 1) * inside.narrow(axis, 0, n - 1)
-            jumps = (resp.narrow(axis, 1, n - 1) - resp.narrow(axis, 0, n - 1)).abs() * both
-            total = total + min(spacing) / step * jumps.flatten(1).sum(1)
-    return _scaled(total, mask, reduction)
+    for axis in range(2, resp.ndim):
+        both = inside.narrow(axis, 1, inside.shape[axis] - 1) * inside.narrow(axis, 0, inside.shape[axis] - 1)
+        total = total + (resp.diff(dim=axis).abs() * both).flatten(1).sum(1)
+    return total / mask.flatten(1).sum(1).clamp_min(1)
 
 
 def shaded(
-    image: Tensor,
-    resp: Tensor,
-    mask: Tensor,
-    *,
-    degree: int,
-    rounds: int = 2,
-    covariance: Covariance = "diag",
-    shared: bool = False,
-    floor: float = VARIANCE_FLOOR,
+    image: Tensor, resp: Tensor, mask: Tensor, *, degree: int, rounds: int = 2, covariance: Covariance = "diag"
 ) -> Mixture:
     """The mixture of an M-step from s with a bias field (M eq. 3.8), differentiable in s.
 
@@ -104,35 +84,26 @@ def shaded(
         degree: P, the highest degree of the field's polynomials.
         rounds: how many times ω, μ and Σ are found in turn.
         covariance: the shape of Σ.
-        shared: one field for all sequences, as in the paper.
-        floor: the variance floor.
     """
-    mixture = m_step(image, resp, mask, covariance=covariance, floor=floor)
-    functions = bias.basis(mask, degree)
+    mixture = m_step(image, resp, mask, covariance=covariance)
+    functions = bias_field.basis(mask, degree)
     for _ in range(rounds):
-        mixture = bias.m_step(image, resp, mask, mixture, functions, covariance=covariance, shared=shared, floor=floor)
+        mixture = bias_field.m_step(image, resp, mask, mixture, functions, covariance=covariance)
     return mixture
 
 
 class GMMLoss(nn.Module):
     """L_GMM_TV (M eq. 3.4), shaded where ``degree`` is above 0 (M eq. 3.7), plus terms; the mean over the images.
 
-    Called as ``losses.MixtureNLL``: ``loss(logits, cat([image, mask], 1))``. With a degree the image must be on a scale
-    where 0 is no signal. Computed in single precision at least, whatever the network ran in.
+    Called as ``nll_loss.MixtureNLL``: ``loss(logits, cat([image, mask], 1))``. With a degree the image must be on a
+    scale where 0 is no signal. Computed in single precision at least, whatever the network ran in.
 
     Args:
         gamma: γ of the total variation.
         degree: P of the field; 0: none.
         covariance: the shape of Σ.
         rounds: see ``shaded``.
-        shared: one field for all sequences.
-        reduction: "mean" over the mask, or the paper's "sum".
         terms: regularisers with their weights.
-        spacing_mm: of the voxels, for the total variation; None: cubes.
-        floor: the variance floor.
-
-    Raises:
-        ValueError: ``reduction`` is not one of ``REDUCTIONS``.
     """
 
     def __init__(
@@ -142,16 +113,10 @@ class GMMLoss(nn.Module):
         degree: int = 0,
         covariance: Covariance = "diag",
         rounds: int = 2,
-        shared: bool = False,
-        reduction: Reduction = "mean",
         terms: Sequence[Term | tuple[float, Regulariser]] = (),
-        spacing_mm: Sequence[float] | None = None,
-        floor: float = VARIANCE_FLOOR,
     ) -> None:
         super().__init__()
-        _check(reduction)
         self.gamma, self.degree, self.covariance, self.rounds = gamma, degree, covariance, rounds
-        self.shared, self.reduction, self.spacing_mm, self.floor = shared, reduction, spacing_mm, floor
         self.terms = tuple(Term(*term) for term in terms)
         # Regularisers that are modules follow the loss to its device.
         self.regularisers = nn.ModuleList(t.regulariser for t in self.terms if isinstance(t.regulariser, nn.Module))
@@ -159,12 +124,12 @@ class GMMLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """``(B, K, *S)`` and ``(B, M + 1, *S)`` → a scalar."""
         with torch.autocast(logits.device.type, enabled=False):
-            resp, image, mask = parts(logits, target)
+            logits, image, mask = parts(logits, target)
+            resp = logits.softmax(1)
             mixture = self.mixture(image, resp, mask)
-            loss = l_gmm(image, resp, mask, mixture, reduction=self.reduction).mean()
+            loss = l_gmm(image, resp, mask, mixture).mean()
             if self.gamma:
-                rough = total_variation(resp, mask, spacing_mm=self.spacing_mm, reduction=self.reduction)
-                loss = loss + self.gamma * rough.mean()
+                loss = loss + self.gamma * total_variation(resp, mask).mean()
             for weight, regulariser in self.terms:
                 loss = loss + weight * regulariser(mixture, resp, image, mask)
         return loss
@@ -172,17 +137,8 @@ class GMMLoss(nn.Module):
     def mixture(self, image: Tensor, resp: Tensor, mask: Tensor) -> Mixture:
         """(π, μ, Σ) of M eq. 3.3, or with ω of M eq. 3.8."""
         if not self.degree:
-            return m_step(image, resp, mask, covariance=self.covariance, floor=self.floor)
-        return shaded(
-            image,
-            resp,
-            mask,
-            degree=self.degree,
-            rounds=self.rounds,
-            covariance=self.covariance,
-            shared=self.shared,
-            floor=self.floor,
-        )
+            return m_step(image, resp, mask, covariance=self.covariance)
+        return shaded(image, resp, mask, degree=self.degree, rounds=self.rounds, covariance=self.covariance)
 
 
 class LabelCrossEntropy(nn.Module):
@@ -238,19 +194,3 @@ class TotalLoss(nn.Module):
         if self.beta:
             loss = loss + self.beta * self.loss(logits, target[:, :-1])
         return loss
-
-
-def _check(reduction: Reduction) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: {reduction!r} (choose one of {', '.join(REDUCTIONS)})")
-
-
-def _reduced(values: Tensor, mask: Tensor, reduction: Reduction) -> Tensor:
-    """``(B, 1, *S)`` → ``(B,)``."""
-    return _scaled((values * mask).flatten(1).sum(1), mask, reduction)
-
-
-def _scaled(total: Tensor, mask: Tensor, reduction: Reduction) -> Tensor:
-    """Sums over the mask ``(B,)``, or the means."""
-    _check(reduction)
-    return total if reduction == "sum" else total / mask.flatten(1).sum(1).clamp_min(1)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, m_step, masked_mean, nll
+from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_shares, m_step, masked_mean, nll
 from monai_deepgmm.networks.registry import finest
 
 #: A regulariser r(Π, μ, Σ): ``(mixture, resp, image, mask)`` → a scalar.
@@ -30,15 +30,16 @@ class Term(NamedTuple):
 
 
 def parts(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Responsibilities, image and mask of ``(logits, cat([image, mask], 1))``, in single precision at least."""
+    """Logits, image and mask of ``(logits, cat([image, mask], 1))``, in single precision at least."""
     precision = torch.float64 if target.dtype == torch.float64 else torch.float32
-    return logits.to(precision).softmax(1), target[:, :-1].to(precision), target[:, -1:].to(precision)
+    return logits.to(precision), target[:, :-1].to(precision), target[:, -1:].to(precision)
 
 
 class MixtureNLL(nn.Module):
     """NLL (S eq. 2) or NLL_V (S §2.1) of each image under the mixture that the network's output implies, plus terms.
 
-    Computed in single precision at least, whatever the network ran in.
+    Computed in single precision at least, whatever the network ran in, and from the logarithms of the weights, so that
+    a component far behind still has a gradient.
 
     Args:
         spatial: NLL_V, with Π the network's output; else NLL, with π its mean over the mask.
@@ -64,9 +65,11 @@ class MixtureNLL(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """``(B, K, *S)`` and ``(B, M + 1, *S)`` → a scalar: the mean over the images, and the terms."""
         with torch.autocast(logits.device.type, enabled=False):
-            resp, image, mask = parts(logits, target)
+            logits, image, mask = parts(logits, target)
+            resp, log_resp = logits.softmax(1), logits.log_softmax(1)
             mixture = self.mixture(image, resp, mask)
-            loss = nll(image, mask, mixture).mean()
+            log_weights = log_resp if self.spatial else log_shares(log_resp, mask)
+            loss = nll(image, mask, mixture, log_weights).mean()
             for weight, regulariser in self.terms:
                 loss = loss + weight * regulariser(mixture, resp, image, mask)
         return loss

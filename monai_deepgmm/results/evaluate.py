@@ -23,9 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import atomic_files as files
+from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.images import labels as truth
-from monai_deepgmm.images import nifti
 from monai_deepgmm.patients.discovery import Cohort, Problem, Study
 from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.results import metrics
@@ -178,9 +177,9 @@ def write(out: Path, evaluation: Evaluation) -> None:
     table = csv.writer(text, delimiter="\t", lineterminator="\n")
     table.writerow(names)
     table.writerows([_cell(getattr(row, name)) for name in names] for row in evaluation.rows)
-    files.write_whole(out / "evaluation.tsv", text.getvalue().encode())
+    atomic_files.write_whole(out / "evaluation.tsv", text.getvalue().encode())
     document = json.dumps(as_json(evaluation), indent=2, ensure_ascii=False, allow_nan=False)
-    files.write_whole(out / "evaluation.json", f"{document}\n".encode())
+    atomic_files.write_whole(out / "evaluation.json", f"{document}\n".encode())
 
 
 def summary(evaluation: Evaluation) -> str:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import atomic_files as files
-from monai_deepgmm.images import nifti
+from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
@@ -80,7 +79,7 @@ def prepare(out: Path, protocol: Protocol) -> None:
     try:
         (out / LOCKS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        refusal = files.unwritten(out, error)
+        refusal = atomic_files.unwritten(out, error)
         raise refusal if refusal.code == "E_DISK" else UsageError(f"OUT: {refusal}") from error
     description = {
         "Name": f"{protocol.title}: tissue segmentation",
@@ -89,16 +88,16 @@ def prepare(out: Path, protocol: Protocol) -> None:
         "GeneratedBy": [{"Name": "monai-deepgmm", "Version": versions()["monai-deepgmm"]}],
         "Disclaimer": DISCLAIMER,
     }
-    files.write_whole(out / "dataset_description.json", _json(description))
+    atomic_files.write_whole(out / "dataset_description.json", _json(description))
     table = [{"index": t.index, "name": t.name, "color": t.color} for t in protocol.tissues]
-    files.write_whole(out / "dseg.tsv", _tsv(table, ("index", "name", "color")))
+    atomic_files.write_whole(out / "dseg.tsv", _tsv(table, ("index", "name", "color")))
     sweep(out)
 
 
 def sweep(out: Path) -> None:
     """Removes what killed writers left half written; files of writers that live stay."""
     for place in (out, *(p for p in out.iterdir() if p.is_dir())):
-        files.stale_temporaries(place)
+        atomic_files.stale_temporaries(place)
 
 
 # One patient -------------------------------------------------------------------------------------------------------
@@ -130,7 +129,7 @@ def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: 
 def _hashes_now(study: Study) -> dict[str, str]:
     """The input files' SHA-256 as they are on the disk at this moment."""
     paths = {**study.images, **({"mask": study.mask} if study.mask is not None else {})}
-    return {name: files.sha256(path) for name, path in paths.items()}
+    return {name: atomic_files.sha256(path) for name, path in paths.items()}
 
 
 def _hashes_read(sidecar: Mapping[str, Any]) -> dict[str, str]:
@@ -185,17 +184,17 @@ def write(
             both = (field, segmentation.images[sequence] / field)
             for suffix, values in zip(SHADING, both, strict=True):
                 nifti.write_map(place / f"{name}_{sequence}{suffix}", values, like=segmentation.reference)
-    files.write_whole(place / f"{name}_preview.png", report.preview(segmentation))
+    atomic_files.write_whole(place / f"{name}_preview.png", report.preview(segmentation))
     made_from = fingerprint(study, config, _hashes_read(segmentation.sidecar), steps)
     sidecar = {**segmentation.sidecar, "fingerprint": made_from}
-    files.write_whole(place / f"{name}_dseg.json", _json(sidecar))
+    atomic_files.write_whole(place / f"{name}_dseg.json", _json(sidecar))
     row = {
         **row,
         "warnings": list(segmentation.warnings),
         "measurements": [m._asdict() for m in measure.measure(segmentation)],
         "slices": [s._asdict() for s in measure.measure_slices(segmentation)],
     }
-    files.write_whole(place / f"{name}_row.json", _json(row))
+    atomic_files.write_whole(place / f"{name}_row.json", _json(row))
     report.rebuild_patient(place)
     return row
 
@@ -204,10 +203,10 @@ def write_failure(out: Path, study: Study, row: Row) -> None:
     """Writes a failed (or skipped) patient's row and page; no label file of it is left, not even an older one."""
     if _unusable(study):
         _made(out / REFUSED)
-        files.write_whole(folder(out, study).with_suffix(".json"), _json(row))
+        atomic_files.write_whole(folder(out, study).with_suffix(".json"), _json(row))
         return
     place = _fresh(out, study)
-    files.write_whole(place / f"{study.patient}_row.json", _json(row))
+    atomic_files.write_whole(place / f"{study.patient}_row.json", _json(row))
     report.rebuild_patient(place)
 
 
@@ -241,7 +240,7 @@ def _made(place: Path) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise files.unwritten(place, error) from error
+        raise atomic_files.unwritten(place, error) from error
     return place
 
 
@@ -263,7 +262,7 @@ def lock(out: Path, what: str) -> Iterator[None]:
     try:
         file = path.open("w")
     except OSError as error:
-        raise files.unwritten(path, error) from error
+        raise atomic_files.unwritten(path, error) from error
     with file:
         with contextlib.suppress(OSError):  # a file system without locks: go on without
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -286,9 +285,9 @@ def rebuild_tables(out: Path) -> list[Row]:
     with lock(out, "tables"):
         found = rows(out)
         summary = [{**row, "message": _sentence(row), "warnings": " | ".join(row.get("warnings", ()))} for row in found]
-        files.write_whole(out / "summary.tsv", _tsv(summary, SUMMARY))
+        atomic_files.write_whole(out / "summary.tsv", _tsv(summary, SUMMARY))
         measured = [m for row in found for m in row.get("measurements", ())]
-        files.write_whole(out / "measurements.tsv", _tsv(measured, measure.Measurement._fields))
+        atomic_files.write_whole(out / "measurements.tsv", _tsv(measured, measure.Measurement._fields))
         report.rebuild_index(out)
     return found
 

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensors import seeded
 from torch import nn
 
-from monai_deepgmm.networks import ModifiedUNet, UNet
-from monai_deepgmm.networks import registry as networks
+from monai_deepgmm.networks import ModifiedUNet, UNet, registry
 from monai_deepgmm.networks.nll_loss import MixtureNLL
 
 SMALL = (2, 4, 8, 16, 32)
 
 
 def build(dims: int = 2, filters: tuple[int, ...] = SMALL, **options) -> ModifiedUNet:
-    return networks.fresh(lambda: ModifiedUNet(dims, 2, 3, filters=filters, **options), 0)
+    return registry.fresh(lambda: ModifiedUNet(dims, 2, 3, filters=filters, **options), 0)
 
 
 def picture(*sides: int) -> torch.Tensor:
-    return torch.randn(2, 2, *sides, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 2, *sides, generator=seeded(1))
 
 
 def convolutions(module: nn.Module, kernel: int = 3) -> int:
     return sum(isinstance(m, nn.Conv2d) and m.kernel_size == (kernel, kernel) for m in module.modules())
-
-
-def parameters(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
-# Shapes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sides", [(32, 48), (33, 50), (32, 32, 48), (16, 33, 20)], ids=str)
@@ -51,57 +44,43 @@ def test_parameters_by_hand():
     skip = 2 * convolution(2, 2) + convolution(4, 4)
     up = convolution(8, 4, 1) + convolution(8, 4) + convolution(4, 4)
     up += convolution(4, 2, 1) + convolution(4, 2) + convolution(2, 2)
-    assert parameters(build(filters=(2, 4, 8))) == stem + down + skip + up + convolution(2, 3, 1)
+    small, papers = (sum(p.numel() for p in n.parameters()) for n in (build(filters=(2, 4, 8)), ModifiedUNet(2, 3, 4)))
+    assert small == stem + down + skip + up + convolution(2, 3, 1)
+    assert papers == 9_746_308  # with the filters of the paper's U-Net
 
 
-def test_the_default_has_the_papers_unets_filters():
-    assert parameters(ModifiedUNet(2, 3, 4)) == 9_746_308
-
-
-# The paper's parts -----------------------------------------------------------------------------------------------
-
-
-def test_skip_paths_have_fewer_modules_the_deeper_the_level():
+def test_skip_paths_have_fewer_modules_the_deeper_the_level_each_a_convolution_and_a_relu():
     assert [convolutions(skip) for skip in build().skip] == [4, 3, 2, 1]
-
-
-def test_a_skip_module_is_a_convolution_and_a_relu_and_keeps_the_filters():
     for level, skip in enumerate(build(norm=None).skip):
         kinds = [type(m) for m in skip.modules() if not list(m.children())]
         assert kinds == [nn.Conv2d, nn.ReLU] * (4 - level)
         assert all(m.in_channels == m.out_channels == SMALL[level] for m in skip.modules() if isinstance(m, nn.Conv2d))
 
 
-def test_two_levels_are_plain_and_two_have_a_third_convolution():
-    network = build()
+def test_two_levels_are_plain_two_have_a_third_convolution_and_each_is_pooled_to_half():
+    network, sizes = build(), []
     assert convolutions(network.stem) == 2
     assert [convolutions(down) for down in network.down] == [2, 3, 3, 2]  # the last is the bottleneck
     upwards = [convolutions(up) + convolutions(widen) for up, widen in zip(network.up, network.widen, strict=True)]
     assert upwards == [3, 3, 2, 2]
-
-
-def test_filters_double_and_each_level_is_pooled_to_half():
-    network, sizes = build(), []
     for down in network.down:
         down.register_forward_hook(lambda module, given, output: sizes.append(tuple(output.shape[1:])))
     network(picture(32, 64))
     assert sizes == [(4, 16, 32), (8, 8, 16), (16, 4, 8), (32, 2, 4)]
 
 
-def test_up_sampling_is_linear():
+@pytest.mark.parametrize("dims", [2, 3])
+@torch.no_grad()
+def test_up_sampling_is_linear(dims):
     """What the decoder is given of a ramp is a ramp, but for its ends."""
-    for dims in (2, 3):
-        up = build(dims).up[0].upsample
-        ramp = torch.arange(6.0).reshape(1, 1, 6, *[1] * (dims - 1)).expand(1, 32, 6, *[4] * (dims - 1))
-        with torch.no_grad():
-            line = up(ramp)[0, 0].flatten(1)[:, 0]
-        steps = line.diff()[1:-1]
-        torch.testing.assert_close(steps, steps.mean().expand_as(steps))
-        assert steps.abs().min() > 0
+    ramp = torch.arange(6.0).reshape(1, 1, 6, *[1] * (dims - 1)).expand(1, 32, 6, *[4] * (dims - 1))
+    steps = build(dims).up[0].upsample(ramp)[0, 0].flatten(1)[:, 0].diff()[1:-1]
+    torch.testing.assert_close(steps, steps.mean().expand_as(steps))
+    assert steps.abs().min() > 0
 
 
-def test_it_sees_further_than_a_plain_unet_with_as_many_levels():
-    """How far a voxel's output reaches into the image, in both without a norm, which would see all of it."""
+def test_it_sees_further_than_a_plain_unet_with_as_many_levels_and_more_levels_see_further():
+    """How far a voxel's output reaches into the image, without the norms, which would see all of it."""
 
     def reach(network: nn.Module) -> int:
         network = network.double().eval()
@@ -115,11 +94,8 @@ def test_it_sees_further_than_a_plain_unet_with_as_many_levels():
         rows = torch.nonzero(image.grad.abs().sum((0, 1, 3)))
         return int(rows.max() - rows.min()) + 1
 
-    plain = networks.fresh(lambda: UNet(2, 2, 3, filters=SMALL[:4]), 0)
-    assert reach(plain) < reach(build(filters=SMALL[:4])) < reach(build())
-
-
-# Scripting and teaching ------------------------------------------------------------------------------------------
+    small, plain = (registry.fresh(lambda n=n: UNet(2, 2, 3, filters=SMALL[:n]), 0) for n in (3, 4))
+    assert reach(small) < reach(plain) < reach(build(filters=SMALL[:4])) < reach(build())
 
 
 @pytest.mark.parametrize("sides", [(32, 48), (16, 16, 32)], ids=str)
@@ -136,17 +112,16 @@ def test_the_mixtures_gradient_reaches_every_weight(sides):
     network, image = build(len(sides)), picture(*sides)
     target = torch.cat([image, torch.ones(2, 1, *sides)], 1)
     MixtureNLL(spatial=True, covariance="diag")(network(image), target).backward()
-    missing = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert missing == []
-    dead = [n for n, p in network.named_parameters() if n.endswith("weight") and not p.grad.any()]
-    assert dead == []
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+    assert [name for name, g in gradients.items() if g is None or not g.isfinite().all()] == []
+    assert [name for name, g in gradients.items() if name.endswith("weight") and not g.any()] == []
 
 
+@torch.no_grad()
 def test_a_new_networks_outputs_differ_from_voxel_to_voxel_with_the_norm_alone():
     """Why there is one: without, all voxels look alike to the first M-steps."""
     image = picture(64, 64)
-    with torch.no_grad():
-        normed, bare = (build(filters=(32, 64, 128, 256, 512), norm=n)(image) for n in ("instance", None))
+    normed, bare = (build(filters=(32, 64, 128, 256, 512), norm=n)(image) for n in ("instance", None))
     assert normed.std((2, 3)).mean() > 0.1
     assert bare.std((2, 3)).mean() < 0.01
 

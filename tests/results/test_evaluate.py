@@ -1,19 +1,18 @@
-"""Agreement of a run with truth, on a folder of three tiny patients made by hand."""
+"""Agreement of a run with reference labels, on a folder of three tiny patients made by hand."""
 
 from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
+from conftest import save
 
 from monai_deepgmm import protocol
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.patients.discovery import Cohort, Problem, Study
+from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.results.evaluate import MEASURES, as_json, evaluate, summary, write
 
 INFARCT = protocol.load("infarct")
@@ -28,26 +27,20 @@ TRUTH[0, :4, 0], TRUTH[1, :4, 0] = 1, 2
 TRUTH[0, :4, 1], TRUTH[1, :4, 1], TRUTH[2, :4, 1], TRUTH[3, :4, 1] = 1, 2, 3, 4
 
 
-def save(path: Path, data: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(data, affine)
-    image.header.set_xyzt_units("mm")
-    nib.save(image, path)
-    return path
-
-
 class Folders:
     """An OUT and a DIR that grow patient by patient."""
 
     def __init__(self, root: Path) -> None:
         self.out, self.dir, self.studies = root / "out", root / "dir", []
         self.out.mkdir()
+        self.dir.mkdir()
 
     def add(
         self, patient, predicted, truth=TRUTH, *, sequences=ALL, labels=GD, affine=AFFINE, truth_affine=AFFINE, axis=2
     ):
         if predicted is not None:
             place = self.out / patient / f"{patient}_dseg.nii.gz"
+            place.parent.mkdir()
             save(place, predicted.astype(np.uint8), affine)
             tissues = [{"name": t.name, "index": t.index} for t in INFARCT.visible(sequences)]
             sidecar = {"sequences": list(sequences), "tissues": tissues, "slice_axis": axis}
@@ -128,7 +121,7 @@ def test_the_oracle_renames_within_each_slice(folders):
     assert found["dice_matched"]["scar"] == {"mean": 1, "sd": None, "n": 1}
 
 
-def test_complete_keeps_the_slices_whose_truth_holds_every_tissue(folders):
+def test_complete_keeps_the_slices_whose_reference_holds_every_tissue(folders):
     predicted = TRUTH.copy()
     predicted[:, :, 2] = 1
     folders.add("A", predicted)
@@ -137,14 +130,11 @@ def test_complete_keeps_the_slices_whose_truth_holds_every_tissue(folders):
     found = as_json(evaluation)
     assert (found["slices"], found["n_units"]) == ("complete", 1)
     assert set(found["not_counted"].values()) == {0}
-
-
-def test_complete_means_equal_the_mean_of_the_tissues(folders):
     rng = np.random.default_rng(0)
-    for name in "ABC":
+    for name in "BC":
         folders.add(name, np.where(rng.random(TRUTH.shape) < 0.4, rng.integers(0, 5, TRUTH.shape), TRUTH))
     found = as_json(folders.evaluate(slices="complete"))
-    for measure in ("dice", "dice_matched", "recall", "jaccard"):
+    for measure in ("dice", "dice_matched", "recall", "jaccard"):  # the mean is that of the tissues
         tissues = [found[measure][t.name]["mean"] for t in INFARCT.tissues]
         assert found[measure]["mean"] == pytest.approx(np.mean(tissues))
     assert found["dice_matched"]["mean"] >= found["dice"]["mean"] - 1e-8
@@ -158,7 +148,7 @@ def test_complete_means_equal_the_mean_of_the_tissues(folders):
         (("bSSFP",), [0, 1, 2, 2, 2], ("blood", "myocardium")),
     ],
 )
-def test_missing_sequences_merge_the_truth(folders, sequences, merged, visible):
+def test_missing_sequences_merge_the_reference(folders, sequences, merged, visible):
     folders.add("A", np.array(merged)[TRUTH], sequences=sequences)
     evaluation = folders.evaluate(slices="complete")
     assert evaluation.patients["A"].tissues == visible
@@ -179,7 +169,7 @@ def test_slices_follow_the_sidecars_axis(folders):
     assert rows[0, "blood"].assd_mm == pytest.approx(0.5 / 7)
 
 
-def test_truth_without_a_mapping_holds_indices(folders):
+def test_a_reference_without_a_mapping_holds_indices(folders):
     folders.add("A", TRUTH, labels=None)
     folders.add("B", TRUTH, np.where(TRUTH == 4, 9, TRUTH), labels={})
     evaluation = folders.evaluate()
@@ -189,7 +179,7 @@ def test_truth_without_a_mapping_holds_indices(folders):
     assert [w.split(":")[0] for w in evaluation.patients["B"].warnings] == ["W_TRUTH"]
 
 
-def test_truth_on_another_grid_is_resampled_and_said(folders):
+def test_a_reference_on_another_grid_is_resampled_and_said(folders):
     fine = np.repeat(TRUTH, 2, axis=0)
     affine = np.diag([1.0, 0.5, 10.0, 1.0])
     affine[0, 3] = -0.5
@@ -221,22 +211,22 @@ def test_nobody_is_dropped_in_silence(folders):
     assert all(name in summary(evaluation) for name in codes)
 
 
-def test_a_failed_patient_is_listed_with_its_own_reason(folders):
-    folders.add("A", None)
-    folders.studies = [replace(s, problems=(Problem("E_MASK_NONE", "no mask"),)) for s in folders.studies]
-    assert "E_MASK_NONE: no mask" in folders.evaluate().problems["A"].message
-
-
-def test_an_id_that_is_not_one_patients_is_not_looked_up(folders):
-    folders.add("A", TRUTH)
-    folders.studies = [replace(s, problems=(Problem("E_DUPLICATE", "a and A"),)) for s in folders.studies]
+@pytest.mark.parametrize(
+    ("patient", "problems", "code", "message"),
+    [
+        ("A", (Problem("E_MASK_NONE", "no mask"),), "E_FILE", "E_MASK_NONE: no mask"),  # its own reason
+        ("A", (Problem("E_DUPLICATE", "a and A"),), "E_DUPLICATE", ""),  # an id that is not one patient's
+        ("x" * 250, (), "E_FILE", ""),  # too long for a file's name
+    ],
+)
+def test_who_cannot_be_looked_up_is_listed_with_the_reason(folders, patient, problems, code, message):
+    if code == "E_DUPLICATE":
+        folders.add(patient, TRUTH)
+    folders.studies = [Study(patient, {}, problems=problems)]
     evaluation = folders.evaluate()
-    assert (evaluation.problems["A"].code, evaluation.patients) == ("E_DUPLICATE", {})
-
-
-def test_a_name_too_long_for_a_file_is_a_failed_patient(folders):
-    folders.studies = [Study("x" * 250, {})]
-    assert folders.evaluate().problems["x" * 250].code == "E_FILE"
+    assert evaluation.patients == {}
+    assert evaluation.problems[patient].code == code
+    assert message in evaluation.problems[patient].message
 
 
 @pytest.mark.parametrize(
@@ -262,19 +252,14 @@ def test_a_damaged_sidecar_fails_its_patient_alone(folders, content, code):
     assert list(evaluation.patients) == ["B"]
 
 
-def test_a_truth_of_fractions_is_refused(folders):
-    folders.add("A", TRUTH)
-    save(folders.dir / "A_gd.nii.gz", VALUE[TRUTH].astype(np.float32) / 3)
-    assert folders.evaluate().problems["A"].code == "E_TRUTH"
-
-
-def test_an_unreadable_truth_fails_its_patient_alone(folders):
-    folders.add("A", TRUTH)
-    folders.add("B", TRUTH)
+def test_an_unreadable_reference_fails_its_patient_alone(folders):
+    for name in "ABC":
+        folders.add(name, TRUTH)
     (folders.dir / "A_gd.nii.gz").write_bytes(b"")
+    save(folders.dir / "B_gd.nii.gz", VALUE[TRUTH].astype(np.float32) / 3, AFFINE)
     evaluation = folders.evaluate()
-    assert evaluation.problems["A"].code == "E_EMPTY"
-    assert list(evaluation.patients) == ["B"]
+    assert {name: problem.code for name, problem in evaluation.problems.items()} == {"A": "E_EMPTY", "B": "E_TRUTH"}
+    assert list(evaluation.patients) == ["C"]
 
 
 def test_files_hold_the_same_as_the_evaluation(folders):
@@ -317,17 +302,14 @@ def test_summary_is_aligned(folders):
     folders.add("A", predicted)
     lines = summary(folders.evaluate()).splitlines()
     header, blood = lines[0], lines[1]
-    assert blood[header.index("dice") :].startswith("0.929 ± 0.101")  # 6/7 and 1
-    assert blood[header.index("dice_matched") :].startswith("0.929 ± 0.101")
+    for column in ("dice", "dice_matched"):
+        assert blood[header.index(column) :].startswith("0.929 ± 0.101")  # 6/7 and 1
     assert lines[5].startswith("mean")
 
 
-@pytest.mark.parametrize(("option", "value"), [("slices", "some"), ("unit", "voxel")])
-def test_unknown_options_list_the_choices(folders, option, value):
-    with pytest.raises(UsageError, match=f"--{option}: '{value}' is unknown; choose .* or "):
-        folders.evaluate(**{option: value})
-
-
-def test_a_missing_folder_is_a_usage_error(tmp_path):
+def test_what_cannot_be_evaluated_lists_the_choices(folders, tmp_path):
+    for option, value in (("slices", "some"), ("unit", "voxel")):
+        with pytest.raises(UsageError, match=f"--{option}: '{value}' is unknown; choose .* or "):
+            folders.evaluate(**{option: value})
     with pytest.raises(UsageError, match="no folder nowhere"):
         evaluate(tmp_path / "nowhere", Cohort(tmp_path, "myops", ()), INFARCT)

@@ -2,40 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
-import nibabel as nib
 import numpy as np
 import pytest
+from outcomes import segmentation
 
-from monai_deepgmm import protocol
-from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.results.measure import measure, measure_slices
-from monai_deepgmm.results.segment import Segmentation
-
-
-def segmentation(labels: np.ndarray, *, name: str = "infarct", sequences: tuple[str, ...] = (), **changes: Any):
-    """A segmentation with these labels, certain of each, on voxels of 2 × 2 × 5 mm = 0.02 ml."""
-    chosen = protocol.load(name)
-    sequences = sequences or chosen.sequences
-    tissues = chosen.visible(sequences)
-    images = {s: np.zeros(labels.shape, np.float32) for s in sequences}
-    affine = np.diag([2.0, 2.0, 5.0, 1.0])
-    built = Segmentation(
-        patient="p",
-        protocol=chosen,
-        tissues=tissues,
-        images=images,
-        mask=labels > 0,
-        labels=labels.astype(np.uint8),
-        probabilities=np.stack([labels == t.index for t in tissues]).astype(np.float32),
-        reference=Volume(images[sequences[0]], affine, nib.Nifti1Header(), labels.shape, "p.nii", ""),
-        slice_axis=2,
-        sidecar={},
-        warnings=(),
-    )
-    return dataclasses.replace(built, **changes)
 
 
 def labels_of(*slices: dict[int, int]) -> np.ndarray:
@@ -55,6 +26,7 @@ def test_volume_mass_and_share_of_the_wall():
     # The wall is 30 + 10 + 10 voxels; blood is no part of it.
     assert [r.percent for r in rows] == [None, 60.0, 20.0, 20.0]
     assert {r.percent_of for r in rows} == {"wall"}
+    assert [r.percent for r in measure(segmentation(labels_of({1: 10})))] == [None] * 4  # no wall at all
 
 
 def test_expected_volume_sums_the_probabilities():
@@ -72,11 +44,6 @@ def test_a_tissue_that_no_sequence_shows_has_no_row():
     assert [(r.tissue, r.percent) for r in rows] == [("blood", None), ("myocardium", 75.0), ("scar", 25.0)]
 
 
-def test_an_empty_denominator_gives_no_percent():
-    rows = measure(segmentation(labels_of({1: 10})))
-    assert [r.percent for r in rows] == [None] * 4
-
-
 def test_brain_is_measured_against_the_mask_and_has_no_mass():
     labels = labels_of({1: 20, 2: 50, 3: 10})
     mask = labels > 0
@@ -84,6 +51,7 @@ def test_brain_is_measured_against_the_mask_and_has_no_mass():
     rows = measure(segmentation(labels, name="brain", mask=mask))
     assert [r.mass_g for r in rows] == [None, None, None]
     assert [r.percent for r in rows] == pytest.approx([100 * n / 82 for n in (20, 50, 10)])
+    assert measure_slices(segmentation(labels, name="brain", mask=mask)) == []  # one image has no slices of its own
 
 
 def test_slices_without_mask_have_no_rows_and_each_slice_has_its_own_wall():
@@ -99,7 +67,3 @@ def test_slices_are_counted_along_the_slice_axis(axis: int):
     rows = measure_slices(segmentation(labels, slice_axis=axis))
     assert [(r.slice, r.voxels) for r in rows if r.tissue == "myocardium"] == [(0, 1), (1, 9)]
     assert [r.voxels for r in measure(segmentation(labels, slice_axis=axis))] == [3, 10, 0, 0]
-
-
-def test_a_volume_that_is_one_image_has_no_slices_of_its_own():
-    assert measure_slices(segmentation(labels_of({1: 4}), name="brain")) == []

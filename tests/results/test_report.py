@@ -11,19 +11,20 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
+import outcomes
 import pytest
 from PIL import Image, ImageColor
 
 from monai_deepgmm import protocol
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.results import measure, mosaic, report
 from monai_deepgmm.results.segment import Segmentation
 
 HOSTILE = "<script>alert('owned')</script>\"&"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+C, S = np.cos(np.deg2rad(40)), np.sin(np.deg2rad(40))
+OBLIQUE = np.array([[C, -S, 0, 0], [S, C, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
 
 def hearts(
@@ -38,30 +39,25 @@ def hearts(
     labels[(radius < 16) & (x > 30) & (y > 24)] = 3
     labels[radius < 9] = 1
     labels[(z == 0) | (z == 4)] = 0
-    tissues = chosen.visible(sequences)
-    rng = np.random.default_rng(0)
-    images = {s: (100.0 * labels + rng.normal(0, 5, labels.shape)).astype(np.float32) for s in sequences}
-    affine = LPS @ np.diag([1.5, 1.5, 8.0, 1.0]) if affine is None else affine
-    return Segmentation(
+    noise = np.random.default_rng(0).normal(0, 5, (len(sequences), *labels.shape))
+    sidecar = {
+        "method": "svgmm",
+        "sequences": list(sequences),
+        "tissues": [{"name": t.name, "index": t.index, "color": t.color} for t in chosen.visible(sequences)],
+        "naming": {"rule": "by signature", "certainty": 0.9, "units": [{"slice": 1, "certainty": 0.875}]},
+        "fit": {"units": [{"slice": 1, "nll": 2.5, "trace": [4.0, 3.0, 2.5], "converged": False, "iterations": 3}]},
+        "inputs": {"LGE": {"file": "sub-1_LGE.nii.gz", "sha256": "ab" * 32}},
+        "versions": {"monai-deepgmm": "0.1.0"},
+        "configuration": {"method": "svgmm", "note": "<b>"},
+    }
+    return outcomes.segmentation(
+        labels,
         patient=patient,
-        protocol=chosen,
-        tissues=tissues,
-        images=images,
-        mask=labels > 0,
-        labels=labels.astype(np.uint8),
-        probabilities=np.stack([labels == t.index for t in tissues]).astype(np.float32),
-        reference=Volume(images[sequences[0]], affine, nib.Nifti1Header(), labels.shape, "p.nii", ""),
-        slice_axis=2,
-        sidecar={
-            "method": "svgmm",
-            "sequences": list(sequences),
-            "tissues": [{"name": t.name, "index": t.index, "color": t.color} for t in tissues],
-            "naming": {"rule": "by signature", "certainty": 0.9, "units": [{"slice": 1, "certainty": 0.875}]},
-            "fit": {"units": [{"slice": 1, "nll": 2.5, "trace": [4.0, 3.0, 2.5], "converged": False, "iterations": 3}]},
-            "inputs": {"LGE": {"file": "sub-1_LGE.nii.gz", "sha256": "ab" * 32}},
-            "versions": {"monai-deepgmm": "0.1.0"},
-            "configuration": {"method": "svgmm", "note": "<b>"},
-        },
+        name=name,
+        sequences=sequences,
+        images=(100.0 * labels + noise).astype(np.float32),
+        affine=LPS @ np.diag([1.5, 1.5, 8.0, 1.0]) if affine is None else affine,
+        sidecar=sidecar,
         warnings=("W_QFORM: the sform was used",),
     )
 
@@ -96,6 +92,10 @@ def write(out: Path, row: dict[str, Any], segmentation: Segmentation | None = No
     return folder
 
 
+def words(html: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html.split("</head>")[1]))
+
+
 def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
@@ -103,9 +103,6 @@ def pixels(png: bytes) -> np.ndarray:
 def near(picture: np.ndarray, color: str, tolerance: int = 6) -> np.ndarray:
     wanted = np.array(ImageColor.getrgb(color))
     return np.abs(picture.astype(int) - wanted).max(axis=-1) <= tolerance
-
-
-# The picture
 
 
 @pytest.mark.parametrize(
@@ -116,12 +113,12 @@ def near(picture: np.ndarray, color: str, tolerance: int = 6) -> np.ndarray:
         (np.eye(4), 1, ("R", "L", "S", "I"), "coronal"),
         (np.eye(4), 0, ("A", "P", "S", "I"), "sagittal"),
         (np.eye(4)[[2, 0, 1, 3]], 0, ("R", "L", "S", "I"), "coronal"),
+        (OBLIQUE, 2, ("RA", "LP", "AL", "PR"), "axial"),  # two letters
     ],
 )
 def test_slices_are_shown_the_radiological_way(affine, slice_axis, edges, plane):
     view = mosaic.view(affine, slice_axis)
-    assert view.edges == edges
-    assert mosaic.PLANE_NAMES[view.plane] == plane
+    assert (view.edges, mosaic.PLANE_NAMES[view.plane]) == (edges, plane)
 
 
 def test_upright_puts_the_patients_right_on_the_left_and_anterior_on_top():
@@ -130,13 +127,6 @@ def test_upright_puts_the_patients_right_on_the_left_and_anterior_on_top():
     upright = mosaic.view(np.eye(4), 2).upright(volume)
     assert upright.shape == (3, 5, 4)
     assert upright[1, 0, 0] == 1
-
-
-def test_oblique_edges_carry_two_letters():
-    turn = np.eye(4)
-    angle = np.deg2rad(40)
-    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    assert mosaic.view(turn, 2).edges == ("RA", "LP", "AL", "PR")
 
 
 def test_a_row_per_slice_with_mask_and_a_column_per_panel():
@@ -157,19 +147,14 @@ def test_a_slice_is_not_squashed_when_voxels_are_not_square():
     assert np.ptp(third) / np.ptp(columns) == pytest.approx(3, rel=0.1)
 
 
-def test_tissues_bear_their_colours_and_nothing_outside_the_mask_does():
-    picture = pixels(report.preview(hearts()))
-    for tissue in hearts().tissues[:3]:
-        assert near(picture, tissue.color).any()
-    assert not near(picture, hearts().tissues[3].color).any()  # no voxel is scar
-
-
-def test_uncertainty_is_dark_when_certain_and_light_when_all_tissues_are_equally_likely():
+def test_tissues_and_uncertainty_bear_their_colours():
     sure = hearts()
+    picture, light = pixels(report.preview(sure)), mosaic.UNCERTAINTY_COLORS[-1]
+    for tissue in sure.tissues:
+        assert near(picture, tissue.color).any() == (tissue.name != "scar")  # no voxel is scar
+    assert not near(picture, light).any()
     even = dataclasses.replace(sure, probabilities=np.where(sure.mask, 0.25, 0).astype(np.float32)[None].repeat(4, 0))
-    light = mosaic.UNCERTAINTY_COLORS[-1]
-    assert near(pixels(report.preview(even)), light).sum() > 5000
-    assert not near(pixels(report.preview(sure)), light).any()
+    assert near(pixels(report.preview(even)), light).sum() > 5000  # light where all tissues are equally likely
 
 
 def test_a_brain_is_shown_in_three_orientations():
@@ -187,26 +172,40 @@ def test_odd_intensities_do_not_stop_the_picture(value: float):
     assert pixels(report.preview(odd)).size
 
 
-# A patient's page
-
-
-def test_page_tells_volumes_warnings_naming_fit_and_provenance():
-    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page_of(hearts()).split("</head>")[1]))
-    assert "W_QFORM the sform was used" in text
-    assert "by signature" in text
-    assert "88 %" in text  # certainty of slice 1
-    assert "2.500" in text
-    assert "ab" * 32 in text
-    assert "Research use only, not a medical device" in text
-    blood = measure.measure(hearts())[0]
-    assert f"blood {blood.volume_ml:.1f} {blood.mass_g:.1f} – {blood.expected_ml:.1f}" in text
-
-
-def test_page_is_self_contained():
+def test_page_tells_volumes_warnings_naming_fit_and_provenance_and_is_self_contained():
     html = page_of(hearts())
     assert not re.search(r"(src|href)=[\"']?(https?:|//)|url\(|@import|<script|<link", html)
     assert "data:image/png;base64," in html
     assert "default-src 'none'" in html
+    blood = measure.measure(hearts())[0]
+    told = words(html)
+    for text in (
+        "W_QFORM the sform was used",
+        "by signature",
+        "88 % 2.500 3 no",  # slice 1: certainty, NLL, steps, converged
+        "ab" * 32,
+        "Research use only, not a medical device",
+        f"blood {blood.volume_ml:.1f} {blood.mass_g:.1f} – {blood.expected_ml:.1f}",
+    ):
+        assert text in told
+
+
+@pytest.mark.parametrize(
+    ("unit", "shown"),
+    [
+        ({"slice": 1, "nll": 2.5}, "2.500 – –"),  # a trained network's
+        ({"slice": 1, "nll": 2.5, "converged": None, "iterations": None, "trace": None}, "2.500 – –"),
+        ({"slice": 1, "converged": True, "iterations": 7}, "– 7 yes"),
+        ({"slice": 1}, "– – –"),
+    ],
+    ids=str,
+)
+def test_a_page_shows_a_dash_for_what_no_fit_told(unit, shown):
+    heart = hearts()
+    heart.sidecar.update(converged=None, presence=None, fit={"units": [unit]})
+    told = words(page_of(heart))
+    assert f"88 % {shown}" in told
+    assert "None" not in told
 
 
 def test_a_failed_patients_page_says_what_to_do():
@@ -248,25 +247,16 @@ def test_a_sparse_sidecar_only_leaves_parts_out(sidecar):
 
 def test_an_id_that_is_no_utf8_can_be_shown():
     name = b"sub-\xff".decode("utf-8", "surrogateescape")
-    html = report.index([failed(name)], [], "t")
-    assert 'href="sub-%FF/sub-%FF_report.html"' in html
+    assert 'href="sub-%FF/sub-%FF_report.html"' in report.index([failed(name)], [], "t")
     report.page(failed(name), None, [], None).encode("utf-8")
-
-
-# The cohort's page
 
 
 def test_index_counts_and_puts_the_failed_first():
     heart = hearts("a")
     rows = [row_of(heart), failed("z"), row_of(hearts("b"), warnings=[]), failed("y", status="skipped")]
     html = report.index(rows, [m._asdict() for m in measure.measure(heart)], "Cohort")
-    assert re.findall(r"<b>(\d+)</b>\W*(\w+)", html) == [
-        ("4", "patients"),
-        ("2", "ok"),
-        ("1", "failed"),
-        ("1", "skipped"),
-        ("1", "with"),
-    ]
+    counts = dict(reversed(pair) for pair in re.findall(r"<b>(\d+)</b>\W*(\w+)", html))
+    assert counts == {"patients": "4", "ok": "2", "failed": "1", "skipped": "1", "with": "1"}
     table = html[html.index('id="patients"') :]
     order = re.findall(r'<td class="name">.*?>?([abyz])<', table)
     assert order == ["z", "y", "a", "b"]
@@ -281,9 +271,6 @@ def test_bars_share_one_scale():
     ]
     html = report.index([{"patient": p, "status": "ok"} for p in "ab"], volumes, "t")
     assert re.findall(r'<i style="width:([\d.]+)%', html) == ["25.0", "100.0"]
-
-
-# Rebuilding
 
 
 def test_rebuild_is_idempotent_and_reads_files_alone(tmp_path):
@@ -302,17 +289,13 @@ def test_rebuild_is_idempotent_and_reads_files_alone(tmp_path):
     links = re.findall(r'href="([^"]+_report.html)"', cohort)
     assert set(links) == {"sub%201%20%C3%A9/sub%201%20%C3%A9_report.html", "bad/bad_report.html"}
     assert "../up" in cohort
-    assert b"data:image/png" in first[folder / "sub 1 é_report.html"]
+    page = folder / "sub 1 é_report.html"
+    assert b"data:image/png" in first[page]
 
-
-def test_a_failed_patient_shows_no_older_result(tmp_path):
-    heart = hearts("p")
-    folder = write(tmp_path, row_of(heart), heart)
-    (folder / "p_row.json").write_text(json.dumps(failed("p")))
+    (folder / "sub 1 é_row.json").write_text(json.dumps(failed("sub 1 é")))  # who fails shows no older result
     report.rebuild(tmp_path)
-    html = (folder / "p_report.html").read_text()
-    assert "data:image" not in html
-    assert "by signature" not in html  # the older sidecar's
+    assert "data:image" not in page.read_text(encoding="utf-8")
+    assert "by signature" not in page.read_text(encoding="utf-8")
 
 
 def test_one_broken_row_does_not_hide_the_others(tmp_path):
@@ -341,9 +324,6 @@ def test_colours_of_the_index_follow_the_written_table(tmp_path):
     cohort = (tmp_path / "index.html").read_text()
     assert "background:#123456" in cohort
     assert "url(" not in cohort
-
-
-# In a browser
 
 
 @pytest.fixture(scope="module")

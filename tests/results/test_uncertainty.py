@@ -19,7 +19,7 @@ from monai_deepgmm.methods import config
 from monai_deepgmm.patients import discovery as cohort
 from monai_deepgmm.results import measure, uncertainty
 from monai_deepgmm.results import segment as room
-from monai_deepgmm.results.uncertainty import Interval, entropy, intervals, perturbed
+from monai_deepgmm.results.uncertainty import entropy, interval, perturbed, standard_deviations
 
 INFARCT = protocol.load("infarct")
 TISSUES = [t.name for t in INFARCT.tissues]
@@ -95,59 +95,40 @@ def test_the_only_tissue_is_certain():
 P = np.array([[1, 0, 0.3, 0.5, 0], [0, 1, 0.7, 0.5, 0]], dtype=np.float64).reshape(2, 5, 1, 1)
 
 
-def interval(volumes=(2.0, 2.0), restarts=(), *, pixel_mm2=22.0, calibration=1.0) -> list[Interval]:
-    return intervals(volumes, P, restarts, voxel_ml=1.0, pixel_mm2=pixel_mm2, calibration=calibration)
+def variances(refits=(), *, pixel_mm2=88.0, voxel_ml=1.0) -> np.ndarray:
+    """Of two volumes of 2 ml, less the part that every volume has: (5 % of it)² + (0.5 ml)²."""
+    found = standard_deviations([2.0, 2.0], P, refits, voxel_ml=voxel_ml, pixel_mm2=pixel_mm2)
+    return np.square(found) - (0.1**2 + 0.5**2)
 
 
 def test_voxels_on_a_border_count_as_patches():
-    for found in interval():
-        assert found.sd_ml == pytest.approx(math.sqrt(88 / 22 * 0.46))
-    for found in interval(pixel_mm2=400):  # a voxel larger than a patch is a patch of its own
-        assert found.sd_ml == pytest.approx(math.sqrt(0.46))
+    assert variances(pixel_mm2=22.0) == pytest.approx(88 / 22 * 0.46)
+    assert variances(pixel_mm2=400.0) == pytest.approx(0.46)  # a voxel larger than a patch is a patch of its own
+    assert variances(voxel_ml=0.5) == pytest.approx(0.25 * 0.46)
 
 
-def test_the_variance_goes_with_the_square_of_a_voxel():
-    made = intervals([2.0, 2.0], P, [], voxel_ml=0.5, pixel_mm2=88.0)
-    assert made[0].sd_ml == pytest.approx(0.5 * math.sqrt(0.46))
+def test_refits_add_their_mean_square_distance():
+    assert variances([[2.0, 1.0], [5.0, 3.0]]) == pytest.approx([0.46 + 4.5, 0.46 + 1.0])
+    assert variances([[2.0, 2.0]] * 3) == pytest.approx(variances())
 
 
-def test_restarts_add_their_mean_square_distance():
-    first, second = interval(restarts=[[2.0, 1.0], [5.0, 3.0]], pixel_mm2=88.0)
-    assert first.sd_ml == pytest.approx(math.sqrt(0.46 + (0 + 9) / 2))
-    assert second.sd_ml == pytest.approx(math.sqrt(0.46 + (1 + 1) / 2))
-    same = interval(restarts=[[2.0, 2.0]] * 3, pixel_mm2=88.0)
-    assert [f.sd_ml for f in same] == [f.sd_ml for f in interval(pixel_mm2=88.0)]
+@pytest.mark.parametrize(
+    ("reach", "ends"), [((-2.0, 1.0), (4.0, 13.0)), ((1.0, 2.0), (10.0, 16.0)), ((-9, 9), (0, 20))]
+)
+def test_the_ends_are_so_many_standard_deviations_away_and_hold_the_volume(reach, ends):
+    assert interval(10.0, 3.0, reach, mask_ml=20.0) == pytest.approx((10.0, 3.0, *ends))
 
 
-def test_the_ends_are_a_calibrated_quantile_away():
-    (found, _) = interval(pixel_mm2=88.0, calibration=1.5)
-    reach = 1.6449 * 1.5 * math.sqrt(0.46)
-    assert found == pytest.approx((2.0, math.sqrt(0.46), 2 - reach, 2 + reach))
-    assert found.low_ml > 0
-    assert found.high_ml < 4
-    default = intervals([2.0, 2.0], P, [], voxel_ml=1.0, pixel_mm2=1e3)[0]
-    assert default.sd_ml == pytest.approx(found.sd_ml)
-    assert default.low_ml == max(2 - 1.6449 * uncertainty.CALIBRATION * found.sd_ml, 0)
+def test_a_method_that_was_not_measured_has_no_interval():
+    assert uncertainty.reach("infarct", "deepg", "blood") is None
+    assert interval(10.0, 3.0, None, mask_ml=20.0) == (10.0, 3.0, None, None)
 
 
-def test_no_volume_is_negative_or_larger_than_the_mask():
-    for found in interval(volumes=(0.0, 4.0), calibration=100):
-        assert (found.low_ml, found.high_ml) == (0.0, pytest.approx(4.0))  # four voxels of 1 ml
-
-
-@pytest.mark.parametrize("calibration", [0, 0.1, 1, 50])
-def test_the_volume_lies_in_its_own_interval(calibration):
-    for volumes in ((0.0, 4.0), (4.0, 0.0), (1.0, 3.0)):
-        for found, volume in zip(interval(volumes, calibration=calibration), volumes, strict=True):
-            assert found.volume_ml == volume
-            assert found.low_ml <= volume <= found.high_ml
-
-
-def test_who_is_certain_has_an_interval_of_no_width():
-    sure = (P > 0.6).astype(np.float64)
-    for found in intervals([1.0, 2.0], sure, [], voxel_ml=1.0, pixel_mm2=1.0):
-        assert found.sd_ml == 0
-        assert found.low_ml == found.volume_ml == found.high_ml
+@pytest.mark.parametrize(("name", "method"), [("infarct", "anatomy"), ("infarct", "svgmm"), ("brain", "pvgmm")])
+def test_the_calibrated_methods_know_every_tissue_of_their_protocol(name, method):
+    for tissue in protocol.load(name).tissues:
+        low, high = uncertainty.reach(name, method, tissue.name)
+        assert low < high
 
 
 # Perturbed priors -----------------------------------------------------------------------------------------------------
@@ -283,10 +264,11 @@ def test_the_same_run_gives_the_same_bytes(patients, run, tmp_path):
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def by_voxels(probabilities: np.ndarray) -> list[float]:
-    """The standard deviation of each tissue's volume that its probabilities alone give."""
-    p = probabilities.astype(np.float64)
-    return [math.sqrt(VOXEL_ML**2 * 88 / PIXEL_MM2 * (q * (1 - q)).sum()) for q in p]
+def by_voxels(made: room.Segmentation) -> list[float]:
+    """The standard deviation of each tissue's volume that its probabilities and its size alone give."""
+    p = made.probabilities.astype(np.float64)
+    border = [VOXEL_ML**2 * 88 / PIXEL_MM2 * (q * (1 - q)).sum() for q in p]
+    return [math.sqrt(b + (0.05 * v) ** 2 + 0.25) for b, v in zip(border, volumes(made), strict=True)]
 
 
 def volumes(segmentation: room.Segmentation) -> list[float]:
@@ -299,21 +281,20 @@ def deviations(segmentation: room.Segmentation) -> list[float]:
 
 @pytest.mark.parametrize("method", ["gmm", "svgmm"])
 def test_without_priors_only_the_voxels_count(patients, method):
-    made = room.segment(study(patients), config.build(method=method, settings=["perturbations=5"]))
-    assert deviations(made) == pytest.approx(by_voxels(made.probabilities), abs=1e-4)
-    assert min(deviations(made)) > 0
+    made = room.segment(study(patients), config.build(method=method))
+    assert deviations(made) == pytest.approx(by_voxels(made), abs=1e-4)
 
 
 def test_no_perturbations_leave_the_voxels(patients):
     made = room.segment(study(patients), config.build(settings=["perturbations=0"]))
-    assert deviations(made) == pytest.approx(by_voxels(made.probabilities), abs=1e-4)
+    assert deviations(made) == pytest.approx(by_voxels(made), abs=1e-4)
 
 
 @pytest.mark.parametrize("presence", ["true", "false"])
 def test_restarts_are_segmentations_by_perturbed_protocols(patients, presence):
     asked = config.build(settings=["perturbations=2", f"presence={presence}"], seed=5)
     made = room.segment(study(patients), asked)
-    alone = dataclasses.replace(asked, solver=dataclasses.replace(asked.solver, perturbations=0))
+    alone = dataclasses.replace(asked, method=dataclasses.replace(asked.method, perturbations=0))
     restarts = [
         volumes(room.segment(study(patients), dataclasses.replace(alone, protocol=perturbed(INFARCT, 5, number))))
         for number in range(2)
@@ -321,7 +302,7 @@ def test_restarts_are_segmentations_by_perturbed_protocols(patients, presence):
     assert len({tuple(r) for r in [volumes(made), *restarts]}) == 3
     wanted = [
         math.sqrt(sd**2 + sum((r[k] - volumes(made)[k]) ** 2 for r in restarts) / 2)
-        for k, sd in enumerate(by_voxels(made.probabilities))
+        for k, sd in enumerate(by_voxels(made))
     ]
     assert deviations(made) == pytest.approx(wanted, abs=1e-4)
 
@@ -351,7 +332,7 @@ def test_priors_that_are_not_moved_add_nothing(tmp_path, make_patient, monkeypat
     monkeypatch.setattr(uncertainty, "RADIUS_PERTURBATION", 0.0)
     made = room.segment(study(tmp_path), config.build())
     assert any(w.startswith("W_SMALL") for w in made.warnings) == small
-    assert deviations(made) == pytest.approx(by_voxels(made.probabilities), abs=1e-4)
+    assert deviations(made) == pytest.approx(by_voxels(made), abs=1e-4)
 
 
 def test_the_sidecar_agrees_with_what_is_measured(patients):
@@ -362,20 +343,6 @@ def test_the_sidecar_agrees_with_what_is_measured(patients):
 
 
 # Who is flagged -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("volume", "low", "high", "flagged"),
-    [(2.0, 0.0, 8.0, False), (2.0, 0.0, 8.1, True), (0.1, 0.0, 4.0, False), (0.1, 0.0, 4.1, True)],
-)
-def test_an_interval_four_times_as_wide_as_its_volume_is_flagged(volume, low, high, flagged):
-    narrow = Interval(50.0, 1.0, 45.0, 55.0)
-    tissues = INFARCT.tissues[:2]
-    told = room._about_doubt(tissues, [narrow, Interval(volume, 1.0, low, high)])
-    assert bool(told) == flagged
-    if flagged:
-        (warning,) = told
-        assert warning.startswith(f"W_UNSURE: volumes are uncertain ({tissues[1].name} {low:.1f} to {high:.1f} ml)")
 
 
 @pytest.mark.usefixtures("no_picture")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ckpt_export, create_workflow, load, verify_net_in_out
 
-from monai_deepgmm import cli, protocol
+from monai_deepgmm import cli, commands, protocol
 from monai_deepgmm.cli import main
 from monai_deepgmm.methods import config
 from monai_deepgmm.methods import trained_network as model
@@ -201,7 +201,7 @@ def test_the_training_configuration_has_the_commands_options_and_defaults():
     for key in set(typed) - own:
         default, ours = typed[key], raw[key]
         assert ours == default or (not ours and not default and type(default) in (list, tuple)), key
-    assert {*cli.TRAIN_KEYS} <= set(raw)
+    assert {*commands.TRAIN_KEYS} <= set(raw)
     plain = {k for k, v in raw.items() if v is None or (isinstance(v, bool | int | str) and not str(v).startswith("$"))}
     assert plain - set(typed) == {"bundle_root", "net", "amp", "writes"} & plain
 

@@ -1,0 +1,199 @@
+"""What each command of ``deepgmm`` does: find the patients, call one function, print."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from monai_deepgmm import protocol as protocols
+from monai_deepgmm import terminal
+from monai_deepgmm.errors import ALL_FAILED, OK, SOME_FAILED, UsageError
+from monai_deepgmm.methods import METHODS, settings
+from monai_deepgmm.patients import discovery
+from monai_deepgmm.patients.study import Cohort
+
+if TYPE_CHECKING:
+    from monai_deepgmm.methods.config import Config
+
+logger = logging.getLogger("monai_deepgmm")
+
+#: The options of ``deepgmm train`` that the bundle's ``train.json`` takes as they are.
+TRAIN_KEYS = (
+    *("protocol", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
+    *("labels", "seed", "device"),
+)
+
+
+def scan(arguments: argparse.Namespace) -> int:
+    """Prints which files belong to which patient, and what is wrong."""
+    found = _find(arguments)
+    if arguments.json:
+        print(json.dumps(terminal.cohort_json(found), indent=1))
+    else:
+        terminal.print_cohort(found)
+    return _exit_code(sum(bool(s.problems) for s in found.studies), len(found.studies))
+
+
+def segment(arguments: argparse.Namespace) -> int:
+    """Segments every patient."""
+    from monai_deepgmm import batch
+
+    config, found = _config(arguments), _find(arguments)
+    options = batch.BatchOptions(
+        jobs=arguments.jobs,
+        dask=arguments.dask,
+        part=arguments.part,
+        overwrite=arguments.overwrite,
+        fail_fast=arguments.fail_fast,
+    )
+    if arguments.dry_run:
+        rows = list(batch.dry_run(found, arguments.out, config, options))
+        for row in rows:
+            detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else "; ".join(row["warnings"])
+            print(f"{terminal.shown(row['patient'])}\t{row['status']}\t{detail}")
+        return _exit_code(sum(row["status"] == "failed" for row in rows), len(rows))
+    with terminal.progress_bar(len(batch.select(found, options))) as bar:
+        code = batch.run(found, arguments.out, config, options, progress=lambda row: bar.update())
+    logger.log(logging.INFO if code == OK else logging.WARNING, "%s", terminal.closing_line(arguments.out, code))
+    return code
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Trains a network on a cohort without labels."""
+    from monai_deepgmm.training import bundle
+
+    found = _find(arguments)  # before torch and MONAI are asked for anything: most mistakes are here
+    _refuse_inside(arguments.model_dir, arguments.directory)
+    prepared = bundle.train(
+        {
+            "dataset_dir": str(arguments.directory),
+            "model_dir": str(arguments.model_dir),
+            "manifest": None if arguments.manifest is None else str(arguments.manifest),
+            "means": None if arguments.means is None else str(arguments.means),
+            "mask_labels": list(arguments.mask_labels),
+            "patients": list(arguments.patients),
+            "set": arguments.set,
+            **{key: getattr(arguments, key) for key in TRAIN_KEYS},
+        }
+    )
+    for patient, error in prepared.failed.items():
+        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, error)
+    logger.info("the network and its bundle are in %s", arguments.model_dir)
+    return _exit_code(len(prepared.failed), len(found.studies))
+
+
+def _refuse_inside(target: Path, source: Path) -> None:
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise UsageError(f"MODEL_DIR: {target} lies inside the input folder; name a folder outside it")
+
+
+def means(arguments: argparse.Namespace) -> int:
+    """Writes μ_data from labelled patients."""
+    from monai_deepgmm.images import atomic_files
+    from monai_deepgmm.images.preprocessing import Preprocessing
+    from monai_deepgmm.training import class_means
+
+    protocol = protocols.load(arguments.protocol)
+    begun = Preprocessing(frame=arguments.frame, max_voxels=arguments.max_voxels)
+    preprocessing = settings.changed(begun, settings.parsed(arguments.set), "deepgmm means")
+    found = _find(arguments)
+    computed, unused = class_means.compute(found.studies, protocol, preprocessing)
+    for patient, error in unused.items():
+        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, error)
+    atomic_files.write_whole(arguments.output, computed.as_json())
+    for tissue, row in computed.means.items():
+        print(f"{tissue:12s}" + "".join(f"  {sequence} {value:7.3f}" for sequence, value in row.items()))
+    print(f"from {computed.n_slices} images of {len(found.studies) - len(unused)} patients → {arguments.output}")
+    return _exit_code(len(unused), len(found.studies))
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Compares results with reference labels."""
+    from monai_deepgmm.results import evaluate as agreement
+
+    if not arguments.out.is_dir():
+        raise UsageError(f"OUT: there is no folder {arguments.out}; give the folder that deepgmm segment wrote to")
+    protocol = protocols.load(arguments.protocol)
+    found = _find(arguments)
+    result = agreement.evaluate(arguments.out, found, protocol, slices=arguments.slices, unit=arguments.unit)
+    agreement.write(arguments.out, result)
+    print(agreement.summary(result))
+    return _exit_code(len(result.problems), len(found.studies))
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Builds the pages and tables again."""
+    from monai_deepgmm.results import outputs
+    from monai_deepgmm.results import report as pages
+
+    if not arguments.out.is_dir():
+        raise UsageError(f"OUT: there is no folder {arguments.out}")
+    count = pages.rebuild(arguments.out)
+    outputs.rebuild_tables(arguments.out)
+    print(f"{count} pages and {arguments.out / 'index.html'}")
+    return OK
+
+
+def phantom(arguments: argparse.Namespace) -> int:
+    """Writes synthetic patients."""
+    from monai_deepgmm.phantom import brain as brains
+    from monai_deepgmm.phantom import heart as infarcts
+
+    if arguments.number < 1:
+        raise UsageError(f"-n: got {arguments.number}, expected at least 1")
+    makers: dict[str, tuple[type[Any], Callable[..., list[str]]]] = {
+        "infarct": (infarcts.PhantomConfig, infarcts.write_cohort),
+        "brain": (brains.BrainConfig, brains.write_cohort),
+    }
+    kind, write = makers[arguments.protocol]
+    config = infarcts.configured(kind, _phantom_settings(arguments.set, kind))
+    patients = write(arguments.directory, arguments.number, seed=arguments.seed, config=config)
+    print(f"{len(patients)} synthetic patients in {arguments.directory}")
+    return OK
+
+
+def _phantom_settings(given: Sequence[str], kind: type[Any]) -> dict[str, Any]:
+    values = settings.parsed(given)
+    settings.check_keys(values, [f.name for f in dataclasses.fields(kind)], "a phantom")
+    return values
+
+
+def _find(arguments: argparse.Namespace) -> Cohort:
+    return discovery.find(
+        arguments.directory,
+        protocols.load(arguments.protocol),
+        layout=arguments.layout,
+        manifest=arguments.manifest,
+        mask=arguments.mask,
+        mask_labels=arguments.mask_labels,
+        patients=arguments.patients,
+    )
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    settings.check_choice("--method", arguments.method, (None, *METHODS))  # before torch and MONAI are loaded
+    from monai_deepgmm.methods import config
+
+    return config.build(
+        protocol=arguments.protocol,
+        method=arguments.method,
+        means=arguments.means,
+        network=arguments.network,
+        model=arguments.model,
+        settings=arguments.set,
+        seed=arguments.seed,
+        frame=arguments.frame,
+        max_voxels=arguments.max_voxels,
+        probabilities=arguments.probabilities,
+        fields=arguments.fields,
+        device=arguments.device,
+    )
+
+
+def _exit_code(failed: int, total: int) -> int:
+    return OK if failed == 0 else ALL_FAILED if failed == total else SOME_FAILED

@@ -1,0 +1,119 @@
+"""What people see: tables, progress, the log's lines."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED
+from monai_deepgmm.patients.study import Cohort, Study
+
+
+def print_cohort(found: Cohort) -> None:
+    """A table of the patients: which files are whose, and what is wrong."""
+    sequences = sorted({s for study in found.studies for s in study.images})
+    header = ["patient", *sequences, "mask", "truth", "problems"]
+    lines = [header]
+    for study in found.studies:
+        problems = "; ".join(f"{p.code}: {p.message}. {p.remedy}".rstrip(". ") for p in study.problems) or "-"
+        files = [study.images[s].name if s in study.images else "-" for s in sequences]
+        truth = study.truth.name if study.truth else "-"
+        lines.append([shown(study.patient), *map(shown, files), shown(_mask(study)), shown(truth), problems])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        print("  ".join([*cells, line[-1]]))
+    failing = sum(bool(s.problems) for s in found.studies)
+    print(f"\nlayout {found.layout}: {len(found.studies)} patients, {failing} with problems")
+    for note in found.notes:
+        print(f"note: {note}")
+
+
+def _mask(study: Study) -> str:
+    if study.mask_rule == "nonzero":
+        return "(nonzero)"
+    if study.mask is None:
+        return "-"
+    values = " ".join(f"{value:g}" for value in study.mask_labels)
+    return f"{study.mask.name} ({values})" if values else study.mask.name
+
+
+def cohort_json(found: Cohort) -> dict[str, Any]:
+    """The same, ready for JSON."""
+    return {
+        "layout": found.layout,
+        "notes": list(found.notes),
+        "patients": [
+            {
+                "patient": study.patient,
+                "images": {sequence: str(path) for sequence, path in study.images.items()},
+                "mask": str(study.mask) if study.mask else None,
+                "mask_rule": study.mask_rule,
+                "mask_labels": list(study.mask_labels),
+                "truth": str(study.truth) if study.truth else None,
+                "problems": [{"code": p.code, "message": p.message, "remedy": p.remedy} for p in study.problems],
+            }
+            for study in found.studies
+        ],
+    }
+
+
+def shown(text: str) -> str:
+    """Names from the disk, fit for a terminal: no control characters, no bytes that are no text."""
+    return "".join(
+        c if c.isprintable() else "�" for c in text.encode(errors="surrogateescape").decode(errors="replace")
+    )
+
+
+def closing_line(out: Path, code: int) -> str:
+    """How a run ended, and where to look."""
+    meaning = {
+        OK: "every patient is done",
+        SOME_FAILED: "some patients failed, the rest are complete",
+        ALL_FAILED: "every patient failed",
+        DISK_FULL: "stopped because the disk is full; free some space and run the same command again",
+    }
+    return f"{meaning[code]}: see {out / 'index.html'} and {out / 'summary.tsv'}"
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Any]:
+    """A progress bar on a terminal; nothing in a log, where the lines per patient say as much."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="patient", disable=None) as bar:
+        yield bar
+
+
+class _Terminal(logging.StreamHandler[Any]):
+    """Prints above a progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def show_log(verbose: int, quiet: int) -> None:
+    """The package's log goes to standard error.
+
+    Args:
+        verbose: above 0, everything is shown.
+        quiet: 1: warnings, 2: errors only.
+    """
+    logger = logging.getLogger("monai_deepgmm")
+    level = logging.WARNING if quiet else logging.INFO
+    level = logging.ERROR if quiet > 1 else logging.DEBUG if verbose > 0 else level
+    handler = _Terminal()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(level)
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    # What MONAI's and ignite's own loggers would tell, our log tells.
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
+    logging.getLogger("ignite.engine.engine").setLevel(logging.CRITICAL)
