@@ -76,6 +76,29 @@ class RegionCriteria:
 
 
 @dataclass(frozen=True)
+class Hyperintense:
+    """A tissue that is no part of a mixture but whatever is too bright for the others, and lies within one of them.
+
+    Brightness is in robust standard deviations of ``brighter_than`` above its median (``methods.hyperintense``).
+
+    Attributes:
+        sequence: the one that shows it.
+        brighter_than: the brightest of the other tissues there.
+        inside: the tissue that surrounds it.
+        seed: how bright a region is somewhere.
+        least: how bright all of it is.
+        share: of the surrounding voxels of both tissues, at least so many are of ``inside``.
+    """
+
+    sequence: str
+    brighter_than: str
+    inside: str
+    seed: float
+    least: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Tissue:
     """One tissue of a protocol.
 
@@ -93,6 +116,7 @@ class Tissue:
             median; what an anatomical mixture expects of its mean.
         share: of the voxels of that place, as expected.
         criteria: what its regions must show (``evidence`` in YAML); None: the tissue is always there.
+        hyperintense: how it is found beside the mixture; None: it is a component of the mixture.
     """
 
     name: str
@@ -106,6 +130,7 @@ class Tissue:
     level: Mapping[str, float] = field(default_factory=dict)
     share: float = 1.0
     criteria: RegionCriteria | None = None
+    hyperintense: Hyperintense | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +152,8 @@ class Protocol:
         borders: pairs of tissues that touch, so that a voxel may hold both; empty: voxels are of one tissue.
         deeper: pairs of tissues of which the first lies deeper in the mask than the second, on average; a result in
             which it does not is named with doubt.
+        anchored: tissues whose levels and proportions the first sequence alone defines; others only add to it. Empty:
+            all sequences are fitted together.
     """
 
     name: str
@@ -142,6 +169,7 @@ class Protocol:
     anatomy: Anatomy | None = None
     borders: tuple[tuple[str, str], ...] = ()
     deeper: tuple[tuple[str, str], ...] = ()
+    anchored: tuple[str, ...] = ()
 
     @property
     def normalisation(self) -> str:
@@ -160,6 +188,10 @@ class Protocol:
     def visible(self, sequences: Sequence[str]) -> tuple[Tissue, ...]:
         """The tissues that these sequences can show, in order of index."""
         return tuple(t for t in self.tissues if set(t.seen_in) & set(sequences))
+
+    def components(self, sequences: Sequence[str]) -> tuple[Tissue, ...]:
+        """Those of them that are components of a mixture."""
+        return tuple(t for t in self.visible(sequences) if t.hyperintense is None)
 
     def merged(self, sequences: Sequence[str]) -> dict[int, int]:
         """Each tissue's index → the index it bears when only these sequences are present."""
@@ -226,6 +258,7 @@ def as_yaml(protocol: Protocol) -> str:
         else dataclasses.asdict(anatomy) | {key: list(getattr(anatomy, key)) for key in ("inside", "radius", "spread")},
         "borders": [list(pair) for pair in protocol.borders],
         "deeper": [list(pair) for pair in protocol.deeper],
+        "anchored": list(protocol.anchored),
         "tissues": tissues,
         "percent_of": {"name": protocol.percent_name, "tissues": list(protocol.percent_of)},
     }
@@ -259,7 +292,18 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         anatomy=anatomy,
         borders=_pairs("borders", raw.get("borders") or (), [t.name for t in tissues]),
         deeper=_pairs("deeper", raw.get("deeper") or (), [t.name for t in tissues]),
+        anchored=_anchored(raw.get("anchored") or (), tissues),
     )
+
+
+def _anchored(raw: Sequence[str], tissues: Sequence[Tissue]) -> tuple[str, ...]:
+    able = [t.name for t in tissues if t.hyperintense is None]
+    for tissue in tissues:
+        if tissue.hyperintense and {tissue.hyperintense.brighter_than, tissue.hyperintense.inside} - set(able):
+            raise ValueError(f"hyperintense of {tissue.name}: brighter_than and inside (two of {', '.join(able)})")
+    if isinstance(raw, str) or set(raw) - set(able):
+        raise ValueError(f"anchored: {raw!r} (some of {', '.join(able)})")
+    return tuple(raw)
 
 
 def _pairs(key: str, raw: Sequence[Sequence[str]], tissues: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -306,6 +350,13 @@ def _evidence(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> RegionCrite
     return RegionCriteria(float(raw["size"]), float(raw["score"]), weights, raw["sequence"])
 
 
+def _hyperintense(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Hyperintense:
+    seed, least, share = (float(raw[key]) for key in ("seed", "least", "share"))
+    if raw["sequence"] not in sequences or not (seed >= least and 0 <= share <= 1):
+        raise ValueError(f"hyperintense: a sequence of {', '.join(sequences)}, seed ≥ least, a share from 0 to 1: it")
+    return Hyperintense(raw["sequence"], raw["brighter_than"], raw["inside"], seed, least, share)
+
+
 def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
     def level(value: str | float) -> float:
         return BRIGHTNESS[value] if isinstance(value, str) else float(value)
@@ -331,4 +382,5 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         level=levels,
         share=share,
         criteria=None if raw.get("evidence") is None else _evidence(raw["evidence"], sequences),
+        hyperintense=None if raw.get("hyperintense") is None else _hyperintense(raw["hyperintense"], sequences),
     )

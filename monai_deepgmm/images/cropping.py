@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from monai_deepgmm.images.loading import Scan
+from monai_deepgmm.images.measured import measured
 from monai_deepgmm.protocol import Protocol
 
 #: Voxels kept around the mask where the crop would cut it.
@@ -33,6 +34,7 @@ class Crops(NamedTuple):
         corners: (B, 3) where each image's first voxel lies in the scan; may be negative.
         scan_shape: (X, Y, Z).
         zero: (B, M) what the scan's 0 has become: no signal, which a field that multiplies intensities leaves alone.
+        measured: (B, M, *S) where each sequence has a value to be believed (``measured.measured``).
     """
 
     image: Tensor
@@ -43,6 +45,7 @@ class Crops(NamedTuple):
     corners: NDArray[np.int64]
     scan_shape: tuple[int, int, int]
     zero: Tensor
+    measured: Tensor
 
     def cut(self, volume: NDArray[Any]) -> NDArray[Any]:
         """Cuts any other array (X, Y, Z) on the scan's grid as the image was cut: (B, *S), 0 beyond the scan."""
@@ -100,9 +103,11 @@ def crops(patient: Scan, protocol: Protocol) -> Crops:
     cut = torch.stack([_cut(whole, corner, size) for corner in corners]).double()
     cut = cut.squeeze(2 + axis) if by_slice else cut
     image, mask, covered = cut[:, :-2], cut[:, -2:-1], cut[:, -1:]
+    seen = measured(image, mask)
     image, zero = _zscore(image, mask if protocol.crop_mm is None else covered)
     kept = tuple(s for i, s in enumerate(spacing) if i not in stack)
-    return Crops(image * covered, mask, kept, tuple(int(i) for i in found), axis, corners, patient.mask.shape, zero)
+    slices = tuple(int(i) for i in found)
+    return Crops(image * covered, mask, kept, slices, axis, corners, patient.mask.shape, zero, seen)
 
 
 def _box(mask: NDArray[np.bool_], axis: int | None, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import nifti
+from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS, Volume
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
@@ -76,7 +77,8 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
     mask, mask_facts, notes = _mask(study, protocol, sequences, reference, frame=frame, max_voxels=max_voxels)
     inputs |= mask_facts
     image, broken = _finite(image, mask, sequences)
-    warnings += [*notes, *broken]
+    mask, beyond = _without_padding(image, mask, len(protocol.components(sequences)))
+    warnings += [*notes, *broken, *beyond]
     _refuse_constant(image, mask, sequences)
     return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings))
 
@@ -150,7 +152,7 @@ def _mask(
         labels = f" with any of the values {_listed(study.mask_labels)}" if study.mask_labels else ""
         remedy = f"Draw the {protocol.mask}, or name the values that mean it with --mask-labels"
         raise StudyError("E_MASK_EMPTY", f"the mask {name} has no voxel{labels} on the grid of {sequences[0]}", remedy)
-    needed = MIN_VOXELS_PER_TISSUE * len(protocol.visible(sequences))
+    needed = MIN_VOXELS_PER_TISSUE * len(protocol.components(sequences))
     if (found := int(mask.sum())) < needed:
         message = f"the mask {name} has {found} voxels, but {needed} are needed"
         raise StudyError("E_MASK_SMALL", message, f"Check that it covers the {protocol.mask}")
@@ -197,6 +199,18 @@ def _finite(
         if outside := int(channel.sum()):
             notes.append(f"W_NONFINITE: {outside} voxels of {sequence} outside the mask are NaN or infinite; set to 0")
     return np.where(broken, 0, image).astype(np.float32), notes
+
+
+def _without_padding(
+    image: NDArray[np.float32], mask: NDArray[np.bool_], tissues: int
+) -> tuple[NDArray[np.bool_], list[str]]:
+    """The mask without the zeros that lie between it and the image, as after another tool's skull stripping."""
+    padded = padding(image, mask)
+    share = padded.sum() / mask.sum()
+    if share == 0 or int((mask & ~padded).sum()) < MIN_VOXELS_PER_TISSUE * tissues:
+        return mask, []
+    note = f"W_PADDING: {100 * share:.1f} % of the mask is 0 in every sequence at its border; it has no label"
+    return mask & ~padded, [note]
 
 
 def _refuse_constant(image: NDArray[np.float32], mask: NDArray[np.bool_], sequences: tuple[str, ...]) -> None:

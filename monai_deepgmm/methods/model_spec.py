@@ -129,7 +129,7 @@ def _rules(spec: ModelSpec, protocol: Protocol) -> list[tuple[str, bool, str]]:
     """Of each field: its name, whether it holds what a training writes there, and what that is."""
     dims = 2 if protocol.unit == "slice" else 3
     known = [s for s in protocol.sequences if s in spec.sequences]
-    shown = [t.name for t in protocol.visible(known)]
+    shown = [t.name for t in protocol.components(known)]
     target = spec.network.get("_target_") if isinstance(spec.network, dict) else None
     return [
         (

@@ -58,6 +58,8 @@ def signature_map(
     tissues: tuple[Tissue, ...],
     sequences: tuple[str, ...],
     spacing_mm: tuple[float, ...],
+    *,
+    measured: Tensor | None = None,
 ) -> Tensor:
     """Each voxel's tissue as the protocol's signatures alone would have it.
 
@@ -69,12 +71,14 @@ def signature_map(
         tissues: T tissues with their signatures s and centralities c.
         sequences: the M sequences.
         spacing_mm: of the axes in ``*S``.
+        measured: where each sequence was ``(B, M, *S)``; elsewhere it says nothing. None: everywhere.
 
     Returns:
         ``(B, T, *S)``, sums to 1 inside the mask, 0 outside.
     """
-    z, depth = standardise(image, mask), _depth(mask, tissues, spacing_mm)
-    return torch.stack([_log_expected(z, depth, t, sequences) for t in tissues], 1).softmax(1) * mask
+    seen = mask.expand_as(image) if measured is None else measured.to(mask)
+    z, depth = standardise(image, seen), _depth(mask, tissues, spacing_mm)
+    return torch.stack([_log_expected(z, depth, t, sequences, seen) for t in tissues], 1).softmax(1) * mask
 
 
 def _depth(mask: Tensor, tissues: tuple[Tissue, ...], spacing_mm: tuple[float, ...]) -> Tensor:
@@ -84,11 +88,14 @@ def _depth(mask: Tensor, tissues: tuple[Tissue, ...], spacing_mm: tuple[float, .
     return relative_depth(mask, spacing_mm)
 
 
-def _log_expected(z: Tensor, depth: Tensor, tissue: Tissue, sequences: tuple[str, ...]) -> Tensor:
+def _log_expected(
+    z: Tensor, depth: Tensor, tissue: Tissue, sequences: tuple[str, ...], seen: Tensor | None = None
+) -> Tensor:
     """How well each voxel fits one tissue's signature and place, as an unnormalised log density ``(B, *S)``."""
     signature = torch.tensor([tissue.signature[s] for s in sequences]).to(z)
     signature = signature.reshape(-1, *[1] * (z.ndim - 2))
-    cost = ((z - signature) / BRIGHTNESS_SD).square().sum(1)
+    each = ((z - signature) / BRIGHTNESS_SD).square()
+    cost = (each if seen is None else each * seen).sum(1)
     if tissue.centrality is not None:
         cost = cost + ((depth[:, 0] - tissue.centrality) / DEPTH_SD).square()
     return -cost / 2
@@ -158,6 +165,8 @@ def looks_swapped(
     tissues: tuple[Tissue, ...],
     sequences: tuple[str, ...],
     spacing_mm: tuple[float, ...],
+    *,
+    measured: Tensor | None = None,
 ) -> tuple[str, ...] | None:
     """Whether the signatures would fit clearly better if the sequences' names were exchanged.
 
@@ -167,22 +176,24 @@ def looks_swapped(
         tissues: with their signatures and centralities.
         sequences: the names of the channels, as the user gave them.
         spacing_mm: of the axes in ``*S``.
+        measured: where each sequence was ``(B, M, *S)``; None: everywhere.
 
     Returns:
         The names that fit the channels better, or None where the given ones are fine.
     """
     if len(sequences) == 1:
         return None
+    seen = mask.expand_as(image) if measured is None else measured.to(mask)
     step = max(1, round((mask.numel() / ENOUGH) ** (1 / len(spacing_mm)))) if mask.numel() > ENOUGH else 1
     thinned = (slice(None), slice(None), *[slice(None, None, step)] * len(spacing_mm))
     if mask[thinned].any():
-        image, mask = image[thinned], mask[thinned]
+        image, mask, seen = image[thinned], mask[thinned], seen[thinned]
     else:  # a mask so thin that it falls between them
         step = 1
-    z, depth = standardise(image, mask), _depth(mask, tissues, tuple(step * s for s in spacing_mm))
+    z, depth = standardise(image, seen), _depth(mask, tissues, tuple(step * s for s in spacing_mm))
 
     def surprise(order: tuple[str, ...]) -> float:
-        joint = torch.stack([_log_expected(z, depth, t, order) for t in tissues], 1)
+        joint = torch.stack([_log_expected(z, depth, t, order, seen) for t in tissues], 1)
         return float(-(joint.logsumexp(1, keepdim=True) * mask).sum() / mask.sum())
 
     given = surprise(sequences)

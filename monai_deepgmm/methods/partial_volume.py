@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.methods import hyperintense
 from monai_deepgmm.methods.gaussian_mixture import check_degree
 from monai_deepgmm.methods.settings import check_choice, check_numbers
 from monai_deepgmm.methods.task import Images
@@ -35,9 +36,10 @@ class PartialVolumeConfig:
     name: ClassVar[str] = "pvgmm"
     named: ClassVar[bool] = True
     takes_means: ClassVar[bool] = False
+    finds_regions: ClassVar[bool] = True
 
     degree: int | None = None
-    pooling: float = 0.1
+    pooling: float = 0.3
     coupling: float = 3.0
     tol: float = partial_volume.TOL
     max_iter: int = 3000
@@ -70,7 +72,14 @@ class PartialVolumeConfig:
         return replace(self, degree=degree, require_bic_gain=gain)
 
     def solve(self, images: Images, *, device: str = "cpu") -> Fit:
-        """Fits each image; ``resp`` are the fractions of the tissues in each voxel."""
+        """Fits each image; ``resp`` are the fractions of the tissues in each voxel.
+
+        Tissues that are too bright for the mixture (``Tissue.hyperintense``) are found when it has been fitted.
+        """
+        mixed = hyperintense.without(images)
+        return hyperintense.added(self._mixture(mixed), images)
+
+    def _mixture(self, images: Images) -> Fit:
         where = {tissue.name: i for i, tissue in enumerate(images.tissues)}
         pairs = [(where[a], where[b]) for a, b in images.protocol.borders if a in where and b in where]
         settled = self.resolved(images.protocol)
@@ -85,7 +94,9 @@ class PartialVolumeConfig:
                 require_bic_gain=bool(settled.require_bic_gain),
                 pooling=self.pooling,
                 coupling=self.coupling,
+                anchored=tuple(where[name] for name in images.protocol.anchored if name in where),
             ),
+            measured=images.measured,
             tol=self.tol,
             max_iter=self.max_iter,
             floor=self.floor,

@@ -32,6 +32,7 @@ class Images(NamedTuple):
         ring: the wall's borders, where the method or the region filter needs them.
         enhancement: what late enhancement shows in the wall, likewise.
         seed: of every random draw.
+        measured: where each sequence was ``(B, M, *S)``; None: everywhere inside the mask.
     """
 
     image: Tensor
@@ -47,6 +48,7 @@ class Images(NamedTuple):
     ring: Ring | None = None
     enhancement: Enhancement | None = None
     seed: int = 0
+    measured: Tensor | None = None
 
     def anatomy(self) -> protocols.Anatomy:
         """Where the protocol's tissues can be.

@@ -2,41 +2,42 @@
 
 At 1 mm most voxels of the cortex lie across a border. A Gaussian mixture makes a tissue of such *mixels*, or widens the
 pure ones until their borders move. Here every two tissues that touch have mixels: a share u of one and 1 − u of the
-other, every u as likely, with mean ``(1 − u) μ_a + u μ_b`` and covariance ``(1 − u) Σ_a + u Σ_b`` (Choi et al. 1991;
-Santago and Gage 1993). With u on a few nodes this is again a Gaussian mixture, of N nodes with fractions a_n of K
-tissues, and EM finds μ, Σ, the nodes' weights and Ma's bias field.
+other, every u as likely (``mixels``). With u on a few nodes this is again a Gaussian mixture, of N nodes with fractions
+a_n of K tissues, and EM finds μ, Σ, the nodes' weights, the share of outliers and Ma's bias field.
 
-So few parameters need no more than a lattice of voxels. Then each voxel's fractions are found on the full grid, where
-neighbours pull: ``π_n(x) ∝ π_n exp(β a_nᵀ s̄(x))``, s̄ the average of the neighbours' fractions: a Markov random field in
-its mean-field approximation.
+So few parameters need no more than a lattice of voxels, and only those off the border of what was measured: there,
+voxels are in part nothing, and dark in every sequence. Where the first sequence defines some tissues (``anchored``),
+the fit goes in two steps, margins first (Joe 2005): the first sequence alone finds its levels, and the others are
+fitted given those. Else a tissue that a second sequence hardly shows is taken over by whatever stands out there.
+
+Then each voxel's fractions are found on the full grid, where neighbours pull: ``π_n(x) ∝ π_n exp(β a_nᵀ s̄(x))``, s̄ the
+average of the neighbours' fractions: a Markov random field in its mean-field approximation. A sequence that was not
+measured in a voxel says nothing there; a voxel without any is left to its neighbours.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from monai_deepgmm.mixture import bias_field as bias
-from monai_deepgmm.mixture import em
+from monai_deepgmm.mixture import bias_field, mixels
 from monai_deepgmm.mixture.bounding_box import cut, enclosing, paste
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
-from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture, floored_matrices, log_density
+from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture
+from monai_deepgmm.mixture.lattice import Lattice, Neighbours, interior, on_grid, stride
+from monai_deepgmm.mixture.mixels import Anchor, Observed, State, Step, Stop, nodes
 
 #: A fit has converged when the nodes' responsibilities change by less than this, summed over a voxel, on average.
 TOL = 1e-3
 MAX_ITER = 500
-#: Into how many equal parts the share u is cut; a node lies in the middle of each.
-NODES = 5
 #: How many times fewer voxels the first fit has than the second.
 COARSER = 6
-#: The share of voxels that are mixels when a fit begins.
-MIXELS = 0.3
+#: So many voxels next to the border of what was measured have no part in the fit.
+BORDER = 1
 #: So many voxels at a time, so that a whole head needs little memory.
 CHUNK = 1 << 17
 #: The degree of the bias field's polynomials, and that of the first field, which must gain BIC.
@@ -56,15 +57,17 @@ class Model(NamedTuple):
         coupling: β, how strongly neighbours agree; 0: not at all.
         sweeps: mean-field iterations.
         voxels: how many voxels of the mask the lattice holds, at most.
+        anchored: tissues whose levels and proportions the first sequence alone defines; empty: all sequences together.
     """
 
     borders: tuple[tuple[int, int], ...]
     degree: int = DEGREE
     require_bic_gain: bool = True
-    pooling: float = 0.1
+    pooling: float = 0.3
     coupling: float = 3.0
     sweeps: int = 3
     voxels: int = 25_000
+    anchored: tuple[int, ...] = ()
 
 
 def fit(
@@ -74,6 +77,7 @@ def fit(
     spacing_mm: Sequence[float],
     model: Model,
     *,
+    measured: Tensor | None = None,
     tol: float = TOL,
     max_iter: int = MAX_ITER,
     floor: float = VARIANCE_FLOOR,
@@ -86,6 +90,7 @@ def fit(
         start: where each tissue is expected ``(B, K, *S)``.
         spacing_mm: of the axes in ``*S``.
         model: the assumptions.
+        measured: where each sequence was ``(B, M, *S)``, as 0 and 1; None: everywhere inside the mask.
         tol: a fit has converged when responsibilities change by less.
         max_iter: iterations at most.
         floor: the variance floor, as a fraction of each sequence's variance inside the mask.
@@ -95,34 +100,10 @@ def fit(
         pure tissues, with their shares ``(B, K)`` as weights, and has a field if the model does. The trace is the NLL
         on the lattice; since Σ is found from pure voxels and pooled, it need not fall in every iteration.
     """
-    stop = _Stop(tol, max_iter)
-    images = zip(*(torch.split(values, 1) for values in (image, mask, start)), strict=True)
-    return joined([_one(i, m, s, tuple(spacing_mm), model, stop, floor) for i, m, s in images])
-
-
-def mixing(tissues: int, borders: Sequence[tuple[int, int]]) -> Tensor:
-    """The fractions a of each node ``(N, K)``: the pure tissues, then for each border its mixels, u rising."""
-    rows = [torch.eye(tissues)]
-    u = (torch.arange(NODES) + 0.5) / NODES
-    for a, b in borders:
-        mixed = torch.zeros(NODES, tissues)
-        mixed[:, a], mixed[:, b] = 1 - u, u
-        rows.append(mixed)
-    return torch.cat(rows)
-
-
-def nodes(pure: Mixture, weights: Tensor, fractions: Tensor) -> Mixture:
-    """The mixture of all nodes.
-
-    Args:
-        pure: means ``(B, K, M)``, covariances ``(B, K, M, M)`` and field of the tissues.
-        weights: of the nodes ``(B, N)``.
-        fractions: a ``(N, K)``.
-    """
-    covariances = torch.einsum("nk,bkij->bnij", fractions, pure.covariances)
-    if covariances.shape[-1] == 1:  # of one sequence the variance says as much, and costs less
-        covariances = covariances[..., 0]
-    return Mixture(weights, fractions @ pure.means, covariances, pure.field)
+    seen = mask.expand_as(image) if measured is None else measured.to(mask) * mask
+    images = zip(*(torch.split(values, 1) for values in (image, mask, seen, start)), strict=True)
+    settings = _Settings(tuple(spacing_mm), model, Stop(tol, max_iter), floor)
+    return joined([_one(i, m, s, q, settings) for i, m, s, q in images])
 
 
 def bic_penalty(terms: int, mask: Tensor, spacing_mm: Sequence[float]) -> float:
@@ -140,248 +121,196 @@ def bic_penalty(terms: int, mask: Tensor, spacing_mm: Sequence[float]) -> float:
 # One image -------------------------------------------------------------------------------------------------------
 
 
-class _Stop(NamedTuple):
-    tol: float
-    max_iter: int
+class _Settings(NamedTuple):
+    spacing_mm: tuple[float, ...]
+    model: Model
+    stop: Stop
+    floor: float
 
 
-class _State(NamedTuple):
-    """What EM finds on the lattice.
+class _Problem(NamedTuple):
+    """One image, cut to its mask.
 
     Attributes:
-        pure: the tissues, and the field at the voxels of the lattice.
-        weights: of the nodes ``(1, N)``.
-        trace: NLL per voxel ``(T + 1, 1)``.
-        converged: whether it did.
+        image: ``(1, M, *S)``.
+        seen: where each sequence was measured ``(1, M, *S)``, as 0 and 1; 0 outside the mask.
+        fractions: of the nodes ``(N, K)``.
+        settings: the assumptions, and when to stop.
     """
 
-    pure: Mixture
-    weights: Tensor
-    trace: Tensor
-    converged: bool
+    image: Tensor
+    seen: Tensor
+    fractions: Tensor
+    settings: _Settings
+
+    def first(self) -> _Problem:
+        """The first sequence alone."""
+        return self._replace(image=self.image[:, :1], seen=self.seen[:, :1])
+
+    def lattice(self, voxels: int) -> Lattice:
+        """A lattice of at most so many voxels, off the border of what was measured."""
+        spacing_mm = self.settings.spacing_mm
+        inside = self.seen.amax(1, keepdim=True)
+        inner = interior(inside, spacing_mm, BORDER)
+        return Lattice(inner, stride(inner, spacing_mm, voxels))
+
+    def step(self, lattice: Lattice) -> Step:
+        """The M-step on a lattice."""
+        observed = Observed(lattice.voxels(self.image), lattice.voxels(self.seen) > 0)
+        return mixels.step(observed, self.fractions, self.settings.model.pooling, self.settings.floor)
 
 
-def _one(
-    image: Tensor,
-    mask: Tensor,
-    start: Tensor,
-    spacing_mm: tuple[float, ...],
-    model: Model,
-    stop: _Stop,
-    floor: float,
-) -> Fit:
+class _Found(NamedTuple):
+    """A fit, and its field on the full grid ``(1, M, *S)`` or None."""
+
+    state: State
+    field: Tensor | None
+
+
+def _one(image: Tensor, mask: Tensor, seen: Tensor, start: Tensor, settings: _Settings) -> Fit:
     """The fit of one image, as a batch of one."""
     box, full = enclosing(mask), image.shape[2:]
-    image, mask, start = (cut(values, box).float() for values in (image, mask, start))
-    fractions = mixing(start.shape[1], model.borders).to(image)
-    # EM creeps, so the way is gone on a few voxels, and only its end on more.
-    coarse = _Lattice(mask, _stride(mask, spacing_mm, max(model.voxels // COARSER, 1)))
-    step = _step(coarse.voxels(image), fractions, model.pooling, floor)
-    begin = _begin(step, coarse.voxels(start))
-    found = _em(step, *begin, None, stop)
-    shaded = _likelier(step, [begin, (found.pure, found.weights)], coarse, model, stop) if model.degree else None
-    lattice = _Lattice(mask, _stride(mask, spacing_mm, model.voxels))
-    step = _step(lattice.voxels(image), fractions, model.pooling, floor)
-    found, field = _em(step, found.pure, found.weights, None, stop), None
-    if shaded is not None:
-        found, lattice_field = _shaded(step, found, shaded, lattice, spacing_mm, model, stop)
-        field = torch.ones_like(image) if lattice_field is None else _on_grid(lattice_field, lattice.stride, mask)
-    resp, last = _everywhere(image, mask, found, field, fractions, spacing_mm, model)
-    pure = found.pure._replace(
+    image, mask, seen, start = (cut(values, box).float() for values in (image, mask, seen, start))
+    fractions = mixels.mixing(start.shape[1], settings.model.borders).to(image)
+    problem = _Problem(image, seen, fractions, settings)
+    several = image.shape[1] > 1 and len(settings.model.anchored) > 0
+    found = _margins_first(problem, start) if several else _alone(problem, start)
+    field = torch.ones_like(image) if found.field is None and settings.model.degree else found.field
+    resp, last = _everywhere(problem, mask, found._replace(field=field))
+    state = found.state
+    pure = state.pure._replace(
         weights=resp.flatten(2).sum(-1) / mask.sum(),
         field=None if field is None else 1 + paste(field - 1, box, full),
     )
     diagnostics = Diagnostics(
         nll=last,
-        trace=found.trace,
-        iterations=torch.tensor([len(found.trace) - 1]),
-        converged=torch.tensor([found.converged]),
+        trace=state.trace,
+        iterations=torch.tensor([len(state.trace) - 1]),
+        converged=torch.tensor([state.converged]),
         collapsed=collapsed(resp.flatten(2), mask.flatten(2)),
     )
     return Fit(paste(resp, box, full), pure, diagnostics)
 
 
-class _Lattice:
-    """Every so many voxels of one image along each axis.
+def _alone(problem: _Problem, start: Tensor) -> _Found:
+    """All sequences of the problem together, from where each tissue is expected ``(1, K, *S)``."""
+    model, stop = problem.settings.model, problem.settings.stop
+    # EM creeps, so the way is gone on a few voxels, and only its end on more.
+    coarse = problem.lattice(max(model.voxels // COARSER, 1))
+    step = problem.step(coarse)
+    begin = mixels.begin(step, coarse.voxels(start))
+    found = mixels.run(step, *begin, None, stop)
+    shaded = _likelier(step, [begin, (found.pure, found.weights)], coarse, problem.settings) if model.degree else None
+    lattice = problem.lattice(model.voxels)
+    step = problem.step(lattice)
+    found = mixels.run(step, found.pure, found.weights, None, stop)
+    if shaded is None:
+        return _Found(found, None)
+    begin = shaded.pure._replace(field=None), shaded.weights
+    return _shaded(problem, step, lattice, found, begin)
+
+
+def _margins_first(problem: _Problem, start: Tensor) -> _Found:
+    """The first sequence alone, then the others given its levels; with a field of all, the same once more."""
+    stop = problem.settings.stop
+    alone = _alone(problem.first(), start)
+    found = _given(problem, alone)
+    if found.field is None or not problem.settings.model.degree:
+        return found
+    lattice = problem.lattice(problem.settings.model.voxels)
+    field = found.field
+    step = problem.first().step(lattice)
+    pure = alone.state.pure._replace(field=lattice.voxels(field[:, :1]))
+    again = mixels.run(step, pure, alone.state.weights, None, stop)
+    return _given(problem, _Found(again, field), shade=False)
+
+
+def _given(problem: _Problem, alone: _Found, *, shade: bool = True) -> _Found:
+    """All sequences, given what the first alone has told.
 
     Args:
-        mask: ``(1, 1, *S)``.
-        stride: for each axis of ``*S``.
+        problem: with all sequences.
+        alone: the fit to the first one; its field is of the first sequence, or of all.
+        shade: whether a field of all sequences is looked for.
     """
-
-    def __init__(self, mask: Tensor, stride: tuple[int, ...]) -> None:
-        self.stride = stride
-        self.where = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
-        self.mask = mask[self.where]
-
-    def inside(self, values: Tensor) -> Tensor:
-        """Values on the lattice ``(1, C, *L)`` → those inside the mask ``(1, C, V)``."""
-        return values[:, :, self.mask[0, 0] > 0]
-
-    def voxels(self, values: Tensor) -> Tensor:
-        """An image ``(1, C, *S)`` → its voxels of the lattice inside the mask ``(1, C, V)``."""
-        return self.inside(values[self.where])
-
-
-def _stride(mask: Tensor, spacing_mm: Sequence[float], voxels: int) -> tuple[int, ...]:
-    """How many voxels to go along each axis, so that the lattice is about as coarse in mm everywhere, and small."""
-    for step in itertools.count(1):
-        stride = tuple(max(1, round(step * min(spacing_mm) / s)) for s in spacing_mm)
-        lattice = mask[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
-        if lattice.sum() <= voxels:
-            break
-    if lattice.sum() == 0:  # a mask so thin that every step leaves it out
-        return (1,) * len(stride)
-    return stride
+    model, stop = problem.settings.model, problem.settings.stop
+    lattice = problem.lattice(model.voxels)
+    step = problem.step(lattice)
+    b = torch.ones_like(step.observed.values)
+    if alone.field is not None:
+        known = lattice.voxels(alone.field)
+        b = torch.cat([known, b[:, known.shape[1] :]], 1)
+    first = Observed(step.observed.values[:, :1], step.observed.measured[:, :1])
+    mixture = nodes(alone.state.pure._replace(field=b[:, :1]), alone.state.weights, step.fractions)
+    joint = mixels.marginal_density(first, mixture) + mixture.weights.clamp_min(1e-30).log()[..., None]
+    resp = joint.softmax(1)
+    anchor = Anchor(alone.state.pure, alone.state.weights, model.anchored)
+    pure = mixels.anchored(step(resp, b, step(resp, b, None)), anchor)._replace(field=b)
+    found = mixels.run(step, pure, anchor.weights, None, stop, outliers=alone.state.outliers, anchor=anchor)
+    if not (shade and model.degree):
+        return _Found(found, alone.field)
+    shaded = _shaded(problem, step, lattice, found, (found.pure, found.weights), anchor)
+    if shaded.field is None and alone.field is not None:
+        rest = torch.ones_like(problem.image[:, alone.field.shape[1] :])
+        return _Found(found, torch.cat([alone.field, rest], 1))
+    return shaded
 
 
-# EM on the lattice -----------------------------------------------------------------------------------------------
-
-
-class _Step(NamedTuple):
-    """The M-step of the pure tissues.
-
-    Attributes:
-        voxels: ``(1, M, V)``.
-        fractions: a ``(N, K)``.
-        pooling: ν.
-        floor: added to the variances ``(1, M)``.
-    """
-
-    voxels: Tensor
-    fractions: Tensor
-    pooling: float
-    floor: Tensor
-
-    def __call__(self, resp: Tensor, b: Tensor | None, previous: Mixture | None) -> Mixture:
-        """μ by least squares over all nodes, ``I(x) ≈ b(x) a_nᵀ μ``; Σ from what is left at the pure ones, pooled.
-
-        Args:
-            resp: of the nodes ``(1, N, V)``.
-            b: the field ``(1, M, V)`` or None.
-            previous: its variances weigh the nodes; None: all weigh the same.
-        """
-        voxels, a = self.voxels, self.fractions
-        b = torch.ones_like(voxels) if b is None else b
-        n_tissues = a.shape[1]
-        weight = torch.ones(len(a), voxels.shape[1]).to(voxels)
-        if previous is not None:
-            weight = 1 / (a @ previous.covariances[0].diagonal(dim1=-2, dim2=-1))  # (N, M)
-        bb, bx = ((resp[0] @ values[0].mT) * weight for values in (b.square(), b * voxels))  # (N, M)
-        left, right = torch.einsum("nm,nk,nl->mkl", bb, a, a), torch.einsum("nm,nk->mk", bx, a)
-        ridge = 1e-6 * left.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
-        eye = torch.eye(n_tissues).to(left)
-        means = torch.linalg.solve(left + ridge[:, None, None] * eye, right[..., None]).squeeze(-1).mT[None]
-        w = resp[:, :n_tissues]
-        centred = voxels[:, None] - b[:, None] * means[..., None]  # (1, K, M, V)
-        scatter = (centred * w[:, :, None]) @ centred.mT
-        count = w.sum(-1)
-        average = scatter.sum(1, keepdim=True) / count.sum(1).clamp_min(1e-6)[:, None, None, None]
-        pooled = self.pooling * voxels.shape[-1] + 1e-6
-        covariances = (scatter + pooled * average) / (count + pooled)[..., None, None]
-        covariances = floored_matrices(covariances, self.floor[:, None])
-        return Mixture(count / count.sum(1, keepdim=True).clamp_min(1e-6), means, covariances)
-
-
-def _step(voxels: Tensor, fractions: Tensor, pooling: float, floor: float) -> _Step:
-    """The M-step with the variance floor as a fraction of each sequence's variance."""
-    return _Step(voxels, fractions, pooling, floor * em.variance_inside(voxels, torch.ones_like(voxels[:, :1])))
-
-
-def _begin(step: _Step, expected: Tensor) -> tuple[Mixture, Tensor]:
-    """The pure tissues and the nodes' weights, from where each tissue is expected ``(1, K, V)``."""
-    n_mixels = len(step.fractions) - expected.shape[1]
-    nothing = expected.new_zeros(1, n_mixels, expected.shape[-1])
-    mixels = torch.full((1, n_mixels), MIXELS / max(n_mixels, 1)).to(expected)
-    weights = torch.cat([expected.mean(-1) * (1 - mixels.sum()), mixels], 1)
-    return step(torch.cat([expected, nothing], 1), None, None), weights
-
-
-def _likelier(
-    step: _Step, starts: Sequence[tuple[Mixture, Tensor]], lattice: _Lattice, model: Model, stop: _Stop
-) -> _State:
+def _likelier(step: Step, starts: Sequence[tuple[Mixture, Tensor]], lattice: Lattice, settings: _Settings) -> State:
     """The likelier of fits with a field of a low degree.
 
     A field that is free from the start can take one tissue for another, and one that starts from the unshaded fit can
     stay in its valley.
     """
-    basis = lattice.inside(bias.basis(lattice.mask, _first(model)))
-    tried = [_em(step, pure, weights, basis, stop) for pure, weights in starts]
+    basis = lattice.inside(bias_field.basis(lattice.mask, _first_degree(settings.model)))
+    tried = [mixels.run(step, pure, weights, basis, settings.stop) for pure, weights in starts]
     return min(tried, key=lambda state: float(state.trace[-1]))
 
 
-def _first(model: Model) -> int:
+def _first_degree(model: Model) -> int:
     """The degree of the first field."""
     return min(FIRST_DEGREE, model.degree) if model.require_bic_gain else model.degree
 
 
 def _shaded(
-    step: _Step,
-    found: _State,
-    start: _State,
-    lattice: _Lattice,
-    spacing_mm: tuple[float, ...],
-    model: Model,
-    stop: _Stop,
-) -> tuple[_State, Tensor | None]:
-    """The fit with a field, and that field on the whole lattice; without, and None, if it gains no BIC.
+    problem: _Problem,
+    step: Step,
+    lattice: Lattice,
+    found: State,
+    begin: tuple[Mixture, Tensor],
+    anchor: Anchor | None = None,
+) -> _Found:
+    """The fit with a field; without one if it gains no BIC.
 
     Where BIC must gain, the low degree goes first, which costs least.
 
     Args:
+        problem: the image.
         step: on the lattice.
-        found: the unshaded fit.
-        start: a shaded fit on another lattice.
         lattice: the lattice.
-        spacing_mm: of the image.
-        model: the assumptions.
-        stop: when a fit ends.
+        found: the unshaded fit.
+        begin: the tissues and weights that the shaded fit starts from.
+        anchor: what the first sequence has told.
     """
-    pure, weights, field = start.pure._replace(field=None), start.weights, None
-    spaced = tuple(n * s for n, s in zip(lattice.stride, spacing_mm, strict=True))
-    for degree in sorted({_first(model), model.degree}):
-        basis = bias.basis(lattice.mask, degree, beyond=True)
-        shaded = _em(step, pure, weights, lattice.inside(basis), stop)
+    settings, field = problem.settings, None
+    (pure, weights), model = begin, problem.settings.model
+    spaced = tuple(n * s for n, s in zip(lattice.stride, settings.spacing_mm, strict=True))
+    for degree in sorted({_first_degree(model), model.degree}):
+        basis = bias_field.basis(lattice.mask, degree, beyond=True)
+        inside = lattice.inside(basis)
+        shaded = mixels.run(step, pure, weights, inside, settings.stop, outliers=found.outliers, anchor=anchor)
         gain = float(found.trace[-1] - shaded.trace[-1])
-        terms = step.voxels.shape[1] * (basis.shape[1] - 1)
+        terms = step.observed.values.shape[1] * (basis.shape[1] - 1)
         if model.require_bic_gain and field is None and gain <= bic_penalty(terms, lattice.mask, spaced):
             break
         found, field = shaded, _extended(shaded.pure.field, basis, lattice)
         pure, weights = shaded.pure, shaded.weights
-    return found, field
+    if field is None:
+        return _Found(found, None)
+    return _Found(found, on_grid(field, lattice.stride, problem.seen.amax(1, keepdim=True)))
 
 
-def _em(step: _Step, pure: Mixture, weights: Tensor, basis: Tensor | None, stop: _Stop) -> _State:
-    """EM from pure tissues and the nodes' weights, with a field if there is a basis ``(1, J, V)``.
-
-    Only pure voxels speak for the field: where two tissues meet, mixels could explain any shade.
-    """
-    voxels, n_tissues = step.voxels, pure.means.shape[1]
-    ones = torch.ones_like(voxels[:, :1])
-    b = pure.field if basis is None or pure.field is not None else torch.ones_like(voxels)
-    resp: Tensor | None = None
-    trace: list[Tensor] = []
-    converged = False
-    while len(trace) <= stop.max_iter:
-        mixture = nodes(pure._replace(field=b), weights, step.fractions)
-        new, surprise, _ = em.step(voxels, ones, mixture)
-        trace.append(surprise)
-        converged = resp is not None and bool((new - resp).abs().sum(1).mean() < stop.tol)
-        resp = new
-        if converged:
-            break
-        weights = resp.mean(-1)
-        if basis is not None:
-            tissues = Mixture(weights[:, :n_tissues], pure.means, pure.covariances)
-            b = bias.field(voxels, resp[:, :n_tissues], ones, tissues, basis)
-        pure = step(resp, b, pure)
-    return _State(pure._replace(field=b), weights, torch.stack(trace), converged)
-
-
-# The full grid ---------------------------------------------------------------------------------------------------
-
-
-def _extended(field: Tensor | None, basis: Tensor, lattice: _Lattice) -> Tensor:
+def _extended(field: Tensor | None, basis: Tensor, lattice: Lattice) -> Tensor:
     """A field known inside the mask ``(1, M, V)``, wherever the basis ``(1, J, *L)`` is."""
     if field is None:
         raise ValueError("no field to extend")
@@ -390,39 +319,21 @@ def _extended(field: Tensor | None, basis: Tensor, lattice: _Lattice) -> Tensor:
     return (omega @ basis.flatten(2)).reshape(1, -1, *basis.shape[2:])
 
 
-def _on_grid(field: Tensor, stride: tuple[int, ...], mask: Tensor) -> Tensor:
-    """A field on the lattice, on the full grid ``(1, M, *S)``: linear in between, mean 1 over the mask, 1 outside."""
-    sides = [(n - 1) * s + 1 for n, s in zip(field.shape[2:], stride, strict=True)]
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(sides)]
-    full = functional.interpolate(field, size=sides, mode=mode, align_corners=True)
-    # Voxels after the lattice's last have its field.
-    pads = [p for n, s in zip(reversed(mask.shape[2:]), reversed(sides), strict=True) for p in (0, n - s)]
-    full = functional.pad(full, pads, mode="replicate")
-    mean = (full * mask).flatten(2).sum(-1) / mask.sum()
-    return torch.where(mask > 0, full / mean.reshape(1, -1, *[1] * len(sides)), 1)
+# The full grid ---------------------------------------------------------------------------------------------------
 
 
-def _everywhere(
-    image: Tensor,
-    mask: Tensor,
-    found: _State,
-    field: Tensor | None,
-    fractions: Tensor,
-    spacing_mm: tuple[float, ...],
-    model: Model,
-) -> tuple[Tensor, Tensor]:
+def _everywhere(problem: _Problem, mask: Tensor, found: _Found) -> tuple[Tensor, Tensor]:
     """Fractions ``(1, K, *S)`` on the full grid, where neighbours pull, and the NLL without that pull ``(1,)``."""
+    image, fractions, model = problem.image, problem.fractions, problem.settings.model
     where = torch.nonzero(mask.flatten() > 0).flatten()
     parts = torch.split(where, CHUNK)
-    log_weights = found.weights[0].clamp_min(torch.finfo(image.dtype).tiny).log()[:, None]
     joint = image.new_empty(len(fractions), len(where))
+    outlying = mixels.broad(problem.step(problem.lattice(model.voxels)).observed)
     for part, target in zip(parts, torch.split(joint, CHUNK, 1), strict=True):
-        b = None if field is None else field.flatten(2)[:, :, part]
-        mixture = nodes(found.pure._replace(field=b), found.weights, fractions)
-        torch.add(log_density(image.flatten(2)[:, :, part], mixture)[0], log_weights, out=target)
+        target.copy_(_joint(problem, part, found, outlying))
     last = -torch.cat([part.logsumexp(0) for part in torch.split(joint, CHUNK, 1)]).mean()[None]
     resp = image.new_zeros(1, fractions.shape[1], *mask.shape[2:])
-    agreed = _Neighbours(mask, spacing_mm)
+    agreed = Neighbours(mask, problem.settings.spacing_mm)
     for sweep in range(1 + model.sweeps if model.coupling else 1):
         pull = agreed(resp).flatten(2)[0] if sweep else torch.zeros_like(resp[0]).flatten(1)
         for part, mine in zip(parts, torch.split(joint, CHUNK, 1), strict=True):
@@ -431,26 +342,13 @@ def _everywhere(
     return resp, last
 
 
-class _Neighbours:
-    """The average over a voxel's nearest neighbours inside the mask, two along each axis, nearer ones weighing more.
-
-    Args:
-        mask: ``(1, 1, *S)``.
-        spacing_mm: of the axes in ``*S``; a neighbour weighs as the inverse square of its distance.
-    """
-
-    def __init__(self, mask: Tensor, spacing_mm: tuple[float, ...]) -> None:
-        self.weights = [(min(spacing_mm) / s) ** 2 for s in spacing_mm]
-        self.count = self._sum(mask).clamp_min(1e-6)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """``(1, K, *S)``, 0 outside the mask → the same shape."""
-        return self._sum(values) / self.count
-
-    def _sum(self, values: Tensor) -> Tensor:
-        out = torch.zeros_like(values)
-        for axis, weight in enumerate(self.weights, start=2):
-            n = values.shape[axis]
-            out.narrow(axis, 0, n - 1).add_(values.narrow(axis, 1, n - 1), alpha=weight)
-            out.narrow(axis, 1, n - 1).add_(values.narrow(axis, 0, n - 1), alpha=weight)
-        return out
+def _joint(problem: _Problem, part: Tensor, found: _Found, outlying: Mixture) -> Tensor:
+    """The logarithm of weight times contaminated density of every node ``(N, V)`` at the voxels ``part`` ``(V,)``."""
+    state, fractions = found.state, problem.fractions
+    b = None if found.field is None else found.field.flatten(2)[:, :, part]
+    observed = Observed(problem.image.flatten(2)[:, :, part], problem.seen.flatten(2)[:, :, part] > 0)
+    mixture = nodes(state.pure._replace(field=b), state.weights, fractions)
+    density = mixels.contaminated(
+        mixels.marginal_density(observed, mixture), mixels.marginal_density(observed, outlying), state.outliers
+    )
+    return density[0] + state.weights[0].clamp_min(torch.finfo(density.dtype).tiny).log()[:, None]

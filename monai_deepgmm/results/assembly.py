@@ -67,12 +67,15 @@ def assemble(prepared: Prepared, config: Config) -> Assembly:
     """
     crops = prepared.crops
     sequences = _sequences(prepared.scan, config)
-    tissues = config.protocol.visible(sequences)
+    regions = getattr(config.method, "finds_regions", False)
+    tissues = (config.protocol.visible if regions else config.protocol.components)(sequences)
     channels = [prepared.scan.sequences.index(s) for s in sequences]
     image, mask = crops.image[:, channels].to(config.device), crops.mask.to(config.device)
     means = None if config.means is None else config.means.tensor(tissues, sequences)
     if means is None:
-        expected = naming.signature_map(image, mask, tissues, sequences, crops.spacing_mm)
+        # In slices of a small organ the signatures were chosen with everything inside the mask.
+        seen = None if crops.slices else crops.measured[:, channels].to(config.device)
+        expected = naming.signature_map(image, mask, tissues, sequences, crops.spacing_mm, measured=seen)
     else:
         expected = starts.means_start(image, mask, means)
     large = _large(prepared, len(tissues), config)
@@ -89,6 +92,7 @@ def assemble(prepared: Prepared, config: Config) -> Assembly:
         means,
         crops.zero[large][:, channels],
         seed=config.seed,
+        measured=crops.measured[large][:, channels].to(config.device),
     )
     if config.presence and images.slices:
         images = images.with_wall()

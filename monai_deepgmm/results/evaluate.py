@@ -233,7 +233,8 @@ def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int]:
         message = f"{path.name} cannot be read, or lacks what a sidecar holds ({type(error).__name__}: {error})"
         raise StudyError("E_FILE", message, "Segment this patient again") from error
     expected = {t.name: t.index for t in protocol.visible(sequences)}
-    if not found or found != expected or axis not in range(3):
+    components = {t.name: t.index for t in protocol.components(sequences)}
+    if not found or found not in (expected, components) or axis not in range(3):
         message = f"{path.name} holds tissues {found} and slice axis {axis}; protocol {protocol.name} has {expected}"
         raise StudyError("E_TRUTH", message, "Evaluate with the protocol that the patient was segmented with")
     return sequences, axis

@@ -23,7 +23,7 @@ CERTAIN = 0.5
 def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config) -> Iterator[str]:
     """All warnings that a fit gives rise to, in the order of reading."""
     yield from _about_sequences(config.protocol, assembly.images.sequences)
-    yield from _about_order(prepared, config.protocol.visible(assembly.images.sequences))
+    yield from _about_order(prepared, config.protocol.components(assembly.images.sequences))
     yield from _about_fit(prepared, assembly, outcome)
     yield from _about_names(assembly, outcome, config)
     yield from _about_volumes(assembly, outcome)
@@ -42,7 +42,8 @@ def _about_sequences(protocol: Protocol, sequences: tuple[str, ...]) -> Iterator
 
 def _about_order(prepared: Prepared, tissues: tuple[Tissue, ...]) -> Iterator[str]:
     crops, sequences = prepared.crops, prepared.scan.sequences
-    swapped = naming.looks_swapped(crops.image, crops.mask, tissues, sequences, crops.spacing_mm)
+    seen = None if crops.slices else crops.measured
+    swapped = naming.looks_swapped(crops.image, crops.mask, tissues, sequences, crops.spacing_mm, measured=seen)
     if swapped is not None:
         order = ", ".join(f"{a} like {b}" for a, b in zip(sequences, swapped, strict=True) if a != b)
         yield f"W_SWAPPED: the sequences look exchanged ({order}); check which file is which"

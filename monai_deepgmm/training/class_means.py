@@ -69,7 +69,7 @@ def _one(study: Study, protocol: Protocol, steps: Compose) -> tuple[dict[tuple[s
     cut = crops.cut(marked)
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for image, mask, label in zip(crops.image.numpy(), crops.mask.numpy() > 0, cut, strict=True):
-        for tissue in protocol.visible(patient.sequences):
+        for tissue in protocol.components(patient.sequences):
             chosen = mask[0] & (label == tissue.index)
             if chosen.any():
                 for channel, sequence in zip(image, patient.sequences, strict=True):

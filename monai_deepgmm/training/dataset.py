@@ -150,7 +150,7 @@ def make(
         labelled: whether examples hold labels, as far as patients have them.
     """
     size, sequences = _size(patients, grid_mm), channels(patients, protocol)
-    visible = protocol.visible(sequences)
+    visible = protocol.components(sequences)
     out: dict[str, list[Example]] = {}
     for patient in patients:
         crops = patient.crops
@@ -160,7 +160,7 @@ def make(
         given = torch.zeros(len(crops.image), len(sequences), *crops.image.shape[2:])
         given[:, own] = crops.image.float()
         where = torch.zeros(len(given), len(visible), *given.shape[2:])
-        mine = protocol.visible(patient.sequences)
+        mine = protocol.components(patient.sequences)
         where[:, [visible.index(t) for t in mine]] = _expected(patient, protocol, teacher).float()
         seen = view.around(crops.mask, crops.spacing_mm, grid_mm, size)
         mask = view.look(crops.mask.float(), seen, nearest=True)
@@ -183,7 +183,7 @@ def _marked(patient: Patient, protocol: Protocol, sequences: tuple[str, ...]) ->
     """A patient's labels as 1 … K of the tissues that the sequences show ``(B, 1, *S)``; 0 where none is known."""
     marked = torch.zeros_like(patient.crops.mask, dtype=torch.float32)
     if patient.labels is not None:
-        shown = [t.index for t in protocol.visible(sequences)]
+        shown = [t.index for t in protocol.components(sequences)]
         for index, merged in protocol.merged(sequences).items():
             marked[:, 0][patient.labels == index] = shown.index(merged) + 1 if merged in shown else 0
     return marked
@@ -191,7 +191,7 @@ def _marked(patient: Patient, protocol: Protocol, sequences: tuple[str, ...]) ->
 
 def _expected(patient: Patient, protocol: Protocol, teacher: Teacher | None) -> Tensor:
     """Where each tissue that this patient's sequences show is expected ``(B, K, *S)``."""
-    crops, visible = patient.crops, protocol.visible(patient.sequences)
+    crops, visible = patient.crops, protocol.components(patient.sequences)
     expected = naming.signature_map(crops.image, crops.mask, visible, patient.sequences, crops.spacing_mm)
     if not isinstance(teacher, AnatomicalConfig):
         return expected

@@ -106,7 +106,7 @@ def prepare_cohort(cohort: Cohort, plan: TrainingPlan) -> PreparedCohort:
         protocol=protocol.name,
         normalisation=settings.preprocessing.normalisation(protocol),
         sequences=sequences,
-        tissues=tuple(t.name for t in protocol.visible(sequences)),
+        tissues=tuple(t.name for t in protocol.components(sequences)),
         network=plan.network,
         spatial_dims=2 if protocol.unit == "slice" else 3,
         size=size,
@@ -149,7 +149,7 @@ def _decisive(plan: TrainingPlan) -> dict[str, Any]:
 
 
 def _means(plan: TrainingPlan, patients: Sequence[dataset.Patient], sequences: tuple[str, ...]) -> tuple[Tensor, str]:
-    visible = plan.protocol.visible(sequences)
+    visible = plan.protocol.components(sequences)
     if plan.means == "cohort":
         whole = [p for p in patients if p.sequences == sequences]
         if not whole:

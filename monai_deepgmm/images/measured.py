@@ -1,0 +1,64 @@
+"""Where a sequence was measured: neither padding, nor beyond its field of view, nor a value that no tissue has.
+
+Zeros are what resampling, padding and skull stripping leave where there is no data. A spike, a wrapped integer or a
+vessel lies far beyond all tissues; it would widen every scale and draw a component to itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import binary_propagation
+from torch import Tensor
+
+#: The quantiles inside the mask that all tissues reach, and how many times as far from the median values may lie.
+TAIL, REACH = 0.01, 2.0
+
+
+def measured(image: Tensor, mask: Tensor) -> Tensor:
+    """Where each sequence holds a value that can be believed.
+
+    A value v counts if it is not exactly 0 and ``m − 2 (m − q₁) ≤ v ≤ m + 2 (q₉₉ − m)`` with m the median, q₁ and q₉₉
+    the quantiles of 1 and 99 % of what is not 0 inside the mask.
+
+    Args:
+        image: ``(B, M, *S)`` as it was read; 0 is no signal.
+        mask: ``(B, 1, *S)``.
+
+    Returns:
+        ``(B, M, *S)`` bool, False outside the mask. A sequence that would have no such voxel has all of the mask.
+    """
+    inside = (mask > 0).expand_as(image)
+    there = inside & (image != 0)
+    out = torch.zeros_like(inside)
+    for b, m in torch.cartesian_prod(torch.arange(image.shape[0]), torch.arange(image.shape[1])).tolist():
+        values = image[b, m][there[b, m]]
+        if len(values) == 0:
+            out[b, m] = inside[b, m]
+            continue
+        ordered = values.sort().values
+        low, middle, high = (ordered[round(q * (len(ordered) - 1))] for q in (TAIL, 0.5, 1 - TAIL))
+        reachable = (image[b, m] >= middle - REACH * (middle - low)) & (image[b, m] <= middle + REACH * (high - middle))
+        out[b, m] = there[b, m] & reachable
+    return out
+
+
+def padding(image: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What the mask has beyond the image: from its border inwards, voxels that are exactly 0 in every sequence.
+
+    Args:
+        image: (M, X, Y, Z).
+        mask: (X, Y, Z).
+
+    Returns:
+        (X, Y, Z); zeros that other voxels enclose are not padding.
+    """
+    empty = mask & (image == 0).all(0)
+    if not empty.any():
+        return empty
+    beyond: NDArray[np.bool_] = np.pad(~mask, 1, constant_values=True)
+    reached = binary_propagation(beyond, mask=beyond | np.pad(empty, 1))
+    inner = tuple(slice(1, -1) for _ in mask.shape)
+    found: NDArray[np.bool_] = np.logical_and(reached[inner], mask, dtype=bool)
+    return found

@@ -1,0 +1,114 @@
+"""A coarse lattice of an image's voxels, on which a mixture is fitted, and the neighbours of each on the full grid.
+
+All masks are of one image: ``(1, 1, *S)``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+#: An axis whose voxels are so many times as long as the shortest has no border of its own: its ends are real slices.
+THICK = 2.0
+
+
+class Lattice:
+    """Every so many voxels of one image along each axis.
+
+    Args:
+        mask: ``(1, 1, *S)``.
+        stride: for each axis of ``*S``.
+    """
+
+    def __init__(self, mask: Tensor, stride: tuple[int, ...]) -> None:
+        self.stride = stride
+        self.where = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+        self.mask = mask[self.where]
+
+    def inside(self, values: Tensor) -> Tensor:
+        """Values on the lattice ``(1, C, *L)`` → those inside the mask ``(1, C, V)``."""
+        return values[:, :, self.mask[0, 0] > 0]
+
+    def voxels(self, values: Tensor) -> Tensor:
+        """An image ``(1, C, *S)`` → its voxels of the lattice inside the mask ``(1, C, V)``."""
+        return self.inside(values[self.where])
+
+
+class Neighbours:
+    """The average over a voxel's nearest neighbours inside the mask, two along each axis, nearer ones weighing more.
+
+    Args:
+        mask: ``(1, 1, *S)``.
+        spacing_mm: of the axes in ``*S``; a neighbour weighs as the inverse square of its distance.
+    """
+
+    def __init__(self, mask: Tensor, spacing_mm: tuple[float, ...]) -> None:
+        self.weights = [(min(spacing_mm) / s) ** 2 for s in spacing_mm]
+        self.count = self._sum(mask).clamp_min(1e-6)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """``(1, K, *S)``, 0 outside the mask → the same shape."""
+        return self._sum(values) / self.count
+
+    def _sum(self, values: Tensor) -> Tensor:
+        out = torch.zeros_like(values)
+        for axis, weight in enumerate(self.weights, start=2):
+            n = values.shape[axis]
+            out.narrow(axis, 0, n - 1).add_(values.narrow(axis, 1, n - 1), alpha=weight)
+            out.narrow(axis, 1, n - 1).add_(values.narrow(axis, 0, n - 1), alpha=weight)
+        return out
+
+
+def stride(mask: Tensor, spacing_mm: Sequence[float], voxels: int) -> tuple[int, ...]:
+    """How many voxels to go along each axis, so that the lattice is about as coarse in mm everywhere, and small."""
+    for step in itertools.count(1):
+        found = tuple(max(1, round(step * min(spacing_mm) / s)) for s in spacing_mm)
+        lattice = mask[(slice(None), slice(None), *(slice(None, None, s) for s in found))]
+        if lattice.sum() <= voxels:
+            break
+    if lattice.sum() == 0:  # a mask so thin that every step leaves it out
+        return (1,) * len(found)
+    return found
+
+
+def interior(inside: Tensor, spacing_mm: Sequence[float], depth: int) -> Tensor:
+    """What lies more than ``depth`` voxels from the border, or all of it where that would leave less than half.
+
+    At the border of a skull-stripped or resampled image voxels are in part nothing: dark in every sequence.
+
+    Args:
+        inside: 1 inside ``(1, 1, *S)``.
+        spacing_mm: of the axes in ``*S``; thick ones have no border.
+        depth: in voxels.
+    """
+    kept = inside
+    for _ in range(depth):
+        eroded = kept
+        for axis, spacing in enumerate(spacing_mm, start=2):
+            if spacing <= THICK * min(spacing_mm):
+                eroded = torch.minimum(eroded, torch.minimum(_shifted(kept, axis, 1), _shifted(kept, axis, -1)))
+        kept = eroded
+    return kept if kept.sum() > inside.sum() / 2 else inside
+
+
+def _shifted(values: Tensor, axis: int, by: int) -> Tensor:
+    """Values moved along an axis, 0 where they come from beyond."""
+    moved = torch.roll(values, by, axis)
+    moved.select(axis, 0 if by > 0 else -1).zero_()
+    return moved
+
+
+def on_grid(field: Tensor, steps: tuple[int, ...], mask: Tensor) -> Tensor:
+    """A field on the lattice, on the full grid ``(1, M, *S)``: linear in between, mean 1 over the mask, 1 outside."""
+    sides = [(n - 1) * s + 1 for n, s in zip(field.shape[2:], steps, strict=True)]
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(sides)]
+    full = functional.interpolate(field, size=sides, mode=mode, align_corners=True)
+    # Voxels after the lattice's last have its field.
+    pads = [p for n, s in zip(reversed(mask.shape[2:]), reversed(sides), strict=True) for p in (0, n - s)]
+    full = functional.pad(full, pads, mode="replicate")
+    mean = (full * mask).flatten(2).sum(-1) / mask.sum()
+    return torch.where(mask > 0, full / mean.reshape(1, -1, *[1] * len(sides)), 1)

@@ -1,0 +1,314 @@
+"""Pure tissues and *mixels*, voxels that two of them share, as one Gaussian mixture of nodes; EM for it.
+
+A mixel with a share u of tissue b and 1 − u of tissue a has the mean ``(1 − u) μ_a + u μ_b`` and the covariance
+``(1 − u) Σ_a + u Σ_b`` (Choi et al. 1991; Santago and Gage 1993). Sequences differ in resolution and are never aligned
+perfectly, so that the share that a second sequence sees differs from the first one's, by τ at the most:
+``4 u (1 − u) τ² (μ_a − μ_b)²`` is added to the variances of all sequences but the first.
+
+Every node is contaminated: a share ε of voxels, which EM finds, is explained by one broad Gaussian instead (vessels,
+lesions, spikes). A sequence that was not measured in a voxel is integrated out, which is exact for a Gaussian.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from monai_deepgmm.mixture import bias_field
+from monai_deepgmm.mixture.gaussian import Mixture, floored_matrices, log_density
+
+#: Into how many equal parts the share u is cut; a node lies in the middle of each.
+NODES = 5
+#: The share of voxels that are mixels when a fit begins.
+MIXELS = 0.3
+#: ε when a fit begins, and at most; the standard deviation of outliers in those of the whole image.
+OUTLIERS, MOST_OUTLIERS, OUTLIER_SPREAD = 0.02, 0.1, 3.0
+#: τ: how far the share that another sequence sees may differ from the first one's.
+BLUR = 0.15
+#: A covariance from pairs of sequences measured in different voxels keeps at least this share of its variance.
+LEAST_EIGENVALUE = 1e-3
+
+
+class Stop(NamedTuple):
+    """When EM ends: responsibilities change by less than ``tol``, or after ``max_iter`` iterations."""
+
+    tol: float
+    max_iter: int
+
+
+class Observed(NamedTuple):
+    """Voxels of one image, and where each sequence was measured.
+
+    Attributes:
+        values: ``(1, M, V)``.
+        measured: ``(1, M, V)`` bool.
+    """
+
+    values: Tensor
+    measured: Tensor
+
+    def first(self) -> Observed:
+        """The first sequence where it was measured."""
+        where = self.measured[0, 0]
+        return Observed(self.values[:, :1, where], self.measured[:, :1, where])
+
+
+class State(NamedTuple):
+    """What EM finds.
+
+    Attributes:
+        pure: the tissues, and the field at the voxels.
+        weights: of the nodes ``(1, N)``.
+        outliers: ε.
+        trace: NLL per voxel ``(T + 1, 1)``.
+        converged: whether it did.
+    """
+
+    pure: Mixture
+    weights: Tensor
+    outliers: float
+    trace: Tensor
+    converged: bool
+
+
+class Anchor(NamedTuple):
+    """What the first sequence alone has told, and what of it stays.
+
+    Attributes:
+        pure: the tissues in the first sequence: means ``(1, K, 1)``, covariances ``(1, K, 1, 1)``.
+        weights: of the nodes ``(1, N)``, which stay.
+        tissues: the indices of those whose levels stay; others are free, so that sequences which show them better can
+            correct them.
+    """
+
+    pure: Mixture
+    weights: Tensor
+    tissues: tuple[int, ...]
+
+
+def mixing(tissues: int, borders: Sequence[tuple[int, int]]) -> Tensor:
+    """The fractions a of each node ``(N, K)``: the pure tissues, then for each border its mixels, u rising."""
+    rows = [torch.eye(tissues)]
+    u = (torch.arange(NODES) + 0.5) / NODES
+    for a, b in borders:
+        mixed = torch.zeros(NODES, tissues)
+        mixed[:, a], mixed[:, b] = 1 - u, u
+        rows.append(mixed)
+    return torch.cat(rows)
+
+
+def nodes(pure: Mixture, weights: Tensor, fractions: Tensor) -> Mixture:
+    """The mixture of all nodes.
+
+    Args:
+        pure: means ``(B, K, M)``, covariances ``(B, K, M, M)`` and field of the tissues.
+        weights: of the nodes ``(B, N)``.
+        fractions: a ``(N, K)``.
+    """
+    means = fractions @ pure.means
+    covariances = torch.einsum("nk,bkij->bnij", fractions, pure.covariances)
+    if covariances.shape[-1] == 1:  # of one sequence the variance says as much, and costs less
+        return Mixture(weights, means, covariances[..., 0], pure.field)
+    spread = fractions @ pure.means.square() - means.square()  # u (1 − u) (μ_a − μ_b)²
+    spread = torch.cat([torch.zeros_like(spread[..., :1]), spread[..., 1:].clamp_min(0)], -1)
+    return Mixture(weights, means, covariances + torch.diag_embed(4 * BLUR**2 * spread), pure.field)
+
+
+# E-step ----------------------------------------------------------------------------------------------------------
+
+
+def marginal_density(observed: Observed, mixture: Mixture) -> Tensor:
+    """Log p of what was measured in each voxel under each component ``(1, N, V)``; 0 where nothing was."""
+    values, measured = observed
+    if bool(measured.all()):
+        return log_density(values, mixture)
+    out = values.new_zeros(1, mixture.means.shape[1], values.shape[-1])
+    code = (measured[0] * 2 ** torch.arange(len(measured[0]), device=values.device)[:, None]).sum(0)
+    for pattern in sorted(set(code.tolist())):
+        where = code == pattern
+        kept = [m for m in range(values.shape[1]) if pattern >> m & 1]
+        if kept:
+            out[:, :, where] = log_density(values[:, kept][..., where], _of(mixture, kept, where))
+    return out
+
+
+def _of(mixture: Mixture, kept: list[int], where: Tensor) -> Mixture:
+    """The marginal of some sequences, at some voxels."""
+    covariances = mixture.covariances
+    covariances = covariances[..., kept] if covariances.ndim == 3 else covariances[..., kept, :][..., kept]
+    field = None if mixture.field is None else mixture.field[:, kept][..., where]
+    return Mixture(mixture.weights, mixture.means[..., kept], covariances, field)
+
+
+def broad(observed: Observed) -> Mixture:
+    """The component of outliers: the median, and ``OUTLIER_SPREAD`` times the spread of each sequence."""
+    values, measured = observed
+    count = measured.sum(-1).clamp_min(1)
+    known = torch.where(measured, values, torch.nan)
+    middle = known.nanmedian(-1).values.nan_to_num(0)  # (1, M)
+    centred = torch.where(measured, values - middle[..., None], 0)
+    variance = centred.square().sum(-1) / count
+    variance = torch.where(variance > 0, variance, 1.0)
+    return Mixture(torch.ones_like(count[:, :1]), middle[:, None], OUTLIER_SPREAD**2 * variance[:, None])
+
+
+def contaminated(inlying: Tensor, outlying: Tensor, outliers: float) -> Tensor:
+    """``log((1 − ε) p + ε p₀)`` from log p ``(1, N, V)`` and log p₀ ``(1, 1, V)``."""
+    return torch.logaddexp(math.log1p(-outliers) + inlying, math.log(outliers) + outlying)
+
+
+# M-step ----------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """The M-step of the pure tissues.
+
+    Attributes:
+        observed: the voxels.
+        fractions: a ``(N, K)``.
+        pooling: ν.
+        floor: added to the variances ``(1, M)``.
+    """
+
+    observed: Observed
+    fractions: Tensor
+    pooling: float
+    floor: Tensor
+
+    def __call__(self, resp: Tensor, b: Tensor | None, previous: Mixture | None) -> Mixture:
+        """μ by least squares over all nodes, ``I(x) ≈ b(x) a_nᵀ μ``; Σ from what is left at the pure ones, pooled.
+
+        Args:
+            resp: of the nodes ``(1, N, V)``.
+            b: the field ``(1, M, V)`` or None.
+            previous: its variances weigh the nodes; None: all weigh the same.
+        """
+        voxels, seen = self.observed.values, self.observed.measured.to(resp)
+        b = (torch.ones_like(voxels) if b is None else b) * seen
+        n_tissues = self.fractions.shape[1]
+        means = self._means(resp, b, voxels * seen, previous)
+        w = resp[:, :n_tissues]
+        centred = (voxels * seen)[:, None] - b[:, None] * means[..., None]  # (1, K, M, V)
+        scatter = (centred * w[:, :, None]) @ centred.mT
+        pairs = (seen[:, None] * w[:, :, None]) @ seen[:, None].mT  # (1, K, M, M): weight that saw both sequences
+        average = scatter.sum(1, keepdim=True) / pairs.sum(1, keepdim=True).clamp_min(1e-6)
+        pooled = self.pooling * voxels.shape[-1] + 1e-6
+        covariances = (scatter + pooled * average) / (pairs + pooled)
+        if not bool(self.observed.measured.all()):
+            covariances = _positive(covariances)
+        covariances = floored_matrices(covariances, self.floor[:, None])
+        count = w.sum(-1)
+        return Mixture(count / count.sum(1, keepdim=True).clamp_min(1e-6), means, covariances)
+
+    def _means(self, resp: Tensor, b: Tensor, voxels: Tensor, previous: Mixture | None) -> Tensor:
+        a = self.fractions
+        weight = torch.ones(len(a), voxels.shape[1]).to(voxels)
+        if previous is not None:
+            covariances = nodes(previous._replace(field=None), resp.mean(-1), a).covariances[0]
+            weight = 1 / (covariances if covariances.ndim == 2 else covariances.diagonal(dim1=-2, dim2=-1))  # (N, M)
+        bb, bx = ((resp[0] @ values[0].mT) * weight for values in (b.square(), b * voxels))  # (N, M)
+        left, right = torch.einsum("nm,nk,nl->mkl", bb, a, a), torch.einsum("nm,nk->mk", bx, a)
+        ridge = 1e-6 * left.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
+        eye = torch.eye(a.shape[1]).to(left)
+        solved: Tensor = torch.linalg.solve(left + ridge[:, None, None] * eye, right[..., None])
+        return solved.squeeze(-1).mT[None]
+
+
+def step(observed: Observed, fractions: Tensor, pooling: float, floor: float) -> Step:
+    """The M-step with the variance floor as a fraction of each sequence's variance."""
+    variance = broad(observed).covariances[:, 0] / OUTLIER_SPREAD**2
+    return Step(observed, fractions, pooling, floor * variance)
+
+
+def begin(maximise: Step, expected: Tensor) -> tuple[Mixture, Tensor]:
+    """The pure tissues and the nodes' weights, from where each tissue is expected ``(1, K, V)``."""
+    n_mixels = len(maximise.fractions) - expected.shape[1]
+    nothing = expected.new_zeros(1, n_mixels, expected.shape[-1])
+    mixels = torch.full((1, n_mixels), MIXELS / max(n_mixels, 1)).to(expected)
+    weights = torch.cat([expected.mean(-1) * (1 - mixels.sum()), mixels], 1)
+    return maximise(torch.cat([expected, nothing], 1), None, None), weights
+
+
+def _positive(covariances: Tensor) -> Tensor:
+    """The nearest matrices ``(1, K, M, M)`` that are positive definite, where pairs came from different voxels."""
+    values, vectors = torch.linalg.eigh(covariances)
+    values = torch.maximum(values, LEAST_EIGENVALUE * values[..., -1:])
+    nearest: Tensor = vectors @ torch.diag_embed(values) @ vectors.mT
+    return nearest
+
+
+# What the first sequence alone has told --------------------------------------------------------------------------
+
+
+def anchored(pure: Mixture, anchor: Anchor) -> Mixture:
+    """The tissues with the first sequence's margin as the anchor has it; p(other sequences | first) stays.
+
+    ``Σ₁₁ → S``, ``Σ₂₁ → B S`` and ``Σ₂₂ → Σ₂₂ − B Σ₁₁ Bᵀ + B S Bᵀ`` with ``B = Σ₂₁ / Σ₁₁``.
+    """
+    kept = list(anchor.tissues)
+    means, covariances = pure.means.clone(), pure.covariances.clone()
+    old, new = covariances[:, kept, :1, :1], anchor.pure.covariances[:, kept].to(covariances)
+    slope = covariances[:, kept, 1:, :1] / old
+    left = covariances[:, kept, 1:, 1:] + slope * (new - old) @ slope.mT
+    whole = torch.cat([torch.cat([new, (slope * new).mT], -1), torch.cat([slope * new, left], -1)], -2)
+    means[:, kept, :1], covariances[:, kept] = anchor.pure.means[:, kept].to(means), whole
+    return pure._replace(means=means, covariances=covariances)
+
+
+# Loop ------------------------------------------------------------------------------------------------------------
+
+
+def run(
+    maximise: Step,
+    pure: Mixture,
+    weights: Tensor,
+    basis: Tensor | None,
+    stop: Stop,
+    *,
+    outliers: float = OUTLIERS,
+    anchor: Anchor | None = None,
+) -> State:
+    """EM from pure tissues and the nodes' weights, with a field if there is a basis ``(1, J, V)``.
+
+    Only pure voxels speak for the field: where two tissues meet, mixels could explain any shade.
+    """
+    observed, fractions = maximise.observed, maximise.fractions
+    b = pure.field if basis is None or pure.field is not None else torch.ones_like(observed.values)
+    outlying = marginal_density(observed, broad(observed))
+    resp: Tensor | None = None
+    trace: list[Tensor] = []
+    converged = False
+    while len(trace) <= stop.max_iter:
+        mixture = nodes(pure._replace(field=b), weights, fractions)
+        inlying = marginal_density(observed, mixture) + weights.clamp_min(1e-30).log()[..., None]
+        evidence = inlying.logsumexp(1, keepdim=True)
+        total = contaminated(evidence, outlying, outliers)
+        new = (inlying + math.log1p(-outliers) - total).exp()
+        trace.append(-total.mean()[None])
+        converged = resp is not None and bool((new - resp).abs().sum(1).mean() < stop.tol)
+        resp = new
+        if converged:
+            break
+        share = resp.sum(1).mean()
+        weights = resp.mean(-1) / share.clamp_min(1e-12)
+        outliers = min(max(1 - float(share), 1e-6), MOST_OUTLIERS)
+        if anchor is not None:
+            weights = anchor.weights
+        if basis is not None:
+            b = _field(observed, resp, pure, basis)
+        pure = maximise(resp, b, pure)
+        pure = pure if anchor is None else anchored(pure, anchor)
+    return State(pure._replace(field=b), weights, outliers, torch.stack(trace), converged)
+
+
+def _field(observed: Observed, resp: Tensor, pure: Mixture, basis: Tensor) -> Tensor:
+    """The field from pure voxels that every sequence was measured in, and at all voxels ``(1, M, V)``."""
+    n_tissues = pure.means.shape[1]
+    whole = observed.measured.all(1, keepdim=True).to(resp)
+    weights = resp[:, :n_tissues].mean(-1)
+    tissues = Mixture(weights, pure.means, pure.covariances)
+    return bias_field.field(observed.values, resp[:, :n_tissues] * whole, torch.ones_like(whole), tissues, basis)
