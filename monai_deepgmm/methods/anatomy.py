@@ -119,8 +119,8 @@ def enhanced(resp: Tensor, images: Images) -> Tensor:
 
     Its share of a voxel becomes ``f / M + (1 − 1 / M) w``, f the partial volume that late enhancement shows and w the
     responsibility of a mixture of M sequences: each sequence has one voice. The wall's other tissues keep their
-    proportions. A dark core that it encloses, alone or with the cavity, is no-reflow and belongs to it, where the core is
-    smaller than what encloses it.
+    proportions. A dark core that it encloses, alone or with the cavity, is no-reflow and belongs to it, where the core
+    is smaller than what encloses it.
     """
     found, late = images.enhanced(), images.anatomy().enhancement
     healthy = next((j for j, t in enumerate(images.tissues) if t.level and t.criteria is None), None)

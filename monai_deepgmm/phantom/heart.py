@@ -131,7 +131,7 @@ def make_patient(config: PhantomConfig, seed: int, number: int) -> PhantomPatien
 
 
 def write_cohort(root: Path, n: int, *, seed: int, config: PhantomConfig | None = None) -> list[str]:
-    """Writes patients in MyoPS naming: ``root/<id>/<id>_LGE.nii.gz``, ``_T2``, ``_C0`` and the reference labels, ``_gd``.
+    """Writes patients in MyoPS naming: ``root/<id>/<id>_LGE.nii.gz``, ``_T2``, ``_C0`` and the labels, ``_gd``.
 
     The bytes of a patient depend on the configuration, the seed and its number only, not on ``n``.
 

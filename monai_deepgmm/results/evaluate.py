@@ -1,7 +1,7 @@
 """Agreement of a finished run with manual labels, per patient, slice and tissue.
 
-What counts: every unit (slice or volume) in which reference or prediction holds any tissue, in whole; a wrong label outside
-the reference counts as wrong. A patient who cannot be evaluated is listed with the reason, never dropped.
+What counts: every unit (slice or volume) in which reference or prediction holds any tissue, in whole; a wrong label
+outside the reference counts as wrong. A patient who cannot be evaluated is listed with the reason, never dropped.
 
 Means and standard deviations are over units, with the sample's n - 1 in the latter. The mean over tissues is taken in
 each unit first, over the tissues that count there, and then over the units.

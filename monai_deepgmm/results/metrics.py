@@ -111,7 +111,7 @@ def dice_table(counts: Counts) -> Floats:
 def match(dice: Floats) -> tuple[int, ...]:
     """Pairs predicted with true tissues so that their mean Dice is as large as it can be: the oracle.
 
-    It asks the reference for the names that an unnamed mixture lacks, so what it gives is a bound and not a result. Pairs
+    It asks the reference for the names that an unnamed mixture lacks: what it gives is a bound and not a result. Pairs
     that are empty on both sides are left out of that mean. Having as many of them as possible never costs any Dice,
     since every other pair with an empty side scores 0; so they may be rewarded, and a linear assignment is exact.
 
