@@ -60,5 +60,5 @@ def padding(image: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.b
     beyond: NDArray[np.bool_] = np.pad(~mask, 1, constant_values=True)
     reached = binary_propagation(beyond, mask=beyond | np.pad(empty, 1))
     inner = tuple(slice(1, -1) for _ in mask.shape)
-    found: NDArray[np.bool_] = np.logical_and(reached[inner], mask, dtype=bool)
+    found: NDArray[np.bool_] = np.asarray(reached[inner], bool) & mask
     return found

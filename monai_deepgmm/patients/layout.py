@@ -5,7 +5,7 @@ A pattern is a path below DIR, without ``.nii`` or ``.nii.gz``, compared without
 ========================  ==========================================================================================
 ``{patient}``             the patient's id (``patient:`` in the file narrows it with a regular expression)
 ``{sequence}``            one of the sequence's names, exactly
-``{words}``               a name whose last word is one of the names of a sequence, of the mask or of the reference labels
+``{words}``               a name whose last word is a name of a sequence, of the mask or of the labels
 ``{channel}``             four digits, which the file under ``channels:`` translates
 ``*`` and ``**/``         anything within a name; any folders or none
 ``../``                   at the start of a pattern for reference labels (``truth``): in a folder beside DIR
