@@ -54,7 +54,7 @@ def padding(image: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.b
     Returns:
         (X, Y, Z); zeros that other voxels enclose are not padding.
     """
-    empty = mask & (image == 0).all(0)
+    empty: NDArray[np.bool_] = mask & (image == 0).all(0)
     if not empty.any():
         return empty
     beyond: NDArray[np.bool_] = np.pad(~mask, 1, constant_values=True)
