@@ -1,0 +1,37 @@
+"""Where a sequence was measured, and what a mask has beyond the image."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from monai_deepgmm.images.measured import measured, padding
+
+
+def test_zeros_and_what_lies_far_beyond_all_tissues_were_not_measured():
+    generator = torch.Generator().manual_seed(0)
+    image = 100 + 10 * torch.rand(1, 2, 10, 10, 10, generator=generator)
+    mask = torch.ones(1, 1, 10, 10, 10)
+    mask[..., 0] = 0
+    image[0, 0, :3] = 0  # beyond its field of view
+    image[0, 1, 5, 5, 5:7] = 5000  # a spike
+    found = measured(image, mask)
+    assert not found[..., 0].any()
+    assert not found[0, 0, :3].any()
+    assert found[0, 0, 3:, :, 1:].all()
+    assert found[0, 1].sum() == mask.sum() - 2
+
+
+def test_a_sequence_without_signal_counts_as_measured():
+    assert measured(torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)).all()
+
+
+def test_padding_is_what_lies_at_the_border_and_not_what_is_enclosed():
+    image = np.ones((2, 8, 8, 8), np.float32)
+    image[:, :2] = 0  # between the mask and the image
+    image[:, 5, 5, 5] = 0  # a black voxel
+    image[0, 7] = 0  # one sequence alone
+    mask = np.ones((8, 8, 8), bool)
+    found = padding(image, mask)
+    assert found[:2].all()
+    assert found.sum() == 2 * 64

@@ -1,0 +1,70 @@
+"""Lesions: bright regions amid the white matter are found, bright cortex and noise are not."""
+
+from __future__ import annotations
+
+import torch
+
+from monai_deepgmm import protocol
+from monai_deepgmm.methods import hyperintense
+from monai_deepgmm.methods.task import Images
+from monai_deepgmm.mixture.fit import Diagnostics, Fit
+from monai_deepgmm.mixture.gaussian import Mixture
+
+BRAIN = protocol.load("brain")
+SEQUENCES = ("T1", "FLAIR")
+LESION = 3
+
+
+def scene(*, lesion: bool = True, cortex: bool = True) -> tuple[Images, Fit, torch.Tensor]:
+    """White matter within grey matter within fluid; a ball in the white matter and a bright patch of the grey."""
+    n = 40
+    line = torch.arange(n) - (n - 1) / 2
+    x, y, z = torch.meshgrid(line, line, line, indexing="ij")
+    radius = (x.square() + y.square() + z.square()).sqrt()
+    labels = torch.where(radius < 12, 1, torch.where(radius < 15, 0, 2))  # GM, WM, CSF
+    mask = (radius < 18).double()[None, None]
+    ball = ((x - 4).square() + y.square() + z.square()).sqrt() < 3.2
+    patch = ((x + 13.5).square() + y.square() + z.square()).sqrt() < 2.5
+    flair = torch.tensor([10.0, 8.0, 2.0])[labels]
+    flair = torch.where(ball & torch.tensor(lesion), 16.0, flair)
+    flair = torch.where(patch & torch.tensor(cortex), 16.0, flair)
+    generator = torch.Generator().manual_seed(0)
+    flair = flair + 0.8 * torch.randn(flair.shape, generator=generator)
+    t1 = torch.tensor([6.0, 9.0, 2.0])[labels]
+    image = torch.stack([t1, flair])[None].double()
+    tissues = BRAIN.visible(SEQUENCES)
+    expected = torch.full((1, 4, n, n, n), 0.25).double() * mask
+    images = Images(image, mask, expected, BRAIN, tissues, SEQUENCES, (1.0, 1.0, 1.0))
+    resp = torch.nn.functional.one_hot(labels, 3).movedim(-1, 0)[None].double() * mask
+    mixture = Mixture(torch.ones(1, 3) / 3, torch.zeros(1, 3, 2), torch.eye(2).expand(1, 3, 2, 2))
+    return images, Fit(resp, mixture, Diagnostics(collapsed=torch.zeros(1, 3, dtype=torch.bool))), ball
+
+
+def test_a_bright_ball_in_white_matter_is_a_lesion_and_bright_cortex_is_not():
+    images, fit, ball = scene()
+    found = hyperintense.added(fit, images)
+    lesion = found.resp[0, LESION] > 0.5
+    assert 2 * (lesion & ball).sum() / (lesion.sum() + ball.sum()) > 0.85
+    assert torch.allclose(found.resp.sum(1), images.mask[:, 0])
+    assert found.mixture.means.shape == (1, 4, 2)
+    assert abs(float(found.mixture.means[0, LESION, 1]) - 16) < 1
+
+
+def test_a_healthy_brain_has_none():
+    images, fit, _ = scene(lesion=False)
+    found = hyperintense.added(fit, images)
+    assert found.resp[0, LESION].sum() == 0
+    assert not found.diagnostics.collapsed.any()
+
+
+def test_without_flair_there_is_no_such_tissue():
+    assert [t.name for t in BRAIN.visible(["T1", "T2"])] == ["GM", "WM", "CSF"]
+    assert [t.name for t in BRAIN.components(SEQUENCES)] == ["GM", "WM", "CSF"]
+    assert BRAIN.merged(["T1"])[4] == BRAIN.tissue("WM").index
+
+
+def test_the_mixture_starts_without_it():
+    images, _, _ = scene()
+    mixed = hyperintense.without(images)
+    assert [t.name for t in mixed.tissues] == ["GM", "WM", "CSF"]
+    assert torch.allclose(mixed.expected.sum(1), images.mask[:, 0])
