@@ -12,7 +12,6 @@ import pytest
 import SimpleITK
 import torch
 from conftest import AFFINE, save
-from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS, Spec
 from numpy.typing import NDArray
 from scenes import BRAIN, INFARCT, TINY, sidecar
 
