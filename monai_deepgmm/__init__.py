@@ -21,7 +21,7 @@ _EXPORTS = {
     "evaluate": "results.evaluate",
     "Mixture": "mixture.gaussian",
     "Fit": "mixture.fit",
-    "fit_em": "mixture.em:fit",
+    "fit_em": "mixture.em",
     "GMMLoss": "networks.gmm_loss",
     "MixtureNLL": "networks.nll_loss",
     "UNet": "networks.unet",

@@ -126,7 +126,7 @@ def head(folder: Path, sequences: int, degree: int) -> Work:
     spacing_mm = tensor(folder / "spacing_mm.npy").tolist()
 
     def work() -> Facts:
-        fit = partial_volume.fit(image, mask, start, spacing_mm, model)
+        fit = partial_volume.fit_partial_volume(image, mask, start, spacing_mm, model)
         came = "field kept" if fit.mixture.field is not None else "no field"
         came += "" if fit.diagnostics.converged.all() else ", not converged"
         shape = f"{int(mask.sum())} voxels × {sequences} of {shown(mask.shape[2:])}"
@@ -174,7 +174,9 @@ def ours(folder: Path, covariance: Any, *, spatial: bool = False) -> Work:
         began = time.process_time()
         start = starts.kmeans_start(image, mask, COMPONENTS, generator=torch.Generator().manual_seed(0))
         start_s = time.process_time() - began
-        fit = em.fit(image, mask, start, spatial=spatial, covariance=covariance, tol=TOL, max_iter=MAX_ITER).diagnostics
+        fit = em.fit_em(
+            image, mask, start, spatial=spatial, covariance=covariance, tol=TOL, max_iter=MAX_ITER
+        ).diagnostics
         facts = of_slices(mask, image.shape, fit.iterations.tolist(), fit.nll.tolist())
         return facts | {"came": f"{facts['came']}; k-means {start_s:.2f} s"}
 
@@ -231,7 +233,7 @@ def network(folder: Path) -> Work:
     unet = trained_network.build(spec).eval()
 
     def work() -> Facts:
-        fit = trained_network.fit(unet, spec, image, mask, spacing_mm=(SLICE_MM, SLICE_MM))
+        fit = trained_network.apply_network(unet, spec, image, mask, spacing_mm=(SLICE_MM, SLICE_MM))
         return {"shape": shown(image.shape), "came": f"seen as {shown(spec.size)}, {fit.resp.shape[1]} tissues"}
 
     return work

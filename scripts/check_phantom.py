@@ -142,7 +142,7 @@ def em_labels(voxels: Floats, _: Labels) -> Labels:
     torch.set_num_threads(1)
     image, mask = torch.from_numpy(voxels.T.copy())[None], torch.ones(1, 1, len(voxels), dtype=torch.float64)
     start = starts.kmeans_start(image, mask, 4, generator=torch.Generator().manual_seed(0))
-    fit = em.fit(image, mask, start, tol=1e-6, max_iter=1000)
+    fit = em.fit_em(image, mask, start, tol=1e-6, max_iter=1000)
     return fit.resp[0].argmax(0).numpy() + 1
 
 

@@ -102,7 +102,7 @@ class AnatomicalConfig:
         return Fit(resp, mixture._replace(weights=weights), known)
 
     def _in_place(self, images: Images, place: Tensor, members: list[int]) -> Fit:
-        return map_em.fit(
+        return map_em.fit_map_em(
             images.image,
             place,
             _prior([images.tissues[k] for k in members], images.sequences),

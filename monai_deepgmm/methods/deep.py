@@ -96,7 +96,7 @@ class DeepSVGConfig:
             in_channels=image.shape[1] + CONTEXT,
             out_channels=start.shape[1],
         )
-        return descent.fit(
+        return descent.fit_network(
             image,
             mask,
             start,

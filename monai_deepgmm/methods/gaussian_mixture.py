@@ -81,7 +81,7 @@ class GaussianMixtureConfig:
                 for _ in range(self.restarts)
             ]
             start = torch.stack(draws)
-        fit = em.fit(
+        fit = em.fit_em(
             images.from_zero() if self.degree else images.image,
             images.mask,
             start,

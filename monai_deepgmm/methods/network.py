@@ -79,7 +79,7 @@ class TrainedConfig:
         if model is None:
             raise ValueError("no model")
         rule = self.label_rule or model.spec.training.label_rule
-        found = trained_network.fit(
+        found = trained_network.apply_network(
             trained_network.load(model, device),
             model.spec,
             images.image,

@@ -83,7 +83,7 @@ class PartialVolumeConfig:
         where = {tissue.name: i for i, tissue in enumerate(images.tissues)}
         pairs = [(where[a], where[b]) for a, b in images.protocol.borders if a in where and b in where]
         settled = self.resolved(images.protocol)
-        fit = partial_volume.fit(
+        fit = partial_volume.fit_partial_volume(
             images._replace(image=images.image.float()).from_zero(),
             images.mask,
             images.expected,

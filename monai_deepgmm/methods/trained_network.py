@@ -109,7 +109,7 @@ def reason(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def fit(
+def apply_network(
     network: nn.Module,
     spec: ModelSpec,
     image: Tensor,

@@ -71,7 +71,7 @@ def reseed(image: Tensor, mask: Tensor, mixture: Mixture, evidence: Tensor, coll
 # Loop ------------------------------------------------------------------------------------------------------------
 
 
-def fit(
+def fit_em(
     image: Tensor,
     mask: Tensor,
     start: Tensor,

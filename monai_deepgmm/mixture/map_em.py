@@ -84,7 +84,7 @@ def standardised(image: Tensor, place: Tensor) -> Tensor:
     return out
 
 
-def fit(
+def fit_map_em(
     image: Tensor,
     place: Tensor,
     prior: Prior,

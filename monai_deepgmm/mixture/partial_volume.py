@@ -70,7 +70,7 @@ class Model(NamedTuple):
     anchored: tuple[int, ...] = ()
 
 
-def fit(
+def fit_partial_volume(
     image: Tensor,
     mask: Tensor,
     start: Tensor,

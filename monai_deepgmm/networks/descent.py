@@ -55,7 +55,7 @@ class Descent(NamedTuple):
     window: tuple[int, ...] | None = None
 
 
-def fit(
+def fit_network(
     image: Tensor,
     mask: Tensor,
     start: Tensor,

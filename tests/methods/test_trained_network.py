@@ -53,7 +53,7 @@ def scan() -> tuple[Tensor, Tensor]:
 
 
 def fit(network: torch.nn.Module, image: Tensor, mask: Tensor, of: ModelSpec = SPECIFIED, **options) -> Fit:
-    return trained_network.fit(network, of, image, mask, spacing_mm=MM, **options)
+    return trained_network.apply_network(network, of, image, mask, spacing_mm=MM, **options)
 
 
 def weights(network: torch.nn.Module, image: Tensor, mask: Tensor, of: ModelSpec = SPECIFIED) -> Tensor:

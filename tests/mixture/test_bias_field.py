@@ -132,7 +132,7 @@ def test_em_with_a_field_never_raises_the_nll(shape, covariance, spatial):
     image, resp, mask, _ = scene(shape, noise=0.2)
     start = (0.6 * resp + 0.4 / len(MEANS)) * mask
     options = {"covariance": covariance, "degree": 3, "max_iter": 60, "tol": 0.0}
-    found = em.fit(image, mask, start, spatial=spatial, **options).diagnostics
+    found = em.fit_em(image, mask, start, spatial=spatial, **options).diagnostics
     assert int(found.reseeded.sum()) == 0
     assert (found.trace.diff(dim=0) <= 1e-9).all()
     assert (found.trace[-1] < found.trace[0]).all()
@@ -142,11 +142,11 @@ def test_em_with_a_field_never_raises_the_nll(shape, covariance, spatial):
 def test_an_unshaded_image_has_next_to_no_field_and_a_shaded_one_its_own(shape):
     image, resp, mask, _ = scene(shape, strength=0.0, noise=0.1)
     start = (0.6 * resp + 0.4 / len(MEANS)) * mask
-    above = (em.fit(image, mask, start, degree=3).mixture.field - 1)[mask.expand_as(image) > 0].abs()
+    above = (em.fit_em(image, mask, start, degree=3).mixture.field - 1)[mask.expand_as(image) > 0].abs()
     assert above.square().mean().sqrt() < 0.01
     assert above.max() < 0.03  # at the rim
     image, _, _, planted = scene(shape, strength=0.35, noise=0.1)
-    found = em.fit(image, mask, start, degree=3, covariance="full").mixture.field
+    found = em.fit_em(image, mask, start, degree=3, covariance="full").mixture.field
     assert (found / planted - 1).abs().max() < 0.03
 
 
@@ -154,7 +154,7 @@ def test_a_field_makes_the_labels_right_again():
     image, resp, mask, _ = scene((40, 36), noise=0.2)
     start, inside = (0.4 * resp + 0.6 / len(MEANS)) * mask, mask[:, 0] > 0
     right = [
-        (em.fit(image[:, :1], mask, start, degree=degree).resp.argmax(1) == resp.argmax(1))[inside].double().mean()
+        (em.fit_em(image[:, :1], mask, start, degree=degree).resp.argmax(1) == resp.argmax(1))[inside].double().mean()
         for degree in (0, 2)
     ]
     assert right[1] > 0.97

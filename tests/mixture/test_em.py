@@ -58,7 +58,7 @@ def test_a_gmm_is_scikit_learns_from_the_same_start(covariance, shape):
     image, mask, _ = scene(shape, blur=2.5)
     start = soft_start(image, mask)
     floor = 1e-6 / em.variance_inside(image.flatten(2), mask.flatten(2)).mean().item()
-    fit = em.fit(image, mask, start, covariance=covariance, tol=1e-10, max_iter=3000, floor=floor)
+    fit = em.fit_em(image, mask, start, covariance=covariance, tol=1e-10, max_iter=3000, floor=floor)
     assert fit.diagnostics.converged.all()
     for b in range(len(image)):
         inside = mask[b, 0] > 0
@@ -79,7 +79,7 @@ def test_a_gmm_is_scikit_learns_from_the_same_start(covariance, shape):
 def test_planted_parameters_are_found_and_the_parts_of_a_fit_belong_together(covariance, spatial, shape):
     image, mask, labels = scene(shape)
     start = soft_start(image, mask)
-    fit = em.fit(image, mask, start, covariance=covariance, spatial=spatial)
+    fit = em.fit_em(image, mask, start, covariance=covariance, spatial=spatial)
     found = fit.diagnostics
     assert found.converged.all()
     assert not found.collapsed.any()
@@ -107,7 +107,7 @@ def test_planted_parameters_are_found_and_the_parts_of_a_fit_belong_together(cov
 @each_covariance
 def test_em_never_raises_the_nll(covariance, spatial, seed, blur):
     image, mask, _ = scene(seed=seed, blur=blur)
-    fit = em.fit(image, mask, soft_start(image, mask, seed=seed), covariance=covariance, spatial=spatial).diagnostics
+    fit = em.fit_em(image, mask, soft_start(image, mask, seed=seed), covariance=covariance, spatial=spatial).diagnostics
     steps = fit.trace.diff(dim=0)[:, fit.reseeded == 0]
     assert steps.numel() == 0 or steps.max() < 1e-7
 
@@ -118,12 +118,12 @@ def test_a_batch_is_its_images_one_by_one(covariance, spatial):
     image, mask, _ = scene(batch=3, blur=2.0)
     mask[1, ..., 5:] = 0
     start = soft_start(image, mask)
-    together = em.fit(image, mask, start, covariance=covariance, spatial=spatial)
+    together = em.fit_em(image, mask, start, covariance=covariance, spatial=spatial)
     _, trace, iterations, *_ = together.diagnostics
     assert len(iterations.unique()) > 1  # so that they end at their own time
     for b, n in enumerate(iterations):
         one = slice(b, b + 1)
-        alone = em.fit(image[one], mask[one], start[one], covariance=covariance, spatial=spatial)
+        alone = em.fit_em(image[one], mask[one], start[one], covariance=covariance, spatial=spatial)
         assert_same(alone, row(together, b), rtol=1e-7, atol=1e-7)
         torch.testing.assert_close(trace[: n + 1, b], alone.diagnostics.trace[:, 0])
         assert (trace[n:, b] == trace[n, b]).all()
@@ -134,12 +134,12 @@ def test_a_batch_is_its_images_one_by_one(covariance, spatial):
 def test_permuting_components_permutes_the_result_and_one_iteration_is_not_convergence(covariance, spatial):
     image, mask, _ = scene(blur=2.0)
     order = [2, 0, 1]
-    plain = em.fit(image, mask, soft_start(image, mask), covariance=covariance, spatial=spatial)
-    mixed = em.fit(image, mask, soft_start(image, mask)[:, order], covariance=covariance, spatial=spatial)
+    plain = em.fit_em(image, mask, soft_start(image, mask), covariance=covariance, spatial=spatial)
+    mixed = em.fit_em(image, mask, soft_start(image, mask)[:, order], covariance=covariance, spatial=spatial)
     torch.testing.assert_close(mixed.resp, plain.resp[:, order])
     torch.testing.assert_close(mixed.mixture.means, plain.mixture.means[:, order])
     torch.testing.assert_close(mixed.diagnostics.nll, plain.diagnostics.nll)
-    stopped = em.fit(image, mask, soft_start(image, mask), covariance=covariance, spatial=spatial, max_iter=1)
+    stopped = em.fit_em(image, mask, soft_start(image, mask), covariance=covariance, spatial=spatial, max_iter=1)
     assert not stopped.diagnostics.converged.any()
     assert (stopped.diagnostics.iterations.tolist(), len(stopped.diagnostics.trace)) == ([1, 1], 2)
 
@@ -155,7 +155,9 @@ def test_scaling_or_shifting_an_intensity_leaves_resp_alone(covariance, spatial,
     other[:, 0] = scale * other[:, 0] + shift
     if covariance == "spherical":  # one variance for all sequences: only a scale that they share is harmless
         other[:, 1] = scale * other[:, 1]
-    a, b = (em.fit(x, mask, start, covariance=covariance, spatial=spatial, tol=0, max_iter=20) for x in (image, other))
+    a, b = (
+        em.fit_em(x, mask, start, covariance=covariance, spatial=spatial, tol=0, max_iter=20) for x in (image, other)
+    )
     torch.testing.assert_close(a.resp, b.resp, rtol=0, atol=1e-6)
 
 
@@ -167,14 +169,14 @@ def test_the_dtype_follows_the_image(spatial, dtype, mask_dtype):
     image, mask = image.to(dtype), mask.to(mask_dtype)
     start = kmeans_start(image, mask, K, generator=seeded())
     assert start.dtype == means_start(image, mask.to(dtype), CENTRES).dtype == dtype
-    fit = em.fit(image, mask, start, spatial=spatial)
+    fit = em.fit_em(image, mask, start, spatial=spatial)
     assert {part.dtype for part in parts(fit) if part.is_floating_point()} == {dtype}
 
 
 def test_float32_agrees_with_float64_even_far_from_zero():
     image, mask, _ = scene()
-    near = em.fit(image, mask, soft_start(image, mask))
-    far = em.fit((image + 1000).float(), mask, soft_start(image, mask))
+    near = em.fit_em(image, mask, soft_start(image, mask))
+    far = em.fit_em((image + 1000).float(), mask, soft_start(image, mask))
     assert (near.resp.argmax(1) == far.resp.argmax(1)).double().mean() > 0.999
     torch.testing.assert_close(far.diagnostics.nll.double(), near.diagnostics.nll, rtol=0, atol=1e-3)
 
@@ -183,7 +185,7 @@ def test_float32_agrees_with_float64_even_far_from_zero():
 def test_the_maps_of_an_svgmm_tend_to_zero_and_one(shape):
     image, mask, _ = scene(shape, blur=2.0)
     fit, plain = (
-        em.fit(image, mask, soft_start(image, mask), spatial=spatial, tol=1e-8, max_iter=5000)
+        em.fit_em(image, mask, soft_start(image, mask), spatial=spatial, tol=1e-8, max_iter=5000)
         for spatial in (True, False)
     )
     assert fit.mixture.weights.shape == (2, K, *shape)
@@ -198,7 +200,7 @@ def test_an_svgmm_leaves_a_hard_start():
     wrong = labels.clone()
     shuffled = torch.rand(labels.shape, generator=seeded(1)) < 0.3
     wrong[shuffled] = (labels[shuffled] + 1) % K
-    fit = em.fit(image, mask, labels_start(wrong, mask, K), spatial=True)
+    fit = em.fit_em(image, mask, labels_start(wrong, mask, K), spatial=True)
     right = (fit.resp.argmax(1, keepdim=True) == labels)[mask > 0].double().mean()
     assert right > 0.97  # it began at 0.7
 
@@ -247,7 +249,7 @@ def test_known_means_attract_their_voxels_in_their_order():
     assert torch.equal(found[mask > 0], labels[mask > 0])
     each = means_start(image, mask, torch.stack([CENTRES, CENTRES[order]]))
     torch.testing.assert_close(each[1], start[1])
-    fit = em.fit(image, mask, start)
+    fit = em.fit_em(image, mask, start)
     torch.testing.assert_close(fit.mixture.means, CENTRES[order].expand(2, -1, -1), rtol=0, atol=0.3)
 
 
@@ -270,7 +272,7 @@ def test_of_restarts_the_best_is_kept_for_each_image(covariance, spatial):
     starts = torch.stack([kmeans_start(image, mask, K, generator=seeded(s)) for s in range(4)])
     starts[0] = torch.rand(starts[0].shape, generator=seeded(9), dtype=torch.float64) * mask
     starts[0] /= starts[0].sum(1, keepdim=True).clamp_min(1e-9)
-    fit = functools.partial(em.fit, image, mask, covariance=covariance, spatial=spatial, max_iter=30)
+    fit = functools.partial(em.fit_em, image, mask, covariance=covariance, spatial=spatial, max_iter=30)
     best, alone = fit(starts), [fit(start) for start in starts]
     scores = torch.stack([one.diagnostics.nll for one in alone])
     assert (scores.amax(0) > scores.amin(0)).any()
@@ -284,7 +286,7 @@ def test_of_restarts_the_best_is_kept_for_each_image(covariance, spatial):
 @each_covariance
 def test_a_collapsed_component_is_moved_and_reported(covariance, spatial):
     image, mask, labels = scene()
-    fit = functools.partial(em.fit, mask=mask, covariance=covariance, spatial=spatial)
+    fit = functools.partial(em.fit_em, mask=mask, covariance=covariance, spatial=spatial)
     # Component 2 begins empty in the second image, its voxels are given to 1.
     merged = labels.clone()
     merged[1] = torch.where(labels[1] == 2, 1, labels[1])
@@ -303,7 +305,7 @@ def test_a_collapsed_component_is_moved_and_reported(covariance, spatial):
 
 def test_two_components_lost_at_once_do_not_become_twins():
     image, mask, labels = scene()
-    fit = em.fit(image, mask, labels_start(torch.zeros_like(labels), mask, K), spatial=True)
+    fit = em.fit_em(image, mask, labels_start(torch.zeros_like(labels), mask, K), spatial=True)
     assert (fit.diagnostics.reseeded >= 1).all()
     assert (fit.mixture.means[:, 1] - fit.mixture.means[:, 2]).norm(dim=-1).min() > 1
 
@@ -317,7 +319,7 @@ def test_fewer_distinct_values_than_components(covariance, spatial, values):
         image = 0.1 * (labels % values).to(dtype).expand(-1, M, -1, -1) + 0.1
         start = kmeans_start(image, mask, K, generator=seeded())
         assert torch.equal(start.sum(1, keepdim=True), mask.to(dtype))
-        fit = em.fit(image, mask, start, covariance=covariance, spatial=spatial)
+        fit = em.fit_em(image, mask, start, covariance=covariance, spatial=spatial)
         assert is_finite(fit)
         torch.testing.assert_close(fit.resp.sum(1, keepdim=True), mask.to(dtype))
         assert (fit.diagnostics.reseeded > 0).all()
@@ -328,7 +330,7 @@ def test_a_component_that_nothing_revives_is_reported(spatial):
     """Half the voxels are 0, half are 1, and no third value exists: a third component can win no voxel for itself."""
     image = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat(50).reshape(1, 1, 100)
     mask = torch.ones_like(image)
-    fit = em.fit(image, mask, labels_start(image.long(), mask, 3), spatial=spatial)
+    fit = em.fit_em(image, mask, labels_start(image.long(), mask, 3), spatial=spatial)
     assert is_finite(fit)
     assert fit.diagnostics.reseeded[0] >= 1
     assert torch.equal(fit.diagnostics.collapsed, fit.resp.sum(-1) < MIN_VOXELS)
@@ -346,7 +348,7 @@ def test_masks_of_fewer_voxels_than_components(covariance, spatial, voxels):
         labels_start(torch.zeros_like(labels), mask, 5),
         means_start(image, mask, torch.randn(5, M, generator=seeded())),
     ):
-        fit = em.fit(image, mask, start, covariance=covariance, spatial=spatial)
+        fit = em.fit_em(image, mask, start, covariance=covariance, spatial=spatial)
         assert is_finite(fit)
         torch.testing.assert_close(fit.resp.sum(1, keepdim=True), mask)
 
@@ -363,14 +365,14 @@ def test_what_lies_outside_the_mask_never_reaches_the_fit(covariance, spatial, o
         lambda x: means_start(x, mask, CENTRES),
         lambda x: torch.where(mask > 0, soft_start(image, mask), outside),
     ):
-        clean, other = (em.fit(x, mask, begin(x), covariance=covariance, spatial=spatial) for x in (image, dirty))
+        clean, other = (em.fit_em(x, mask, begin(x), covariance=covariance, spatial=spatial) for x in (image, dirty))
         assert_same(other, clean)
         assert is_finite(clean)
 
 
 def test_one_component_is_the_sample_mean_and_variance():
     image, mask, _ = scene()
-    fit = em.fit(image, mask, mask.clone(), floor=0.0)
+    fit = em.fit_em(image, mask, mask.clone(), floor=0.0)
     assert fit.diagnostics.converged.all()
     for b in range(len(image)):
         voxels = image[b][:, mask[b, 0] > 0]

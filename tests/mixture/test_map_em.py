@@ -15,7 +15,8 @@ from torch import Tensor
 from monai_deepgmm.mixture import map_em
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.mixture.gaussian import Mixture, e_step, m_step
-from monai_deepgmm.mixture.map_em import DensityModel, Prior, SpatialPrior, fit, standardised
+from monai_deepgmm.mixture.map_em import DensityModel, Prior, SpatialPrior, standardised
+from monai_deepgmm.mixture.map_em import fit_map_em as fit
 from monai_deepgmm.mixture.smoothing import smooth
 
 K, M = 3, 2

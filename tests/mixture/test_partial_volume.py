@@ -15,7 +15,8 @@ from monai_deepgmm.mixture import bias_field, lattice
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.mixture.gaussian import Mixture
 from monai_deepgmm.mixture.mixels import BLUR, NODES, mixing, nodes
-from monai_deepgmm.mixture.partial_volume import PATCH_MM, Model, bic_penalty, fit
+from monai_deepgmm.mixture.partial_volume import PATCH_MM, Model, bic_penalty
+from monai_deepgmm.mixture.partial_volume import fit_partial_volume as fit
 
 BORDERS = ((0, 1), (1, 2))
 UNSHADED = Model(BORDERS, degree=0)

@@ -54,7 +54,9 @@ def scene(shape=(40, 44), *, batch=1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def descend(image: Tensor, mask: Tensor, start: Tensor, **options) -> Fit:
     context = options.pop("context", image[:, :0])
-    return descent.fit(image, mask, start, context, **({"network": tiny, "seed": 0, "descent": QUICK} | options))
+    return descent.fit_network(
+        image, mask, start, context, **({"network": tiny, "seed": 0, "descent": QUICK} | options)
+    )
 
 
 def dice(resp: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ def test_every_covariance_is_fitted_at_the_images_border_too(spatial, covariance
     assert enclosing(mask, margin=descent.MARGIN, multiple=descent.MULTIPLE)[0].start < 0
     fit = descend(image, mask, start, spatial=spatial, covariance=covariance)
     assert dice(fit.resp, mask, labels).min() > 0.9
-    peer = em.fit(image, mask, start, spatial=spatial, covariance=covariance)
+    peer = em.fit_em(image, mask, start, spatial=spatial, covariance=covariance)
     assert fit.mixture.covariances.shape == peer.mixture.covariances.shape
 
 
@@ -129,7 +131,7 @@ def test_the_result_is_shaped_as_ems_and_nothing_that_is_given_is_changed(spatia
     assert all(torch.equal(part, copy) for part, copy in zip(given, copies, strict=True))
     assert fit.diagnostics.iterations.tolist() == [QUICK.steps] * 2
     assert fit.diagnostics.reseeded is None
-    peer = em.fit(image, mask, start, spatial=spatial, max_iter=QUICK.steps, tol=-torch.inf)
+    peer = em.fit_em(image, mask, start, spatial=spatial, max_iter=QUICK.steps, tol=-torch.inf)
     peer = peer._replace(diagnostics=peer.diagnostics._replace(reseeded=None))
     for ours, theirs in zip(parts(fit), parts(peer), strict=True):
         assert (ours.shape, ours.dtype, ours.requires_grad) == (theirs.shape, theirs.dtype, False)

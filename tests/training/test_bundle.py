@@ -21,7 +21,7 @@ from monai_deepgmm import cli, commands
 from monai_deepgmm.cli import main
 from monai_deepgmm.methods import config, model_spec, trained_network
 from monai_deepgmm.methods.model_spec import WEIGHTS
-from monai_deepgmm.methods.trained_network import fit
+from monai_deepgmm.methods.trained_network import apply_network
 from monai_deepgmm.patients import discovery
 from monai_deepgmm.phantom import heart
 from monai_deepgmm.results.segment import segment
@@ -126,7 +126,9 @@ def test_the_loaded_network_gives_the_same_labels(patients, trained, results, ki
 
     def made(network) -> np.ndarray:
         def inferer(images):
-            return fit(network, spec, images.image, images.mask, spacing_mm=images.spacing_mm, posterior=False)
+            return apply_network(
+                network, spec, images.image, images.mask, spacing_mm=images.spacing_mm, posterior=False
+            )
 
         return segment(study, asked, inferer=inferer).labels
 

@@ -159,7 +159,7 @@ def test_what_is_lacking_is_shown_as_0_and_its_tissues_are_added_up(unseen, trai
     w = trained_network.weights(of, spec, given, mask, spacing_mm=(1.5, 1.5)) * mask
     merged = torch.stack([w[:, 0], w[:, 1], w[:, 2] + w[:, 3]], 1)  # without LGE, scar is edema
     merge = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]])
-    fit = trained_network.fit(
+    fit = trained_network.apply_network(
         of, spec, image, mask, spacing_mm=(1.5, 1.5), posterior=False, sequences=("T2",), merge=merge
     )
     torch.testing.assert_close(fit.resp, merged)

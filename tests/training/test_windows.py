@@ -193,7 +193,7 @@ def test_windows_give_what_the_whole_gives_where_a_network_looks_at_voxels(dims)
     windowed = dataclasses.replace(VOLUME, spatial_dims=dims, size=(64,) * dims, window=(32,) * dims)
     networks, fits = [Recorded(3, 3), Recorded(3, 3)], []
     for network, spec in zip(networks, (windowed, dataclasses.replace(windowed, window=None)), strict=True):
-        fits.append(trained_network.fit(network, spec, image, mask, spacing_mm=(1.0,) * dims))
+        fits.append(trained_network.apply_network(network, spec, image, mask, spacing_mm=(1.0,) * dims))
     assert [network.seen for network in networks] == [{(32,) * dims}, {(96, 64, 64)[:dims]}]
     torch.testing.assert_close(fits[0].resp, fits[1].resp, rtol=0, atol=1e-5)
     torch.testing.assert_close(fits[0].mixture.means, fits[1].mixture.means)
