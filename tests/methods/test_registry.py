@@ -166,7 +166,9 @@ def test_without_a_field_the_zero_does_not_matter(method):
 def asked_of(monkeypatch: pytest.MonkeyPatch, given: Images, *settings: str) -> partial_volume.Model:
     """The model that the method asks for."""
     seen, original = [], partial_volume.fit_partial_volume
-    monkeypatch.setattr(partial_volume, "fit", lambda *some, **named: seen.append(some[-1]) or original(*some, **named))
+    monkeypatch.setattr(
+        partial_volume, "fit_partial_volume", lambda *some, **named: seen.append(some[-1]) or original(*some, **named)
+    )
     solve(given, None, "max_iter=2", *settings)
     return seen[0]
 
