@@ -419,6 +419,11 @@ def test_a_phantom_patient(tmp_path, ill):
         assert seen["regions"]
         assert bool(seen["slices"]) == ill
         assert seen["criteria"] == dataclasses.asdict(tissue.criteria)
+    assert told["edema"]["patient"] is None
+    patient = told["scar"]["patient"]
+    assert patient["present"] or not ill
+    assert patient["needed"] == INFARCT.anatomy.enhancement.evidence
+    assert set(patient) == {"present", "evidence", "needed", "separation", "needed_separation", "level"}
     everything = segment(study, build(settings={"presence": False}))
     assert everything.sidecar["presence"] is None
     assert {1, 2, 3, 4} <= set(np.unique(everything.labels).tolist())
