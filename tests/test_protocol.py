@@ -75,10 +75,12 @@ def test_infarct_says_what_to_look_for_where_tissues_are_and_what_they_must_show
 def test_brain():
     brain = protocol.load("brain")
     assert brain.sequences == ("T1", "T2", "FLAIR")
-    assert [(t.index, t.name) for t in brain.tissues] == [(1, "GM"), (2, "WM"), (3, "CSF")]
+    assert [(t.index, t.name) for t in brain.tissues] == [(1, "GM"), (2, "WM"), (3, "CSF"), (4, "lesion")]
     assert (brain.required, brain.normalisation) == (("T1",), "zscore-volume-mask")
-    assert (brain.percent_name, brain.percent_of) == ("mask", ("GM", "WM", "CSF"))
+    assert (brain.percent_name, brain.percent_of) == ("mask", ("GM", "WM", "CSF", "lesion"))
     assert (brain.anatomy, brain.borders) == (None, (("CSF", "GM"), ("GM", "WM")))
+    assert brain.anchored == ("GM", "WM")
+    assert [t.name for t in brain.components(brain.sequences)] == ["GM", "WM", "CSF"]
     for tissue in brain.tissues:
         assert (tissue.level, tissue.share, tissue.criteria, tissue.density_g_per_ml) == ({}, 1.0, None, None)
 
@@ -111,9 +113,9 @@ def test_every_protocol_is_sound(name):
         ("infarct", ["T2"], ["blood", "myocardium", "edema"], {1: 1, 2: 2, 3: 3, 4: 3}),
         ("infarct", ["LGE"], ["blood", "myocardium", "scar"], {1: 1, 2: 2, 3: 2, 4: 4}),
         ("infarct", [], [], {1: 0, 2: 0, 3: 0, 4: 0}),
-        ("brain", ["T1"], ["GM", "WM", "CSF"], {1: 1, 2: 2, 3: 3}),
-        ("brain", ["FLAIR", "T1"], ["GM", "WM", "CSF"], {1: 1, 2: 2, 3: 3}),
-        ("brain", ["T1", "T2"], ["GM", "WM", "CSF"], {1: 1, 2: 2, 3: 3}),
+        ("brain", ["T1"], ["GM", "WM", "CSF"], {1: 1, 2: 2, 3: 3, 4: 2}),
+        ("brain", ["FLAIR", "T1"], ["GM", "WM", "CSF", "lesion"], {1: 1, 2: 2, 3: 3, 4: 4}),
+        ("brain", ["T1", "T2"], ["GM", "WM", "CSF"], {1: 1, 2: 2, 3: 3, 4: 2}),
     ],
 )
 def test_a_missing_sequence_takes_its_tissues_away(name, sequences, seen, merged):
