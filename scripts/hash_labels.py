@@ -10,6 +10,7 @@ the hash of the voxels' labels, whatever their file's compression. OUT is filled
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import shutil
 import sys
@@ -35,7 +36,7 @@ def hashes(run: str, out: Path) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Segments everything and prints the table."""
+    """Segments everything and prints the table; the exit code."""
     parser = runner.parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--hearts", type=int, default=6, help="phantoms of hearts")
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", action="append", default=[], metavar="DIR[:PROTOCOL[:MASK]]")
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args(argv)
+    return runner.ended("hash_labels", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Every method on the phantoms, then the folders."""
     shutil.rmtree(options.out, ignore_errors=True)
     hearts, brains = options.out / "hearts", options.out / "brains"
     runner.deepgmm("phantom", hearts, "-n", options.hearts)
@@ -50,18 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [(f"heart {name}", hearts, ["--method", name]) for name in HEARTS]
     runs += [(f"brain {name}", brains, [*BRAIN, *words]) for name, words in BRAINS.items()]
     for given in options.folder:
-        folder, name, mask = [*given.split(":"), "", ""][:3]
-        words = ["--protocol", name or "infarct", *(["--mask", mask] if mask else [])]
+        folder, wanted, mask = [*given.split(":"), "", ""][:3]
+        words = ["--protocol", wanted or "infarct", *(["--mask", mask] if mask else [])]
         runs.append((Path(folder).name, Path(folder), words))
-    for number, (run, folder, words) in enumerate(runs):
+    for number, (name, folder, words) in enumerate(runs):
         target = options.out / str(number)
         try:
             runner.deepgmm("segment", folder, target, "-q", "--jobs", options.jobs, *words)
         except runner.StageError as error:
             print(error, file=sys.stderr)
         if target.is_dir():
-            print("\n".join(hashes(run, target)), flush=True)
-    return 0
+            print("\n".join(hashes(name, target)), flush=True)
 
 
 if __name__ == "__main__":
