@@ -161,7 +161,7 @@ def studies(folder: Path, mask: str | None = None) -> Sequence[Study]:
 
 SETS: Mapping[str, Set] = {
     "openms": Set(
-        "Open MS: T1, T2, FLAIR, by `pvgmm`", "no", partial(studies, mask="nonzero"), against_itself, agreement_figures
+        "Open MS: T1, T2, FLAIR, by `pvgmm`", "yes", partial(studies, mask="nonzero"), against_itself, agreement_figures
     ),
     "oasis": Set("OASIS: T1, by `pvgmm`", "yes", oasis, against_labels, tissue_figures),
     "phantom_brains": Set(

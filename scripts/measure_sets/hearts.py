@@ -225,7 +225,7 @@ SETS: Mapping[str, Set] = {
         complete_slices,
     ),
     "emidec": Set(
-        "EMIDEC: LGE alone, by `anatomy`", "no", partial(studies, layout="emidec"), lge_alone, infarct_or_normal
+        "EMIDEC: LGE alone, by `anatomy`", "yes", partial(studies, layout="emidec"), lge_alone, infarct_or_normal
     ),
     "phantom_hearts": Set(
         "phantoms: LGE, T2, bSSFP, by `anatomy`",
