@@ -193,9 +193,14 @@ class Protocol:
         """Those of them that are components of a mixture."""
         return tuple(t for t in self.visible(sequences) if t.hyperintense is None)
 
-    def merged(self, sequences: Sequence[str]) -> dict[int, int]:
-        """Each tissue's index → the index it bears when only these sequences are present."""
-        seen = {t.name for t in self.visible(sequences)}
+    def merged(self, sequences: Sequence[str], *, components: bool = False) -> dict[int, int]:
+        """Each tissue's index → the index it bears when only these sequences are present.
+
+        Args:
+            sequences: those that are present.
+            components: whether only components of a mixture bear an index.
+        """
+        seen = {t.name for t in (self.components if components else self.visible)(sequences)}
         mapping = {}
         for tissue in self.tissues:
             target = tissue

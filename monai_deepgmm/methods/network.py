@@ -98,6 +98,6 @@ class TrainedConfig:
 
 def _merge(protocol: Protocol, known: tuple[str, ...], present: tuple[str, ...]) -> Tensor:
     """Which of the tissues that the known sequences show make up each that the present ones show ``(T, K)``."""
-    target = protocol.merged(present)
+    target = protocol.merged(present, components=True)
     shown, all_of_them = protocol.components(present), protocol.components(known)
     return torch.tensor([[float(target[t.index] == mine.index) for t in all_of_them] for mine in shown])

@@ -184,7 +184,7 @@ def _marked(patient: Patient, protocol: Protocol, sequences: tuple[str, ...]) ->
     marked = torch.zeros_like(patient.crops.mask, dtype=torch.float32)
     if patient.labels is not None:
         shown = [t.index for t in protocol.components(sequences)]
-        for index, merged in protocol.merged(sequences).items():
+        for index, merged in protocol.merged(sequences, components=True).items():
             marked[:, 0][patient.labels == index] = shown.index(merged) + 1 if merged in shown else 0
     return marked
 
