@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import resampling as view
+from monai_deepgmm.images import resampling
 from monai_deepgmm.methods.model_spec import SPEC, WEIGHTS, ModelReference, ModelSpec
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, e_step, m_step, nll
-from monai_deepgmm.networks import registry as networks
+from monai_deepgmm.networks import registry
 from monai_deepgmm.networks.sizes import MULTIPLE
 
 
 def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
     """The network that a specification describes, its weights drawn from a seed."""
-    return networks.fresh(functools.partial(networks.build, spec.network, **_shape(spec)), seed)
+    return registry.fresh(functools.partial(registry.build, spec.network, **_shape(spec)), seed)
 
 
 def tried(spec: ModelSpec) -> nn.Module:
@@ -41,7 +41,7 @@ def tried(spec: ModelSpec) -> nn.Module:
         raise UsageError(f"--network {target}: it has no weights to train")
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            _checked(networks.logits(network.train(), torch.zeros(shape)), torch.zeros(shape), len(spec.tissues))
+            _checked(registry.logits(network.train(), torch.zeros(shape)), torch.zeros(shape), len(spec.tissues))
     except Exception as error:  # whatever a network of the user's own raises
         raise UsageError(f"--network {target}: cannot be run on images of shape {shape} ({reason(error)})") from error
     return network
@@ -49,7 +49,7 @@ def tried(spec: ModelSpec) -> nn.Module:
 
 def complete(spec: ModelSpec) -> dict[str, Any]:
     """The same network's class and arguments, as a bundle's JSON holds them."""
-    return networks.complete(spec.network, **_shape(spec))
+    return registry.complete(spec.network, **_shape(spec))
 
 
 def sides(spec: ModelSpec) -> list[str | int]:
@@ -58,7 +58,7 @@ def sides(spec: ModelSpec) -> list[str | int]:
     Some networks are made for one size, or halve an image of 32 voxels until nothing is left to normalise.
     """
     small = dataclasses.replace(spec, size=(MULTIPLE,) * spec.spatial_dims, window=None)
-    if networks.SIZE not in complete(spec):
+    if registry.SIZE not in complete(spec):
         with contextlib.suppress(UsageError):
             tried(small)
             return [f"{MULTIPLE}*n"] * spec.spatial_dims
@@ -182,21 +182,21 @@ def _weights(
 ) -> Tensor:
     """Of one image ``(1, M, *S)``."""
     # As large as in training, since an instance norm counts the surroundings; larger only where the mask is.
-    needed = view.around(mask, spacing_mm, spec.training.grid_mm).size
+    needed = resampling.around(mask, spacing_mm, spec.training.grid_mm).size
     size = tuple(max(sides) for sides in zip(needed, spec.given, strict=True))
     # A network that is made for one size sees larger images by windows, however it was trained.
-    window = spec.given if spec.window is not None or networks.SIZE in complete(spec) else None
-    through = networks.inferer(None if window == size else window)
-    seen = view.around(mask, spacing_mm, spec.training.grid_mm, size)
+    window = spec.given if spec.window is not None or registry.SIZE in complete(spec) else None
+    through = registry.inferer(None if window == size else window)
+    seen = resampling.around(mask, spacing_mm, spec.training.grid_mm, size)
     try:
-        inside = view.look(mask.float(), seen, nearest=True)
-        given = view.inputs(view.look(image.float(), seen), inside, spec.training.grid_mm)
-        logits = through(given, lambda part: _checked(networks.logits(network, part), part, len(spec.tissues)))
+        inside = resampling.look(mask.float(), seen, nearest=True)
+        given = resampling.inputs(resampling.look(image.float(), seen), inside, spec.training.grid_mm)
+        logits = through(given, lambda part: _checked(registry.logits(network, part), part, len(spec.tissues)))
         output = logits.softmax(1)
     except Exception as error:  # whatever a network of the user's own, or too large an image, raises
         message = f"the network cannot be run on an image of {_sides(size)} voxels ({reason(error)})"
         raise StudyError("E_MODEL", message, "Train another network, or use a method that needs none") from error
-    w = view.back(output, seen).to(image).clamp_min(0)
+    w = resampling.back(output, seen).to(image).clamp_min(0)
     return w / w.sum(1, keepdim=True)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from monai_deepgmm.mixture import bias_field as bias
+from monai_deepgmm.mixture import bias_field
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_joint, m_step, masked_mean
 
@@ -117,7 +117,7 @@ def fit_em(
     packed = _loop(voxels, every, _pack(start, where.repeat(restarts, 1), every), options)
     if degree:
         # From the unshaded fit: a field that is free from the start can take one tissue for another.
-        basis = _pack(bias.basis(mask.to(image.dtype), degree), where, inside).repeat(restarts, 1, 1)
+        basis = _pack(bias_field.basis(mask.to(image.dtype), degree), where, inside).repeat(restarts, 1, 1)
         packed = _loop(voxels, every, packed.resp, options, basis)
     return _unpack(_best(packed, restarts), where, inside, image.shape[2:])
 
@@ -139,7 +139,7 @@ def _loop(image: Tensor, mask: Tensor, start: Tensor, options: _Options, basis: 
         shape = {"covariance": options.covariance, "spatial": options.spatial, "floor": floor[rows]}
         if basis is None or previous is None:
             return m_step(image[rows], resp, mask[rows], **shape)  # type: ignore[arg-type]  # of the right kinds
-        return bias.m_step(image[rows], resp, mask[rows], previous, basis[rows], **shape)  # type: ignore[arg-type]
+        return bias_field.m_step(image[rows], resp, mask[rows], previous, basis[rows], **shape)  # type: ignore[arg-type]
 
     active = torch.arange(batch, device=image.device)
     mixture = maximise(active, start.to(image.dtype))

@@ -20,7 +20,7 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from monai_deepgmm.mixture import bounding_box as boxes
+from monai_deepgmm.mixture import bounding_box
 from monai_deepgmm.networks.sizes import CONTEXT
 
 Example = dict[str, Tensor]
@@ -101,9 +101,9 @@ class RandWindowd(Randomizable, Transform):
         inside = torch.nonzero(mask.flatten()).flatten()
         drawn = int(inside[self.R.randint(len(inside))]) if len(inside) else mask.numel() // 2
         middle = [int(at) for at in torch.unravel_index(torch.tensor(drawn), mask.shape)]
-        window = boxes.around(middle, self.window, mask.shape)
+        window = bounding_box.around(middle, self.window, mask.shape)
         wide = tuple(slice(s.start - more, s.stop + more) for s, more in zip(window, self.around, strict=True))
-        cut = {key: boxes.cut(data[key][None], wide)[0] for key in MAPS if key in data}
+        cut = {key: bounding_box.cut(data[key][None], wide)[0] for key in MAPS if key in data}
         return {**data, **cut}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from monai_deepgmm import protocol as protocols
+from monai_deepgmm import protocol
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import atomic_files
 from monai_deepgmm.methods import trained_network
@@ -104,7 +104,7 @@ def begin(
         (place / part).mkdir(parents=True, exist_ok=True)
         atomic_files.stale_temporaries(place / part)
     atomic_files.write_whole(place / SPEC, prepared.spec.as_json())
-    atomic_files.write_whole(place / PROTOCOL, protocols.as_yaml(plan.protocol).encode())
+    atomic_files.write_whole(place / PROTOCOL, protocol.as_yaml(plan.protocol).encode())
     if isinstance(plan.means, Means):
         atomic_files.write_whole(place / MEANS, plan.means.as_json())
     for name in CONFIGS:

@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import labels
-from monai_deepgmm.images import resampling as view
+from monai_deepgmm.images import labels, resampling
 from monai_deepgmm.images.cropping import Crops
 from monai_deepgmm.images.loading import MIN_VOXELS_PER_TISSUE
 from monai_deepgmm.images.preparation import prepare
@@ -162,10 +161,10 @@ def make(
         where = torch.zeros(len(given), len(visible), *given.shape[2:])
         mine = protocol.components(patient.sequences)
         where[:, [visible.index(t) for t in mine]] = _expected(patient, protocol, teacher).float()
-        seen = view.around(crops.mask, crops.spacing_mm, grid_mm, size)
-        mask = view.look(crops.mask.float(), seen, nearest=True)
-        image = view.inputs(view.look(given, seen), mask, grid_mm)
-        expected = normalised(view.look(where, seen), mask)
+        seen = resampling.around(crops.mask, crops.spacing_mm, grid_mm, size)
+        mask = resampling.look(crops.mask.float(), seen, nearest=True)
+        image = resampling.inputs(resampling.look(given, seen), mask, grid_mm)
+        expected = normalised(resampling.look(where, seen), mask)
         large = mask.flatten(1).sum(1) >= MIN_VOXELS_PER_TISSUE * len(mine)
         parts = {"image": image, "mask": mask, "expected": expected, "seen": shown.expand(len(image), *shown.shape)}
         if shaded:
@@ -173,7 +172,7 @@ def make(
             zero[:, own] = crops.zero.reshape(len(image), len(own), *[1] * len(size)).float()
             parts["zero"] = zero
         if labelled:
-            parts["labels"] = view.look(_marked(patient, protocol, sequences), seen, nearest=True) * mask
+            parts["labels"] = resampling.look(_marked(patient, protocol, sequences), seen, nearest=True) * mask
         rows = range(len(image))
         out[patient.name] = [{key: part[row] for key, part in parts.items()} for row in rows if large[row]]
     return out
@@ -205,7 +204,7 @@ def _expected(patient: Patient, protocol: Protocol, teacher: Teacher | None) -> 
 
 def _size(patients: Sequence[Patient], grid_mm: float) -> tuple[int, ...]:
     """The largest view that any patient asks for."""
-    sizes = [view.around(p.crops.mask, p.crops.spacing_mm, grid_mm).size for p in patients]
+    sizes = [resampling.around(p.crops.mask, p.crops.spacing_mm, grid_mm).size for p in patients]
     return tuple(max(sides) for sides in zip(*sizes, strict=True))
 
 
