@@ -151,7 +151,7 @@ class Protocol:
         anatomy: where tissues can be; None: anywhere in the mask.
         borders: pairs of tissues that touch, so that a voxel may hold both; empty: voxels are of one tissue.
         deeper: pairs of tissues of which the first lies deeper in the mask than the second, on average; a result in
-            which it does not is named with doubt.
+            which it does not is flagged (``W_NAMES``).
         anchored: tissues whose levels and proportions the first sequence alone defines; others only add to it. Empty:
             all sequences are fitted together.
     """

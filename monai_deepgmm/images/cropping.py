@@ -34,7 +34,7 @@ class Crops(NamedTuple):
         corners: (B, 3) where each image's first voxel lies in the scan; may be negative.
         scan_shape: (X, Y, Z).
         zero: (B, M) what the scan's 0 has become: no signal, which a field that multiplies intensities leaves alone.
-        measured: (B, M, *S) where each sequence has a value to be believed (``measured.measured``).
+        measured: (B, M, *S) where each sequence has a usable value (``measured.measured``).
     """
 
     image: Tensor

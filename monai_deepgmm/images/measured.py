@@ -17,7 +17,7 @@ TAIL, REACH = 0.01, 2.0
 
 
 def measured(image: Tensor, mask: Tensor) -> Tensor:
-    """Where each sequence holds a value that can be believed.
+    """Where each sequence holds a usable value.
 
     A value v counts if it is not exactly 0 and ``m − 2 (m − q₁) ≤ v ≤ m + 2 (q₉₉ − m)`` with m the median, q₁ and q₉₉
     the quantiles of 1 and 99 % of what is not 0 inside the mask.

@@ -71,7 +71,7 @@ def _regions(resp: Tensor, index: int, images: Images, known: list[Tissue], rule
     mask = images.mask[index, 0].cpu().numpy() > 0
     channel = images.sequences.index(rule.sequence)
     seen = mask if images.measured is None else images.measured[index, channel].cpu().numpy() & mask
-    # What is too bright for any tissue counts as bright, though it was not believed in the fit.
+    # What is too bright for any tissue counts as bright, though the fit left it out.
     smooth = _smoothed(images.image[index, channel].cpu().numpy(), mask, images.spacing_mm)
     labels = resp.argmax(0).cpu().numpy()
     names = [t.name for t in known]

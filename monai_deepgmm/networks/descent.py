@@ -1,7 +1,7 @@
 """deepG and deepSVG on one image: a network fitted to it takes the place of the E-step (S §3, Alg. 3).
 
 The parts are those of EM: start, step, loop, result, and the result is the same ``Fit``. A start is responsibilities
-here too: the network is first taught to give them, so that its outputs begin in an order that means something.
+here too: the network is first trained to give them, so that its outputs begin in an order that means something.
 """
 
 from __future__ import annotations

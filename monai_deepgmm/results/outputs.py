@@ -182,8 +182,8 @@ def write(
     if config.probabilities:
         maps = place / f"{name}_probseg.nii.gz"
         nifti.write_probabilities(maps, segmentation.probabilities, like=segmentation.reference)
-        doubt = uncertainty.entropy(segmentation.probabilities)
-        nifti.write_map(place / f"{name}_entropy.nii.gz", doubt, like=segmentation.reference)
+        entropy = uncertainty.entropy(segmentation.probabilities)
+        nifti.write_map(place / f"{name}_entropy.nii.gz", entropy, like=segmentation.reference)
     if config.fields:
         for sequence, field in segmentation.fields.items():
             both = (field, segmentation.images[sequence] / field)
