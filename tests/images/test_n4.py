@@ -12,7 +12,6 @@ import pytest
 import SimpleITK
 import torch
 from conftest import AFFINE, save
-from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS, Spec
 from numpy.typing import NDArray
 
 from monai_deepgmm import protocol
@@ -22,6 +21,7 @@ from monai_deepgmm.images import n4
 from monai_deepgmm.methods import naming as tissues
 from monai_deepgmm.methods import trained_network as model
 from monai_deepgmm.methods.config import build
+from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS, Spec
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.results import outputs
 from monai_deepgmm.results.segment import segment

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai_deepgmm.networks.model_spec import CONTEXT
 from torch import Tensor
 
 from monai_deepgmm.images import resampling as view
+from monai_deepgmm.networks.model_spec import CONTEXT
 
 
 def box(shape: tuple[int, ...], *sides: slice) -> Tensor:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ckpt_export, create_workflow, load, verify_net_in_out
-from monai_deepgmm.networks.model_spec import WEIGHTS
 
 from monai_deepgmm import cli, commands, protocol
 from monai_deepgmm.cli import main
 from monai_deepgmm.methods import config
 from monai_deepgmm.methods import trained_network as model
 from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.networks.model_spec import WEIGHTS
 from monai_deepgmm.patients import discovery as cohort
 from monai_deepgmm.phantom import heart as phantom
 from monai_deepgmm.results import segment

@@ -10,7 +10,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai_deepgmm.networks.model_spec import SPEC
 
 from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
@@ -20,6 +19,7 @@ from monai_deepgmm.methods import registry as solvers
 from monai_deepgmm.methods import trained_network as model
 from monai_deepgmm.mixture.gaussian import m_step
 from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.networks.model_spec import SPEC
 from monai_deepgmm.patients import discovery as cohort
 from monai_deepgmm.results import segment
 from monai_deepgmm.training import dataset as examples

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai_deepgmm.networks.model_spec import WEIGHTS
 from torch import nn
 
 from monai_deepgmm import protocol
@@ -27,6 +26,7 @@ from monai_deepgmm.images import atomic_files as files
 from monai_deepgmm.methods import trained_network as model
 from monai_deepgmm.networks import model_spec as spec
 from monai_deepgmm.networks.gmm_loss import GMMLoss, TotalLoss
+from monai_deepgmm.networks.model_spec import WEIGHTS
 from monai_deepgmm.networks.nll_loss import MeanPrior, MixtureNLL, Staged
 from monai_deepgmm.patients import discovery as cohort
 from monai_deepgmm.training import dataset as examples

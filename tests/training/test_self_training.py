@@ -11,7 +11,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from monai.bundle import create_workflow
-from monai_deepgmm.networks.model_spec import WEIGHTS
 
 from monai_deepgmm import protocol
 from monai_deepgmm.cli import main
@@ -19,6 +18,7 @@ from monai_deepgmm.errors import UsageError
 from monai_deepgmm.methods import config
 from monai_deepgmm.methods import registry as solvers
 from monai_deepgmm.networks import model_spec as spec
+from monai_deepgmm.networks.model_spec import WEIGHTS
 from monai_deepgmm.patients import discovery as cohort
 from monai_deepgmm.results import segment
 from monai_deepgmm.training import bundle as bundled

@@ -12,7 +12,6 @@ import pytest
 import torch
 from monai.bundle import create_workflow
 from monai.inferers import SimpleInferer
-from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS, Spec
 from torch import nn
 
 from monai_deepgmm import protocol
@@ -21,6 +20,7 @@ from monai_deepgmm.errors import UsageError
 from monai_deepgmm.methods import trained_network as model
 from monai_deepgmm.networks import model_spec as spec
 from monai_deepgmm.networks import registry as networks
+from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS, Spec
 from monai_deepgmm.patients import discovery as cohort
 from monai_deepgmm.phantom import brain as phantom_brain
 from monai_deepgmm.phantom.brain import BrainConfig
