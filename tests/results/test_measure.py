@@ -49,8 +49,8 @@ def test_brain_is_measured_against_the_mask_and_has_no_mass():
     mask = labels > 0
     mask[9, 9, 0] = mask[9, 8, 0] = True  # two voxels of the mask that bear no label
     rows = measure(segmentation(labels, name="brain", mask=mask))
-    assert [r.mass_g for r in rows] == [None, None, None]
-    assert [r.percent for r in rows] == pytest.approx([100 * n / 82 for n in (20, 50, 10)])
+    assert [r.mass_g for r in rows] == [None] * 4
+    assert [r.percent for r in rows] == pytest.approx([100 * n / 82 for n in (20, 50, 10, 0)])
     assert measure_slices(segmentation(labels, name="brain", mask=mask)) == []  # one image has no slices of its own
 
 
