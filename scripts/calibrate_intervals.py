@@ -64,7 +64,8 @@ def volumes(method: str, seed: int, number: int, out: Path) -> dict[str, list[Vo
         for name, one in told.items():
             count = int((marked == wanted.tissue(name).index).sum()) * reference.voxel_ml
             found[name].append(Volume(count, one["volume_ml"], one["sd_ml"], mask_ml))
-    return {name: rows for name, rows in found.items() if rows}
+    # Of a tissue that no phantom has, nothing can be said.
+    return {name: rows for name, rows in found.items() if any(row.reference_ml for row in rows)}
 
 
 def reaches(rows: Sequence[Volume]) -> tuple[float, float]:

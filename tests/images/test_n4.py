@@ -20,7 +20,6 @@ from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import n4
 from monai_deepgmm.methods import model_spec, naming
 from monai_deepgmm.methods.config import build
-from monai_deepgmm.networks.model_spec import SPEC, WEIGHTS, Spec
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.results import outputs
 from monai_deepgmm.results.segment import segment

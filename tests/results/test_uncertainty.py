@@ -127,8 +127,9 @@ def test_a_method_that_was_not_measured_has_no_interval():
 @pytest.mark.parametrize(("name", "method"), [("infarct", "anatomy"), ("infarct", "svgmm"), ("brain", "pvgmm")])
 def test_the_calibrated_methods_know_every_tissue_of_their_protocol(name, method):
     for tissue in protocol.load(name).tissues:
-        low, high = uncertainty.reach(name, method, tissue.name)
-        assert low < high
+        if tissue.hyperintense is None:  # no phantom has lesions
+            low, high = uncertainty.reach(name, method, tissue.name)
+            assert low < high
 
 
 # Perturbed priors -----------------------------------------------------------------------------------------------------
