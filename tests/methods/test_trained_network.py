@@ -396,7 +396,7 @@ def test_a_model_goes_with_the_method_network_and_no_other(folder, tmp_path, mak
     make_patient(tmp_path / "in", "pat")
     for options, said in (
         (["--method", "network"], "--model MODEL_DIR"),
-        (["--method", "gmm", "--model", str(folder)], "--method network"),
+        (["--method", "gmm", "--model", str(folder)], "--method gmm takes no trained network"),
         (["--model", str(tmp_path / "gone")], "model.json"),
         (["--model", str(folder), "--protocol", "brain"], "trained with protocol infarct"),
         (["--model", str(folder), "--network", "unet"], "--network"),

@@ -302,7 +302,7 @@ def test_summary_is_aligned(folders):
     folders.add("A", predicted)
     lines = summary(folders.evaluate()).splitlines()
     header, blood = lines[0], lines[1]
-    for column in ("dice", "dice_matched"):
+    for column in ("dice", "oracle-matched dice"):
         assert blood[header.index(column) :].startswith("0.929 ± 0.101")  # 6/7 and 1
     assert lines[5].startswith("mean")
 
