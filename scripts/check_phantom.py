@@ -185,6 +185,19 @@ def tissue_rows(slices: Sequence[Crop]) -> Iterator[Row]:
         yield Row(f"{name} share", average[9], share, 0.02 + 2.5 * spread[9] / root)
 
 
+def texture_rows(slices: Sequence[Crop]) -> Iterator[Row]:
+    """How residuals repeat each other at a distance."""
+    lags = np.mean([autocorrelation(crop) for crop in slices], 0)
+    for n, found, target in zip(LAGS, lags, TARGET_LAGS, strict=True):
+        yield Row(f"residuals, lag {n}", found, target, 0.06)
+
+
+def dice_rows(scores: Floats) -> Iterator[Row]:
+    """The oracle-matched Dice of each tissue, over slices ``(N, 4)``."""
+    for tissue, found, target in zip(TISSUES, scores.mean(0), TARGET_DICE, strict=True):
+        yield Row(f"Dice {tissue}", found, target, DICE_TOLERANCE)
+
+
 def geometry_rows(slices: Sequence[Crop], patients: Sequence[PhantomPatient]) -> Iterator[Row]:
     """Sizes in mm, and how many slices hold which tissue."""
     areas = np.array([[(c.labels > 0).sum(), (c.labels == 1).sum()] for c in slices])
@@ -212,12 +225,9 @@ def main() -> int:
         patients = list(pool.map(partial(make_patient, PhantomConfig(), args.seed), range(1, args.n + 1)))
         slices = [crop for patient in patients for crop in crops(patient)]
         complete = [crop for crop in slices if crop.complete]
-        scores = np.mean(list(pool.map(partial(dice, solver=args.solver), complete)), 0)
+        scores = np.array(list(pool.map(partial(dice, solver=args.solver), complete)))
         best = np.mean(list(pool.map(partial(dice, solver="reference"), complete)), 0)
-    lags = np.mean([autocorrelation(crop) for crop in slices], 0)
-    rows = [*tissue_rows(slices), *geometry_rows(slices, patients)]
-    rows += [Row(f"residuals, lag {n}", f, t, 0.06) for n, f, t in zip(LAGS, lags, TARGET_LAGS, strict=True)]
-    rows += [Row(f"Dice {t}", f, g, DICE_TOLERANCE) for t, f, g in zip(TISSUES, scores, TARGET_DICE, strict=True)]
+    rows = [*tissue_rows(slices), *texture_rows(slices), *geometry_rows(slices, patients), *dice_rows(scores)]
     print(f"{len(patients)} patients, {len(slices)} slices, {len(complete)} with all four tissues, seed {args.seed}\n")
     cells = [(r.name, *(f"{n:.2f}" for n in (*r[1:3], r.found - r.target, r.tolerance)), r.ok) for r in rows]
     print(

@@ -149,7 +149,7 @@ def test_impossible_cohorts_are_refused(tmp_path, n, seed, message):
 
 def test_statistics_are_those_of_patients(check, patients):
     slices = [crop for patient in patients for crop in check.crops(patient)]
-    rows = check.tissue_rows(slices) + check.texture_rows(slices) + check.geometry_rows(slices, patients)
+    rows = [*check.tissue_rows(slices), *check.texture_rows(slices), *check.geometry_rows(slices, patients)]
     off = [row for row in rows if not row.ok]
     assert len(off) <= 2, off  # of 66, each with a tolerance of about 2.5 standard errors
 
