@@ -164,8 +164,8 @@ def looks_swapped(
     mask: Tensor,
     tissues: tuple[Tissue, ...],
     sequences: tuple[str, ...],
-    spacing_mm: tuple[float, ...],
     *,
+    spacing_mm: tuple[float, ...],
     measured: Tensor | None = None,
 ) -> tuple[str, ...] | None:
     """Whether the signatures would fit clearly better if the sequences' names were exchanged.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.phantom.brain_contrast import SEQUENCES, UNIT, paint, scanned, shading
 from monai_deepgmm.phantom.brain_shapes import FILLED, Floats, Part, Singles, draw, fractions
-from monai_deepgmm.phantom.heart import write_nifti
+from monai_deepgmm.phantom.heart import Files, check_draw, write_patients
 
 #: The labels, in the order of the fractions.
 GM, WM, CSF = 1, 2, 3
@@ -110,16 +110,10 @@ class BrainPatient:
 def make_patient(config: BrainConfig, seed: int, number: int) -> BrainPatient:
     """Makes one brain; the same three arguments always give the same brain.
 
-    Args:
-        config: what kind of brain.
-        seed: the cohort's seed, not negative.
-        number: which patient of the cohort, from 1.
-
     Raises:
-        UsageError: ``seed`` or ``number`` is out of range.
+        UsageError: ``seed`` is negative, or ``number``, which patient of the cohort, is below 1.
     """
-    if seed < 0 or number < 1:
-        raise UsageError(f"phantom: seed {seed} must not be negative, and number {number} must be at least 1")
+    check_draw(seed, number)
     # A stream for each purpose: other sequences, shading or noise change nothing else.
     anatomy = np.random.default_rng([seed, number, 0])
     shape, spacing = config.grid
@@ -144,15 +138,9 @@ def make_patient(config: BrainConfig, seed: int, number: int) -> BrainPatient:
 
 
 def write_cohort(root: Path, n: int, *, seed: int, config: BrainConfig | None = None) -> list[str]:
-    """Writes brains with mask and truth, named as ``BrainConfig.naming`` says.
+    """Writes brains with mask and reference labels, named as ``BrainConfig.naming`` says, into a folder each.
 
     The bytes of a patient depend on the configuration, the seed and its number only, not on ``n``.
-
-    Args:
-        root: the folder; made if it is not there.
-        n: how many patients.
-        seed: not negative.
-        config: what kind of brains; None: the defaults.
 
     Returns:
         The patients' ids.
@@ -160,17 +148,13 @@ def write_cohort(root: Path, n: int, *, seed: int, config: BrainConfig | None = 
     Raises:
         UsageError: ``n`` or ``seed`` is out of range.
     """
-    if n < 1:
-        raise UsageError(f"phantom: the number of patients is {n}; make at least 1")
-    config, written = config or BrainConfig(), []
-    for number in range(1, n + 1):
-        patient = make_patient(config, seed, number)
-        folder = Path(root) / patient.patient
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in _files(patient, config).items():
-            write_nifti(folder / f"{name}.nii.gz", data, patient.affine)
-        written.append(patient.patient)
-    return written
+    asked = config or BrainConfig()
+
+    def made(number: int) -> Files:
+        patient = make_patient(asked, seed, number)
+        return patient.patient, _files(patient, asked), patient.affine
+
+    return write_patients(root, n, made)
 
 
 def _files(patient: BrainPatient, config: BrainConfig) -> dict[str, NDArray[np.generic]]:

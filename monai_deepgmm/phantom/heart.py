@@ -7,7 +7,7 @@ the way the real ones were measured and prints both beside each other.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,10 @@ SEQUENCES = tuple(SUFFIXES)
 
 
 Config = TypeVar("Config")
+
+
+#: A patient's id, the content of its files by name, and their affine.
+Files = tuple[str, Mapping[str, NDArray[np.generic]], Floats]
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,7 @@ def make_patient(config: PhantomConfig, seed: int, number: int) -> PhantomPatien
     Raises:
         UsageError: ``seed`` or ``number`` is out of range.
     """
-    if seed < 0 or number < 1:
-        raise UsageError(f"phantom: seed {seed} must not be negative, and number {number} must be at least 1")
+    check_draw(seed, number)
     # A stream for each purpose: shading a cohort, or leaving out sequences, changes nothing else about it.
     anatomy, look, shade, lack = (np.random.default_rng([seed, number, purpose]) for purpose in range(4))
     n_slices = int(anatomy.choice(_slice_counts(config.slices)))
@@ -128,6 +131,16 @@ def make_patient(config: PhantomConfig, seed: int, number: int) -> PhantomPatien
     for sequence in _lacking(lack, config.incomplete):
         del images[sequence]
     return PhantomPatient(f"Phantom{number:03d}", images, truth, affine)
+
+
+def check_draw(seed: int, number: int) -> None:
+    """Refuses what no patient can be drawn from.
+
+    Raises:
+        UsageError: ``seed`` is negative, or ``number`` below 1.
+    """
+    if seed < 0 or number < 1:
+        raise UsageError(f"phantom: seed {seed} must not be negative, and number {number} must be at least 1")
 
 
 def write_cohort(root: Path, n: int, *, seed: int, config: PhantomConfig | None = None) -> list[str]:
@@ -147,18 +160,39 @@ def write_cohort(root: Path, n: int, *, seed: int, config: PhantomConfig | None 
     Raises:
         UsageError: ``n`` or ``seed`` is out of range.
     """
+    return write_patients(root, n, lambda number: _files(make_patient(config or PhantomConfig(), seed, number)))
+
+
+def write_patients(root: Path, n: int, make: Callable[[int], Files]) -> list[str]:
+    """Writes a folder for each patient.
+
+    Args:
+        root: the folder; made if it is not there.
+        n: how many patients.
+        make: number, from 1 → the patient's id, the content of its files by name, and their affine.
+
+    Returns:
+        The patients' ids.
+
+    Raises:
+        UsageError: ``n`` is out of range.
+    """
     if n < 1:
         raise UsageError(f"phantom: the number of patients is {n}; make at least 1")
     written = []
-    for number in range(1, n + 1):
-        patient = make_patient(config or PhantomConfig(), seed, number)
-        folder = Path(root) / patient.patient
+    for patient, files, affine in map(make, range(1, n + 1)):
+        folder = Path(root) / patient
         folder.mkdir(parents=True, exist_ok=True)
-        for sequence, image in patient.images.items():
-            write_nifti(folder / f"{patient.patient}_{SUFFIXES[sequence]}.nii.gz", image, patient.affine)
-        write_nifti(folder / f"{patient.patient}_gd.nii.gz", patient.labels, patient.affine)
-        written.append(patient.patient)
+        for name, data in files.items():
+            write_nifti(folder / f"{name}.nii.gz", data, affine)
+        written.append(patient)
     return written
+
+
+def _files(patient: PhantomPatient) -> Files:
+    files: dict[str, NDArray[np.generic]]
+    files = {f"{patient.patient}_{SUFFIXES[s]}": image for s, image in patient.images.items()}
+    return patient.patient, {**files, f"{patient.patient}_gd": patient.labels}, patient.affine
 
 
 def configured(kind: type[Config], values: Mapping[str, object]) -> Config:

@@ -43,7 +43,9 @@ def _about_sequences(protocol: Protocol, sequences: tuple[str, ...]) -> Iterator
 def _about_order(prepared: Prepared, tissues: tuple[Tissue, ...]) -> Iterator[str]:
     crops, sequences = prepared.crops, prepared.scan.sequences
     seen = None if crops.slices else crops.measured
-    swapped = naming.looks_swapped(crops.image, crops.mask, tissues, sequences, crops.spacing_mm, measured=seen)
+    swapped = naming.looks_swapped(
+        crops.image, crops.mask, tissues, sequences, spacing_mm=crops.spacing_mm, measured=seen
+    )
     if swapped is not None:
         order = ", ".join(f"{a} like {b}" for a, b in zip(sequences, swapped, strict=True) if a != b)
         yield f"W_SWAPPED: the sequences look exchanged ({order}); check which file is which"

@@ -361,4 +361,4 @@ def test_exchanged_sequences_are_seen_on_large_images_and_thin_masks():
     plane[:, :, 51] = 1
     for mask in (torch.ones_like(plane), plane):
         for order, swapped in ((("T1", "T2"), None), (("T2", "T1"), ("T1", "T2"))):
-            assert naming.looks_swapped(image, mask, three, order, (1.0, 1.0, 1.0)) == swapped
+            assert naming.looks_swapped(image, mask, three, order, spacing_mm=(1.0, 1.0, 1.0)) == swapped
