@@ -182,7 +182,7 @@ WORKS: dict[str, tuple[Bend, str]] = {
     "zero pixdim": (fields("LGE", qform_code=0, pixdim=[1, 0, 1.5, 8, 1, 1, 1, 1]), "W_PIXDIM"),
     "qform differs": (fields("LGE", qform_code=1, qoffset_x=3), "W_QFORM"),
     "both codes 0": (all_files(lambda what: fields(what, qform_code=0, sform_code=0)), "W_NOFORM"),
-    "swapped": (swapped, "W_SWAPPED W_UNSURE"),
+    "swapped": (swapped, "W_SWAPPED"),
     "T2 missing": (lambda f: f["T2"].unlink(), "W_MISSING"),
     "T2 on another grid": (
         lambda f: save(
