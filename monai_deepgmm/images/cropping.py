@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from monai_deepgmm.images.loading import Scan
-from monai_deepgmm.images.measured import measured
+from monai_deepgmm.images.measured import limited, measured
 from monai_deepgmm.protocol import Protocol
 
 #: Voxels kept around the mask where the crop would cut it.
@@ -104,6 +104,7 @@ def crops(patient: Scan, protocol: Protocol) -> Crops:
     cut = cut.squeeze(2 + axis) if by_slice else cut
     image, mask, covered = cut[:, :-2], cut[:, -2:-1], cut[:, -1:]
     seen = measured(image, mask)
+    image = limited(image, mask) if by_slice else image
     image, zero = _zscore(image, mask if protocol.crop_mm is None else covered)
     kept = tuple(s for i, s in enumerate(spacing) if i not in stack)
     slices = tuple(int(i) for i in found)

@@ -37,11 +37,34 @@ def measured(image: Tensor, mask: Tensor) -> Tensor:
         if len(values) == 0:
             out[b, m] = inside[b, m]
             continue
-        ordered = values.sort().values
-        low, middle, high = (ordered[round(q * (len(ordered) - 1))] for q in (TAIL, 0.5, 1 - TAIL))
-        reachable = (image[b, m] >= middle - REACH * (middle - low)) & (image[b, m] <= middle + REACH * (high - middle))
-        out[b, m] = there[b, m] & reachable
+        low, high = _limits(values)
+        out[b, m] = there[b, m] & (image[b, m] >= low) & (image[b, m] <= high)
     return out
+
+
+def limited(image: Tensor, mask: Tensor) -> Tensor:
+    """The image with what lies beyond all tissues inside the mask brought back to the limit (winsorised).
+
+    Where every slice is an image of its own, a few hot voxels would otherwise set the scale of its wall.
+
+    Args:
+        image: ``(B, M, *S)``.
+        mask: ``(B, 1, *S)``.
+    """
+    out = image.clone()
+    for values, inside in zip(out, mask[:, 0] > 0, strict=True):
+        for channel in values:
+            if inside.any():
+                low, high = _limits(channel[inside])
+                channel[inside] = channel[inside].clamp(low, high)
+    return out
+
+
+def _limits(values: Tensor) -> tuple[float, float]:
+    """The least and the greatest of values ``(N,)`` that count: ``REACH`` times as far from the median as quantiles."""
+    ordered = values.sort().values
+    low, middle, high = (float(ordered[round(q * (len(ordered) - 1))]) for q in (TAIL, 0.5, 1 - TAIL))
+    return middle - REACH * (middle - low), middle + REACH * (high - middle)
 
 
 def padding(image: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from monai_deepgmm.images.measured import measured, padding
+from monai_deepgmm.images.measured import limited, measured, padding
 
 
 def test_zeros_and_what_lies_far_beyond_all_tissues_were_not_measured():
@@ -20,6 +20,21 @@ def test_zeros_and_what_lies_far_beyond_all_tissues_were_not_measured():
     assert not found[0, 0, :3].any()
     assert found[0, 0, 3:, :, 1:].all()
     assert found[0, 1].sum() == mask.sum() - 2
+
+
+def test_hot_voxels_are_brought_back_and_all_else_stays():
+    image = 100 + 10 * torch.rand(2, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 1, 20, 20)
+    mask[..., 0] = 0
+    hot = image.clone()
+    hot[1, 0, 5, 5:7] = 5000
+    hot[1, 0, 9, 9] = -5000
+    hot[0, 0, 3, 0] = 5000  # outside the mask
+    found = limited(hot, mask)
+    assert torch.equal(found[0], hot[0])
+    assert found[1].max() < 120
+    assert found[1].min() > 90
+    assert ((found != hot).nonzero()[:, 2:].tolist()) == [[5, 5], [5, 6], [9, 9]]
 
 
 def test_a_sequence_without_signal_counts_as_measured():
