@@ -45,7 +45,7 @@ _KINDS = {
 }
 
 
-class Plan(NamedTuple):
+class ReadPlan(NamedTuple):
     """What is to be read, and how.
 
     Attributes:
@@ -104,7 +104,7 @@ def parse(path: Path, block: bytes) -> nib.Nifti1Header:
     return kind.header(block, endianness=order, check=False)
 
 
-def plan(path: Path, header: nib.Nifti1Header, *, frame: int | None, max_voxels: int) -> Plan:
+def plan(path: Path, header: nib.Nifti1Header, *, frame: int | None, max_voxels: int) -> ReadPlan:
     """Checks all that a header says.
 
     Args:
@@ -125,7 +125,7 @@ def plan(path: Path, header: nib.Nifti1Header, *, frame: int | None, max_voxels:
     _check_frames(path, shape, frame)
     slope, intercept, scaling = _scaling(path, header)
     affine, placing = _affine(path, header, (*shape, 1)[:3])
-    return Plan(header, shape, stored, slope, intercept, offset, affine, scaling + placing)
+    return ReadPlan(header, shape, stored, slope, intercept, offset, affine, scaling + placing)
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -189,7 +189,7 @@ def _header(path: Path, stream: _Stream) -> nib.Nifti1Header:
     return header.parse(path, block)
 
 
-def _voxels(path: Path, stream: _Stream, plan: header.Plan) -> bytearray:
+def _voxels(path: Path, stream: _Stream, plan: header.ReadPlan) -> bytearray:
     """The stored voxels, exactly as many bytes as the header promises; extensions are passed over."""
     gap = plan.offset - int(plan.header.sizeof_hdr)
     promised = math.prod(plan.shape) * plan.stored.itemsize
@@ -202,7 +202,7 @@ def _voxels(path: Path, stream: _Stream, plan: header.Plan) -> bytearray:
     return raw
 
 
-def _scaled(raw: bytearray, plan: header.Plan, *, frame: int | None, dtype: DTypeLike) -> NDArray[np.floating]:
+def _scaled(raw: bytearray, plan: header.ReadPlan, *, frame: int | None, dtype: DTypeLike) -> NDArray[np.floating]:
     """(X, Y, Z) intensities."""
     stored = np.frombuffer(raw, dtype=plan.stored).reshape(plan.shape, order="F")
     if math.prod(plan.shape[3:]) > 1:

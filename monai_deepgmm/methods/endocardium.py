@@ -25,7 +25,7 @@ from torch import Tensor
 
 from monai_deepgmm.methods import blood_pool_scale, polar
 from monai_deepgmm.methods.naming import standardise
-from monai_deepgmm.methods.polar import ANGLES, ENDS, MIDDLES, RADII, View
+from monai_deepgmm.methods.polar import ANGLES, ENDS, MIDDLES, RADII, PolarView
 from monai_deepgmm.protocol import Anatomy
 
 Array = NDArray[np.float64]
@@ -138,7 +138,7 @@ def ring(
     )
 
 
-def _sampled(views: Sequence[View], images: Array) -> Array:
+def _sampled(views: Sequence[PolarView], images: Array) -> Array:
     """Images ``(B, H, W)`` in polar cells ``(B, ANGLES, RADII)``."""
     return np.stack([v.sample(i) for v, i in zip(views, images, strict=True)])
 
@@ -163,7 +163,7 @@ def _usual(borders: Array, anatomy: Anatomy, slices: tuple[int, ...]) -> Array:
     return usual
 
 
-def _on_scale(image: Array, views: Sequence[View], borders: Array, *, pooled: bool) -> Array | None:
+def _on_scale(image: Array, views: Sequence[PolarView], borders: Array, *, pooled: bool) -> Array | None:
     """Polar images ``(B, ANGLES, RADII)`` on the blood pool's scale, by these borders; None: blood is not bright."""
     cavity = borders[..., None] - CAVITY_MARGIN > MIDDLES
     wall = (borders[..., None] < MIDDLES) & (MIDDLES < WALL_END)
@@ -178,7 +178,7 @@ def _on_scale(image: Array, views: Sequence[View], borders: Array, *, pooled: bo
     return None if found is None else found(image)
 
 
-def _enhancement(image: Array, views: Sequence[View], borders: Array, shares: Array, *, pooled: bool) -> Array:
+def _enhancement(image: Array, views: Sequence[PolarView], borders: Array, shares: Array, *, pooled: bool) -> Array:
     """The log-likelihood ratio of cavity against wall that late enhancement gives ``(B, ANGLES, RADII)``.
 
     ``log [(1 − d) N(x | 1, s) + d N(x | 0, s)] − log [(1 − b(θ)) N(x | 0, s) + b(θ) N(x | 1, S)]`` with x on the blood
@@ -207,7 +207,7 @@ def _normal(x: Array, mean: float, sd: float) -> Array:
     return density
 
 
-def _bright_share(image: Array, views: Sequence[View], borders: Array, slices: tuple[int, ...]) -> Array:
+def _bright_share(image: Array, views: Sequence[PolarView], borders: Array, slices: tuple[int, ...]) -> Array:
     """The share of the wall that is bright at each angle, here and in the neighbouring slices ``(B, ANGLES)``."""
     x = _on_scale(image, views, borders, pooled=bool(slices))
     if x is None:

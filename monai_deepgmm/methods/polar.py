@@ -21,7 +21,7 @@ MAX_STEP = 3
 DENOISE_MM = 0.5
 
 
-class View(NamedTuple):
+class PolarView(NamedTuple):
     """The polar grid of one image.
 
     Attributes:
@@ -63,7 +63,7 @@ class View(NamedTuple):
         return inside
 
 
-def view(mask: Mask, spacing_mm: Array) -> View:
+def view(mask: Mask, spacing_mm: Array) -> PolarView:
     """The polar grid around the centre of a mask ``(H, W)``."""
     grid = np.indices(mask.shape).astype(float)
     centre = np.array([axis[mask].mean() if mask.any() else axis.mean() for axis in grid])
@@ -75,7 +75,7 @@ def view(mask: Mask, spacing_mm: Array) -> View:
     area = MIDDLES * outer[:, None] ** 2
     turn = np.arctan2(away[1], away[0]) / (2 * np.pi) % 1
     ray = max(float(area.sum()) / ANGLES, 1e-9)
-    return View(mask, np.hypot(*away), turn, outer, points, known * area, ray, spacing_mm)
+    return PolarView(mask, np.hypot(*away), turn, outer, points, known * area, ray, spacing_mm)
 
 
 def _directions() -> Array:

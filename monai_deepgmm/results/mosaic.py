@@ -27,7 +27,7 @@ _ORTHOGONAL_SLICES = 8  # per orientation of a volume that is one image
 _GAP_PX, _GUTTER_PX, _HEAD_PX = 4, 34, 24
 
 
-class View(NamedTuple):
+class MosaicView(NamedTuple):
     """How the slices of a volume are turned upright: axes swapped and flipped, nothing interpolated.
 
     Attributes:
@@ -59,7 +59,7 @@ class Block(NamedTuple):
     tiles: list[list[np.ndarray]]  # rows of columns of (height, width, 3) uint8
 
 
-def view(affine: np.ndarray, slice_axis: int) -> View:
+def view(affine: np.ndarray, slice_axis: int) -> MosaicView:
     """Turns slices the way radiologists look at them, as far as the affine tells.
 
     The patient's right is on the left of axial and coronal planes and anterior on the left of sagittal ones; anterior
@@ -81,7 +81,7 @@ def view(affine: np.ndarray, slice_axis: int) -> View:
         onward = -direction if flip else direction
         edges.append((_letters(-onward), _letters(onward)))
     (top, bottom), (left, right) = edges
-    return View((slice_axis, row_axis, column_axis), (flips[0], flips[1]), (left, right, top, bottom), plane)
+    return MosaicView((slice_axis, row_axis, column_axis), (flips[0], flips[1]), (left, right, top, bottom), plane)
 
 
 def preview(segmentation: Segmentation) -> bytes:
@@ -195,7 +195,7 @@ def resized(plane: np.ndarray, size: tuple[int, int], *, smooth: bool = False) -
     return np.asarray(picture)
 
 
-def _entropy(probabilities: np.ndarray, turned: View, index: int) -> np.ndarray:
+def _entropy(probabilities: np.ndarray, turned: MosaicView, index: int) -> np.ndarray:
     """How undecided each voxel of a slice is: 0 one tissue is certain, 1 all are equally likely (rows, columns)."""
     p = np.stack([turned.upright(tissue)[index] for tissue in probabilities]).astype(np.float64)
     # p log p is 0 at p = 0; the floor keeps the logarithm finite there.
