@@ -21,9 +21,6 @@ from monai_deepgmm.methods.task import MethodConfig
 from monai_deepgmm.networks.definition import network_definition
 from monai_deepgmm.protocol import Protocol
 
-#: The methods that fit a network themselves, and so take ``--network``.
-TAKE_NETWORKS = ("deepg", "deepsvg", "cohort")
-
 
 @dataclass(frozen=True)
 class Config:
@@ -138,8 +135,9 @@ def build(
     name = method or registry.default_method(found, means=means, model=model)
     if model is not None and name != "network":
         raise UsageError(f"--model: --method {name} takes no trained network; leave one of them out")
-    if network is not None and name in METHODS and name not in TAKE_NETWORKS:
-        raise UsageError(f"--network: --method {name} fits no network; use {', '.join(TAKE_NETWORKS)}")
+    if network is not None and not _takes_network(name):
+        others = ", ".join(other for other in METHODS if _takes_network(other))
+        raise UsageError(f"--network: --method {name} fits no network; use {others}")
     trained = None if model is None else model_spec.read(Path(model), found)
     values, prepared = _preprocessing(settings, Preprocessing(frame=frame, max_voxels=max_voxels), trained)
     own: dict[str, Any] = {} if network is None else {"network": network_definition(network)}
@@ -154,6 +152,15 @@ def build(
         fields=fields,
         device=device,
     )
+
+
+def _takes_network(name: str) -> bool:
+    """Whether a method fits a network itself, as a field of its settings says.
+
+    Raises:
+        UsageError: the method is unknown.
+    """
+    return any(field.name == "network" for field in dataclasses.fields(registry.method_class(name)))
 
 
 def _preprocessing(
