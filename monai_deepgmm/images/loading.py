@@ -1,4 +1,4 @@
-"""From a study's paths to arrays on one grid: load by key, compare grids, resample on record, make the mask.
+"""From a study's paths to arrays on one grid: load by key, bring them together, check.
 
 What is wrong with a patient is found here and nowhere later.
 """
@@ -6,21 +6,17 @@ What is wrong with a patient is found here and nowhere later.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import nifti
-from monai_deepgmm.images.measured import padding
+from monai_deepgmm.images import grid, nifti
+from monai_deepgmm.images import mask as masks
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS, Volume
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
-
-#: A mask needs at least this many voxels for each tissue.
-MIN_VOXELS_PER_TISSUE = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,16 +65,16 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
     warnings += _about_spacing(reference)
     channels, inputs = [], {}
     for sequence, volume in volumes.items():
-        data, note = _on_grid(volume, reference, nearest=False)
+        data, note = grid.on_grid(volume, reference, nearest=False)
         channels.append(data)
-        inputs[sequence] = _facts(volume, resampled=note is not None)
+        inputs[sequence] = grid.facts(volume, resampled=note is not None)
         warnings += [note] if note else []
     image = np.stack(channels)
-    mask, mask_facts, notes = _mask(study, protocol, sequences, reference, frame=frame, max_voxels=max_voxels)
-    inputs |= mask_facts
-    image, broken = _finite(image, mask, sequences)
-    mask, beyond = _without_padding(image, mask, len(protocol.components(sequences)))
-    warnings += [*notes, *broken, *beyond]
+    found = masks.read(study, protocol, sequences, reference, frame=frame, max_voxels=max_voxels)
+    inputs["mask"] = found.facts
+    image, broken = _finite(image, found.voxels, sequences)
+    mask, beyond = masks.without_padding(image, found.voxels, len(protocol.components(sequences)))
+    warnings += [*found.warnings, *broken, *beyond]
     _refuse_constant(image, mask, sequences)
     return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings))
 
@@ -98,16 +94,6 @@ def _about_spacing(volume: Volume) -> list[str]:
     ]
 
 
-def _facts(volume: Volume, *, resampled: bool) -> dict[str, Any]:
-    return {
-        "file": volume.name,
-        "sha256": volume.sha256,
-        "shape": list(volume.source_shape),
-        "spacing_mm": [round(s, 4) for s in volume.spacing_mm],
-        "resampled": resampled,
-    }
-
-
 def _refuse_identical(volumes: dict[str, Volume]) -> None:
     names = list(volumes)
     for i, first in enumerate(names):
@@ -116,74 +102,6 @@ def _refuse_identical(volumes: dict[str, Volume]) -> None:
             if a.sha256 == b.sha256 or np.array_equal(a.data, b.data, equal_nan=True):
                 found = f"{first} ({a.name}) and {second} ({b.name}) hold the same data"
                 raise StudyError("E_IDENTICAL", found, "Find the sequence that was overwritten, or remove the copy")
-
-
-def _on_grid(volume: Volume, reference: Volume, *, nearest: bool) -> tuple[NDArray[np.floating[Any]], str | None]:
-    """A volume's data on the reference's grid, and a warning where it had to be resampled."""
-    if nifti.grids_equal(volume, reference):
-        return volume.data, None
-    if not nifti.overlaps(volume, reference):
-        remedy = "Check that both belong to the same patient and examination, and that their headers are right"
-        raise StudyError("E_GRID", f"{volume.name} does not overlap {reference.name} in space", remedy)
-    how = "nearest neighbour" if nearest else "linear interpolation"
-    note = f"W_RESAMPLED: {volume.name} lies on another grid than {reference.name}; it was resampled by {how}"
-    return nifti.resample(volume, reference, nearest=nearest), note
-
-
-def _mask(
-    study: Study,
-    protocol: Protocol,
-    sequences: tuple[str, ...],
-    reference: Volume,
-    *,
-    frame: int | None,
-    max_voxels: int,
-) -> tuple[NDArray[np.bool_], dict[str, dict[str, Any]], list[str]]:
-    """The mask on the reference's grid, what file it came from, and warnings."""
-    if study.mask_rule == "nonzero":
-        mask = np.isfinite(reference.data) & (reference.data != 0)
-        facts: dict[str, dict[str, Any]] = {"mask": {"rule": f"voxels of {sequences[0]} that are not 0"}}
-        name, notes = reference.name, []
-        if mask.all():
-            notes = [f"W_MASK: no voxel of {name} is 0, so the mask is the whole image; is it skull-stripped?"]
-    else:
-        mask, facts, notes, name = _mask_from_file(study, reference, frame=frame, max_voxels=max_voxels)
-    if not mask.any():
-        labels = f" with any of the values {_listed(study.mask_labels)}" if study.mask_labels else ""
-        remedy = f"Draw the {protocol.mask}, or name the values that mean it with --mask-labels"
-        raise StudyError("E_MASK_EMPTY", f"the mask {name} has no voxel{labels} on the grid of {sequences[0]}", remedy)
-    needed = MIN_VOXELS_PER_TISSUE * len(protocol.components(sequences))
-    if (found := int(mask.sum())) < needed:
-        message = f"the mask {name} has {found} voxels, but {needed} are needed"
-        raise StudyError("E_MASK_SMALL", message, f"Check that it covers the {protocol.mask}")
-    return mask, facts, notes
-
-
-def _mask_from_file(
-    study: Study, reference: Volume, *, frame: int | None, max_voxels: int
-) -> tuple[NDArray[np.bool_], dict[str, dict[str, Any]], list[str], str]:
-    if study.mask is None:
-        raise StudyError("E_MASK_NONE", "no mask was found", "Add a mask file, or use --mask nonzero")
-    volume = nifti.read(Path(study.mask), frame=frame, max_voxels=max_voxels, dtype=np.float64)
-    whole = np.rint(volume.data)
-    good = np.isfinite(volume.data) & np.isclose(volume.data, whole, rtol=0, atol=1e-3)
-    if not good.all():
-        odd = volume.data[~good].flat[0]
-        remedy = "Threshold the mask, or resample it with nearest neighbour"
-        raise StudyError("E_MASK_FRACTIONAL", f"the mask {volume.name} holds {odd:g}, not a whole number", remedy)
-    chosen = np.isin(whole, study.mask_labels) if study.mask_labels else whole != 0
-    binary = Volume(
-        chosen.astype(np.float64), volume.affine, volume.header, volume.source_shape, volume.name, volume.sha256
-    )
-    data, note = _on_grid(binary, reference, nearest=True)
-    facts = _facts(volume, resampled=note is not None)
-    facts["values"] = [float(v) for v in study.mask_labels] or "any but 0"
-    notes = [f"{w} (mask)" for w in volume.warnings] + ([note] if note else [])
-    return data > 0.5, {"mask": facts}, notes, volume.name
-
-
-def _listed(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
 
 
 def _finite(
@@ -199,18 +117,6 @@ def _finite(
         if outside := int(channel.sum()):
             notes.append(f"W_NONFINITE: {outside} voxels of {sequence} outside the mask are NaN or infinite; set to 0")
     return np.where(broken, 0, image).astype(np.float32), notes
-
-
-def _without_padding(
-    image: NDArray[np.float32], mask: NDArray[np.bool_], tissues: int
-) -> tuple[NDArray[np.bool_], list[str]]:
-    """The mask without the zeros that lie between it and the image, as after another tool's skull stripping."""
-    padded = padding(image, mask)
-    share = padded.sum() / mask.sum()
-    if share == 0 or int((mask & ~padded).sum()) < MIN_VOXELS_PER_TISSUE * tissues:
-        return mask, []
-    note = f"W_PADDING: {100 * share:.1f} % of the mask is 0 in every sequence at its border; it has no label"
-    return mask & ~padded, [note]
 
 
 def _refuse_constant(image: NDArray[np.float32], mask: NDArray[np.bool_], sequences: tuple[str, ...]) -> None:

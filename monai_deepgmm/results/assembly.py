@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images.loading import MIN_VOXELS_PER_TISSUE, Scan
+from monai_deepgmm.images.loading import Scan
+from monai_deepgmm.images.mask import MIN_VOXELS_PER_TISSUE
 from monai_deepgmm.images.preparation import Prepared
 from monai_deepgmm.methods import naming
 from monai_deepgmm.methods.config import Config

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import labels, resampling
 from monai_deepgmm.images.cropping import Crops
-from monai_deepgmm.images.loading import MIN_VOXELS_PER_TISSUE
+from monai_deepgmm.images.mask import MIN_VOXELS_PER_TISSUE
 from monai_deepgmm.images.preparation import prepare
 from monai_deepgmm.images.preprocessing import Preprocessing
 from monai_deepgmm.methods import naming, region_filter
