@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from monai_deepgmm.protocol import Tissue
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results.segmentation import Segmentation
 
 #: From certain to unsure; the page's legend shows the same ramp.
 UNCERTAINTY_COLORS = ("#10131a", "#3b2a6b", "#a53a7a", "#f08a4b", "#fdf3b5")

@@ -19,6 +19,7 @@ import jinja2
 from monai_deepgmm import protocol
 from monai_deepgmm.errors import CODES, UsageError
 from monai_deepgmm.images.atomic_files import shown, write_whole
+from monai_deepgmm.results import outliers
 from monai_deepgmm.results.mosaic import UNCERTAINTY_COLORS, preview
 
 __all__ = ["index", "page", "preview", "rebuild", "rebuild_index", "rebuild_patient"]
@@ -162,6 +163,8 @@ def rebuild_index(out: Path, title: str | None = None) -> None:
     rows = [_read_row(folder / f"{folder.name}_row.json", folder.name) for folder in _folders(out)]
     refused = [_read_row(file, file.stem) for file in sorted((out / ".refused").glob("*.json"))]
     measurements = [m for row in rows for m in _list(row.get("measurements"))]
+    beside = outliers.warnings(rows)
+    rows = [{**row, "warnings": [*_list(row.get("warnings")), *beside.get(row["patient"], ())]} for row in rows]
     name = _map(_read(out / "dataset_description.json")).get("Name")
     rows += [{**row, "page": False} for row in refused]
     html = index(rows, measurements, title or str(name or "Segmentations"), _written_colors(out))

@@ -19,7 +19,7 @@ from PIL import Image, ImageColor
 from monai_deepgmm import protocol
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.results import measure, mosaic, report
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results.segmentation import Segmentation
 
 HOSTILE = "<script>alert('owned')</script>\"&"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
