@@ -15,6 +15,8 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 #: Rays of a slice, and voxels by which labels are smoothed in the plane.
 RAYS, SMOOTHING = 120, 1.0
+#: Rays to either side over which the thinnest and the thickest place are averaged: 15°.
+BESIDE = 5
 #: Percentages of the local thickness that a tissue must exceed to count as so far transmural.
 DEPTHS = (25, 50, 75)
 
@@ -61,7 +63,7 @@ class WallSummary(NamedTuple):
 
     Attributes:
         thickness_mean_mm: the mean over all rays.
-        thickness_min_mm: the least.
+        thickness_min_mm: the least mean over 30° of a slice; a single ray errs by a voxel, such a mean by half of one.
         thickness_max_mm: the greatest.
         transmural_25_percent: percentage of the rays on which the tissue takes more than 25 % of the thickness.
         transmural_50_percent: more than 50 %.
@@ -176,9 +178,18 @@ def summary(rays: Rays, *, at: int | None = None) -> WallSummary:
     closed = np.isfinite(thickness)
     if not closed.any():
         return WallSummary()
-    ends = (float(end(thickness[closed])) for end in (np.mean, np.min, np.max))
+    places = _around(rays.thickness_mm[chosen]).ravel()[closed]
+    ends = (float(thickness[closed].mean()), float(places.min()), float(places.max()))
     known = np.isfinite(depth[closed]).all()
     return WallSummary(*ends, *(100 * float((depth[closed] > d / 100).mean()) if known else None for d in DEPTHS))
+
+
+def _around(thickness: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean (S, A) over the rays near each, as far as the wall is closed."""
+    near = [np.roll(thickness, turn, axis=1) for turn in range(-BESIDE, BESIDE + 1)]
+    count = np.isfinite(near).sum(0)
+    found: NDArray[np.float64] = np.nansum(near, axis=0) / np.maximum(count, 1)
+    return found
 
 
 def diameter_mm(organ: Mask, affine: NDArray[np.float64], axis: int) -> float:
