@@ -104,6 +104,20 @@ def preview(segmentation: Segmentation) -> bytes:
     return file.getvalue()
 
 
+def omitted(slices: int | None, units: Sequence[int | None]) -> str:
+    """What a person must know of the slices that ``preview`` leaves out; empty where it shows them all.
+
+    Args:
+        slices: how many hold the mask; None where nobody knows.
+        units: the slices that are images of their own; (None,) for a volume.
+    """
+    if None in units:
+        return f"{_ORTHOGONAL_SLICES} evenly spaced slices in each of three orientations; the others are not shown."
+    if slices is None or slices <= _MAX_SLICES:
+        return ""
+    return f"{_MAX_SLICES} of {slices} slices with mask, evenly spaced; the others are not shown."
+
+
 def _by_plane(segmentation: Segmentation) -> list[int]:
     """The array axes in order axial, coronal, sagittal."""
     affine = segmentation.reference.affine

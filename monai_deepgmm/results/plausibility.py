@@ -13,14 +13,14 @@ from monai_deepgmm.results.segmentation import Segmentation
 
 #: Of an organ of which fewer slices hold the mask, no volume is the organ's.
 WHOLE = 3
-#: How each kind of number is called, and its unit.
+#: What is said of each kind of number.
 WORDS = {
-    "volume_ml": ("the volume of {}", " ml"),
-    "percent": ("{}", " % of the {whole}"),
-    "ratio": ("{} (ratio of volumes)", ""),
-    "diameter_mm": ("the diameter of {}", " mm"),
-    "thickness_mm": ("the wall ({}), on average", " mm thick"),
-    "contrast_sd": ("{first} against {second} on {sequence}", " standard deviations brighter"),
+    "volume_ml": "the volume of {all} is {value} ml",
+    "percent": "{first} is {value} % of the {whole}",
+    "ratio": "{first} is {value} times {last}",
+    "diameter_mm": "{all} have a diameter of {value} mm",
+    "thickness_mm": "the wall ({all}) is on average {value} mm thick",
+    "contrast_sd": "{first} is {value} standard deviations of {last} brighter than it on {sequence}",
 }
 
 
@@ -65,15 +65,17 @@ def about(segmentation: Segmentation, found: list[Finding]) -> Iterator[str]:
 
 
 def _told(found: Finding, segmentation: Segmentation) -> str:
-    asked, (name, unit) = found.range, WORDS[found.range.kind]
-    visible = {t.name for t in segmentation.tissues}
-    tissues = [t for t in asked.tissues if t in visible]
-    joined = "/".join(tissues) if asked.kind == "ratio" else " + ".join(tissues)
-    words = {"whole": segmentation.protocol.percent_name, "sequence": asked.sequence}
-    if asked.kind == "contrast_sd":
-        words |= {"first": tissues[0], "second": tissues[1]}
-    told = f"{name} is {{value}}{unit}".format(joined, value=f"{found.value:.4g}", **words)
-    return f"{told}, where {_expected(asked)} is plausible"
+    asked, visible = found.range, {t.name for t in segmentation.tissues}
+    tissues = [name for name in asked.tissues if name in visible]
+    told = WORDS[asked.kind].format(
+        all=" + ".join(tissues),
+        first=tissues[0],
+        last=tissues[-1],
+        value=f"{found.value:.3g}",
+        whole=segmentation.protocol.percent_name,
+        sequence=asked.sequence,
+    )
+    return f"{told}; plausible is {_expected(asked)}"
 
 
 def _expected(asked: Range) -> str:
