@@ -62,6 +62,19 @@ def test_a_right_heart_is_not_flagged_and_its_numbers_stand_in_the_sidecar(out):
     }
 
 
+def test_the_page_shows_the_ventricle_and_claims_no_more_than_is_known(out):
+    page = (out / "right" / "right_report.html").read_text("utf-8")
+    whole = row(out, "right")["ventricle"]
+    assert f'<td>LV mass</td><td class="n">{whole["lv_mass_g"]:.1f} ' in page
+    assert "not available: no insertion point" in page
+    assert "processed, not reviewed" in page
+    # The default method's names are fixed: there is nothing to be certain of.
+    naming = sidecar(out, "right")["naming"]
+    assert {naming["certainty"], *(unit["certainty"] for unit in naming["units"])} == {None}
+    assert "Certainty" not in page
+    assert "falling" not in page
+
+
 def test_a_header_that_says_1_mm_makes_an_implausible_heart_everywhere_one_looks(out):
     warnings = row(out, "unit")["warnings"]
     flagged = [w for w in warnings if w.startswith("W_IMPLAUSIBLE")]
@@ -71,7 +84,6 @@ def test_a_header_that_says_1_mm_makes_an_implausible_heart_everywhere_one_looks
     assert summary(out)["unit"] == " | ".join(warnings)
     page = (out / "unit" / "unit_report.html").read_text("utf-8")
     assert "W_IMPLAUSIBLE" in page
-    assert "processed, not reviewed" in page
     assert "W_IMPLAUSIBLE" in (out / "index.html").read_text("utf-8")
 
 
