@@ -115,7 +115,8 @@ def along_rays(wall: Mask, cavity: Mask, tissue: Mask | None, affine: NDArray[np
     angles = np.linspace(0.0, 360.0, RAYS, endpoint=False, dtype=np.float64)
     if not len(chosen):
         return Rays(chosen, angles, *(np.zeros((0, RAYS)) for _ in range(4)))
-    walls, cavities, tissues = (_cropped(part[chosen], stack[0][chosen]) for part in stack)
+    organ = stack[0][chosen] | stack[1][chosen]
+    walls, cavities, tissues = (_cropped(part[chosen], organ) for part in stack)
     middles = np.stack([np.argwhere(one).mean(0) for one in cavities])
     steps_mm, offsets = _steps(walls, middles, seen.to_mm, angles)
     sampled = [_sampled(part, middles, offsets) for part in (walls, tissues)]
@@ -129,7 +130,7 @@ def along_rays(wall: Mask, cavity: Mask, tissue: Mask | None, affine: NDArray[np
 
 
 def _cropped(stack: Mask, around: Mask) -> NDArray[np.float32]:
-    """(S, H, W) as numbers, cut to where the wall is, with room for smoothing."""
+    """(S, H, W) as numbers, cut to where the organ is, with room for smoothing."""
     rows, columns = (np.flatnonzero(around.any(other)) for other in ((0, 2), (0, 1)))
     cut = stack[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     margin = math.ceil(3 * SMOOTHING)

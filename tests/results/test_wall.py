@@ -78,6 +78,9 @@ def test_an_open_wall_and_slices_without_cavity_do_not_count_as_thin():
     assert np.isfinite(rays.thickness_mm[:, (rays.angles > 6) & (rays.angles < 264)]).all()
     assert summary(rays).transmural_75_percent == 100
     assert summary(rays, at=0) == wall.WallSummary()
+    beside = np.zeros_like(whole)
+    beside[:5, :5] = True  # a cavity that the wall does not surround
+    assert np.isfinite(along_rays(whole, beside, None, affine, axis).thickness_mm).any()
     nothing = along_rays(whole & False, cavity, None, affine, axis)
     assert len(nothing.slices) == 0
     assert summary(nothing) == wall.WallSummary()
