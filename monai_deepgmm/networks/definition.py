@@ -6,9 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from monai_deepgmm import schema
 
-from monai_deepgmm.errors import UsageError
+#: What any network's definition is; whose class it may name, and with which arguments, ``allowed`` knows.
+_MAPPING: Mapping[str, Any] = {
+    "type": "object",
+    "expected": "a mapping with _target_",
+    "required": ["_target_"],
+    "properties": {"_target_": {"type": "string", "maxLength": 200}},
+    "propertyNames": {"pattern": "^[A-Za-z_]", "expected": "the name of an argument"},
+}
 
 
 def network_definition(given: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -24,16 +31,11 @@ def network_definition(given: str | Mapping[str, Any] | None) -> Mapping[str, An
         return given
     text, name = given, given.strip()
     if name.endswith((".json", ".yaml", ".yml")):
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--network {name}: cannot be read ({getattr(error, 'strerror', error)})") from error
+        name = f"--network {name}"
+        text = schema.read_text(Path(given.strip()), name)
     elif not name.startswith("{"):
         return {"_target_": name}
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--network: not YAML or JSON ({error})") from error
-    if not (isinstance(found, dict) and isinstance(found.get("_target_"), str)):
-        raise UsageError(f"--network: expected a mapping with _target_, got {str(found)[:80]}")
+    else:
+        name = "--network"
+    found: dict[str, Any] = schema.check(schema.parse_yaml(text, name), _MAPPING)
     return found
