@@ -16,121 +16,12 @@ import yaml
 
 from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.tissue import Anatomy, Enhancement, Hyperintense, RegionCriteria, Tissue
+
+__all__ = ["Anatomy", "Enhancement", "Hyperintense", "Protocol", "RegionCriteria", "Tissue", "as_yaml", "load", "names"]
 
 #: How bright a word is, in standard deviations of the intensities inside the mask.
 BRIGHTNESS = {"very dark": -1.5, "dark": -0.75, "grey": 0.0, "bright": 0.75, "very bright": 1.5}
-
-
-@dataclass(frozen=True)
-class Enhancement:
-    """A sequence on which the healthy wall is dark and blood bright, and the tissue of the wall that shines there.
-
-    Attributes:
-        sequence: that one.
-        tissue: that one.
-        evidence: a patient has the tissue when a twentieth of the wall has at least this local log-likelihood ratio
-            (``enhancement.measure``).
-    """
-
-    sequence: str
-    tissue: str
-    evidence: float
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Where tissues can be, as far as the mask's shape tells: an inner border inside the mask, which is the outer one.
-
-    Attributes:
-        inside: the tissues within the inner border; all others lie between the two.
-        contrast: sequence → how much brighter the inside is, as a log-likelihood ratio per standard deviation in the
-            mask; only the sequences that help.
-        radius: of the inner border, as a share of the outer one: its mean, and its standard deviation at an angle.
-        spread: the standard deviations of its mean radius between patients, and between the slices of one.
-        enhancement: what late enhancement shows; None: no sequence does.
-    """
-
-    inside: tuple[str, ...]
-    contrast: Mapping[str, float]
-    radius: tuple[float, float]
-    spread: tuple[float, float] = (0.06, 0.05)
-    enhancement: Enhancement | None = None
-
-
-@dataclass(frozen=True)
-class RegionCriteria:
-    """What a connected region of a tissue must show to be accepted (``region_filter.decide``).
-
-    Attributes:
-        size: the least diameter of the largest disc within it, in mm.
-        score: the least sum of the weighted evidence below.
-        weights: of ``size``, of ``support`` (how far the neighbouring slices hold the tissue at the same angles) and
-            of ``contrast`` (how many standard deviations of the healthy rest it is brighter in ``sequence``).
-        sequence: the one that shows the tissue.
-    """
-
-    size: float
-    score: float
-    weights: Mapping[str, float]
-    sequence: str
-
-
-@dataclass(frozen=True)
-class Hyperintense:
-    """A tissue that is no part of a mixture but whatever is too bright for the others, and lies within one of them.
-
-    Brightness is in robust standard deviations of ``brighter_than`` above its median (``methods.hyperintense``).
-
-    Attributes:
-        sequence: the one that shows it.
-        brighter_than: the brightest of the other tissues there.
-        inside: the tissue that surrounds it.
-        seed: how bright a region is somewhere.
-        least: how bright all of it is.
-        share: of the surrounding voxels of both tissues, at least so many are of ``inside``.
-    """
-
-    sequence: str
-    brighter_than: str
-    inside: str
-    seed: float
-    least: float
-    share: float
-
-
-@dataclass(frozen=True)
-class Tissue:
-    """One tissue of a protocol.
-
-    Attributes:
-        name: as written into tables and sidecars.
-        index: the label value in the written NIfTI, 1 to 255.
-        color: ``#rrggbb``.
-        density_g_per_ml: for the mass; None where the protocol gives none.
-        signature: sequence → expected brightness, in standard deviations from the mean inside the mask.
-        centrality: expected mean relative depth, 0 at the mask's border and 1 at its deepest point; None where the
-            place tells nothing.
-        seen_in: the sequences that show this tissue; one of them must be present.
-        merges_into: the tissue that takes its voxels where it cannot be seen.
-        level: sequence → how bright the tissue is among those that share its place, in standard deviations from their
-            median; what an anatomical mixture expects of its mean.
-        share: of the voxels of that place, as expected.
-        criteria: what its regions must show (``evidence`` in YAML); None: the tissue is always there.
-        hyperintense: how it is found beside the mixture; None: it is a component of the mixture.
-    """
-
-    name: str
-    index: int
-    color: str
-    density_g_per_ml: float | None
-    signature: Mapping[str, float]
-    centrality: float | None
-    seen_in: tuple[str, ...]
-    merges_into: str | None
-    level: Mapping[str, float] = field(default_factory=dict)
-    share: float = 1.0
-    criteria: RegionCriteria | None = None
-    hyperintense: Hyperintense | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +45,8 @@ class Protocol:
             which it does not is flagged (``W_NAMES``).
         anchored: tissues whose levels and proportions the first sequence alone defines; others only add to it. Empty:
             all sequences are fitted together.
+        method: the method where none is asked for; None: by what the protocol tells.
+        settings: of that method, in place of its own defaults.
     """
 
     name: str
@@ -170,6 +63,8 @@ class Protocol:
     borders: tuple[tuple[str, str], ...] = ()
     deeper: tuple[tuple[str, str], ...] = ()
     anchored: tuple[str, ...] = ()
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def normalisation(self) -> str:
@@ -251,6 +146,7 @@ def as_yaml(protocol: Protocol) -> str:
     tissues = [dataclasses.asdict(t) | {"seen_in": list(t.seen_in)} for t in protocol.tissues]
     for tissue in tissues:
         tissue["evidence"] = tissue.pop("criteria")
+        tissue["depth"] = None if tissue["depth"] is None else list(tissue["depth"])
     content = {
         "name": protocol.name,
         "title": protocol.title,
@@ -265,6 +161,7 @@ def as_yaml(protocol: Protocol) -> str:
         "borders": [list(pair) for pair in protocol.borders],
         "deeper": [list(pair) for pair in protocol.deeper],
         "anchored": list(protocol.anchored),
+        "method": None if protocol.method is None else {"name": protocol.method, **protocol.settings},
         "tissues": tissues,
         "percent_of": {"name": protocol.percent_name, "tissues": list(protocol.percent_of)},
     }
@@ -289,7 +186,7 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         around = () if found is None else (found.brighter_than, found.inside)
         _some_of(f"hyperintense of {name}: brighter_than and inside", around, able)
     _some_of("anchored", raw.get("anchored") or (), able)
-    anatomy = raw.get("anatomy")
+    anatomy, settings = raw.get("anatomy"), dict(raw.get("method") or {})
     return Protocol(
         name=raw["name"],
         title=raw["title"],
@@ -305,6 +202,8 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         borders=_pairs("borders", raw.get("borders") or (), own),
         deeper=_pairs("deeper", raw.get("deeper") or (), own),
         anchored=tuple(raw.get("anchored") or ()),
+        method=settings.pop("name", None),
+        settings=settings,
     )
 
 
@@ -380,6 +279,8 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
     _some_of(f"evidence and hyperintense of {name}", [part["sequence"] for part in (needs, bright) if part], sequences)
     if bright and bright["seed"] < bright["least"]:
         raise ValueError(f"hyperintense of {name}: seed {bright['seed']:g} is less than least {bright['least']:g}")
+    if (depth := raw.get("depth")) and depth[1] <= 0:
+        raise ValueError(f"depth of {name}: {depth}: expected a mean, and a standard deviation above 0")
     return Tissue(
         name=name,
         index=raw["index"],
@@ -391,6 +292,7 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         merges_into=raw.get("merges_into"),
         level={sequence: level(value) for sequence, value in levels.items()},
         share=float(raw.get("share", 1.0)),
+        depth=None if depth is None else (float(depth[0]), float(depth[1])),
         criteria=None if needs is None else RegionCriteria(**_floats(needs | {"weights": _floats(needs["weights"])})),
         hyperintense=None if bright is None else Hyperintense(**_floats(bright)),
     )
