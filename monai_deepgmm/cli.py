@@ -19,6 +19,7 @@ from monai_deepgmm.errors import (
     DISK_FULL,
     INTERRUPTED,
     OK,
+    SOFTWARE,
     SOME_FAILED,
     USAGE,
     StudyError,
@@ -27,7 +28,7 @@ from monai_deepgmm.errors import (
 from monai_deepgmm.methods import METHODS
 from monai_deepgmm.patients import layout
 
-__all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOME_FAILED", "USAGE", "main", "parser"]
+__all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOFTWARE", "SOME_FAILED", "USAGE", "main", "parser"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{terminal.shown(os.fsdecode(error.filename))}: " if named else ""
         print(f"deepgmm: {where}{error.strerror or error}; check the path and its permissions", file=sys.stderr)
         return DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE
+    except Exception as error:  # a mistake in this software: nobody should have to read a traceback, or lose it
+        kept = terminal.keep_traceback(error, getattr(arguments, "out", None))
+        reason = terminal.shown(str(error).partition("\n")[0])[:200]
+        print(
+            f"deepgmm: an unexpected {type(error).__name__} ({reason}); please report it with {kept}", file=sys.stderr
+        )
+        return SOFTWARE
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -155,6 +163,7 @@ def _add_segment(parsers: Any) -> None:
     group.add_argument("--means", type=Path, metavar="FILE", help="known class means, from deepgmm means")
     group.add_argument("--network", metavar="NETWORK", help="of deepg and deepsvg: a name, a class, or a file")
     group.add_argument("--model", type=Path, metavar="MODEL_DIR", help="a network from deepgmm train")
+    _add_trust(group)
     group.add_argument("--probabilities", action="store_true", help="also write one probability map per tissue")
     group.add_argument("--fields", action="store_true", help="also write bias fields, and images without them")
     group = made.add_argument_group("how to work through the patients")
@@ -164,6 +173,11 @@ def _add_segment(parsers: Any) -> None:
     group.add_argument("--dry-run", action="store_true", help="load and check every patient, write nothing")
     group.add_argument("--overwrite", action="store_true", help="do again what is done")
     group.add_argument("--fail-fast", action="store_true", help="stop at the first patient that fails")
+
+
+def _add_trust(group: Any) -> None:
+    text = "run the code of a network that this software does not know, if you trust whoever wrote it"
+    group.add_argument("--trust-code", action="store_true", help=text)
 
 
 def _add_means(parsers: Any) -> None:
@@ -181,6 +195,7 @@ def _add_train(parsers: Any) -> None:
     losses = ["nll", "nll_v", "gmm", "gmm_tv", "gmm_bias"]
     group.add_argument("--loss", choices=losses, help="the loss; that of the method, or with --labels gmm_tv")
     group.add_argument("--network", metavar="NETWORK", help="a name, a class, or a file; the paper's U-Net")
+    _add_trust(group)
     group.add_argument("--means", metavar="FILE", help="known class means, or the word cohort to estimate them from it")
     labels = "learn from these patients' labels too: all, ids, a file of ids, or a share such as 1/4 drawn by --seed"
     group.add_argument("--labels", nargs="+", metavar="WHOSE", help=labels)

@@ -25,7 +25,7 @@ logger = logging.getLogger("monai_deepgmm")
 #: The options of ``deepgmm train`` that the bundle's ``train.json`` takes as they are.
 TRAIN_KEYS = (
     *("protocol", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
-    *("labels", "seed", "device"),
+    *("labels", "seed", "device", "trust_code"),
 )
 
 
@@ -192,6 +192,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         probabilities=arguments.probabilities,
         fields=arguments.fields,
         device=arguments.device,
+        trust_code=arguments.trust_code,
     )
 
 

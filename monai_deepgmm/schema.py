@@ -170,7 +170,14 @@ def parse_json(text: str, name: str) -> Document:
         raise ValueError(f"{word} is no number")
 
     try:
-        return Document(json.loads(text, object_pairs_hook=once, parse_constant=no_number), {}, name)
+        content = json.loads(text, object_pairs_hook=once, parse_constant=no_number)
+        level, deep = [content], 0
+        while level and (deep := deep + 1) <= MAX_DEPTH + 1:
+            inside = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+            level = [value for values in inside for value in values]
+        if level:
+            raise RecursionError
+        return Document(content, {}, name)
     except json.JSONDecodeError as error:
         raise UsageError(f"{name}, line {error.lineno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:

@@ -7,28 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from monai_deepgmm import schema
-
-#: What any network's definition is; whose class it may name, and with which arguments, ``allowed`` knows.
-_MAPPING: Mapping[str, Any] = {
-    "type": "object",
-    "expected": "a mapping with _target_",
-    "required": ["_target_"],
-    "properties": {"_target_": {"type": "string", "maxLength": 200}},
-    "propertyNames": {"pattern": "^[A-Za-z_]", "expected": "the name of an argument"},
-}
+from monai_deepgmm.networks import allowed
 
 
-def network_definition(given: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """A network as ``registry.build`` takes it.
+def network_definition(
+    given: str | Mapping[str, Any] | None, *, trust_code: bool = False
+) -> tuple[Mapping[str, Any] | None, bool]:
+    """A network as ``registry.build`` takes it, and whether its code is a stranger's.
 
     Args:
         given: a name, a class's dotted name, a mapping with ``_target_`` (also as text), or a JSON or YAML file of one.
+        trust_code: whether it may be.
 
     Raises:
-        UsageError: the file cannot be read, or what it holds is no such mapping.
+        UsageError: the file cannot be read, what it holds is no such mapping, or it needs trust.
     """
-    if given is None or isinstance(given, Mapping):
-        return given
+    found = given if given is None or isinstance(given, Mapping) else _read(given)
+    return found, found is not None and allowed.check(found, "--network", trust_code=trust_code)
+
+
+def _read(given: str) -> Mapping[str, Any]:
     text, name = given, given.strip()
     if name.endswith((".json", ".yaml", ".yml")):
         name = f"--network {name}"
@@ -37,5 +35,5 @@ def network_definition(given: str | Mapping[str, Any] | None) -> Mapping[str, An
         return {"_target_": name}
     else:
         name = "--network"
-    found: dict[str, Any] = schema.check(schema.parse_yaml(text, name), _MAPPING)
+    found: dict[str, Any] = schema.check(schema.parse_yaml(text, name), allowed.TABLE)
     return found
