@@ -372,7 +372,9 @@ def test_silence_and_errors_are_as_asked_for(cohort, tmp_path, capsys):
     assert said.split(":")[1].strip() in errors.CODES
 
 
-def test_an_error_of_this_software_is_one_line_with_a_code_and_a_traceback_in_the_log(cohort, tmp_path, capsys, monkeypatch):
+def test_an_error_of_this_software_is_one_line_with_a_code_and_a_traceback_in_the_log(
+    cohort, tmp_path, capsys, monkeypatch
+):
     def broken(*rest, **more):
         raise ZeroDivisionError("one\nby none")
 
