@@ -51,7 +51,7 @@ class UsageError(Exception):
 
 
 class NobodyError(UsageError):
-    """There is not one patient to train on."""
+    """There is not one patient."""
 
 
 class ChangedError(UsageError):

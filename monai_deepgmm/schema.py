@@ -213,9 +213,9 @@ def check(document: Document, rules: str | Mapping[str, Any]) -> Any:
     return document.content
 
 
-def nearest(word: object, choices: Iterable[str], *, least: float = 0.6) -> str:
+def nearest(word: object, choices: Iterable[object], *, least: float = 0.6) -> str:
     """`` (did you mean …?)``, or nothing where no choice is like the word."""
-    known = {choice.casefold(): choice for choice in choices}
+    known = {choice.casefold(): choice for choice in choices if isinstance(choice, str)}
     near = difflib.get_close_matches(str(word).casefold(), known, n=1, cutoff=least)
     return f" (did you mean {known[near[0]]}?)" if near else ""
 
@@ -301,7 +301,7 @@ def _types(rule: Mapping[str, Any]) -> Sequence[str]:
 def _expected(rule: Mapping[str, Any]) -> str:
     """A rule in words."""
     if "enum" in rule:
-        return f"one of {', '.join(map(str, rule['enum']))}"
+        return f"one of {', '.join(str(choice) for choice in rule['enum'] if choice is not None)}"
     if "expected" in rule:
         return str(rule["expected"])
     words = {"object": "keys with values", "array": "a list", "string": "text", "boolean": "true or false"}

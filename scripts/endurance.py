@@ -343,13 +343,13 @@ def network(work: Path, count: int, seed: int) -> Iterator[tuple[int, Outcome, S
 # The table -----------------------------------------------------------------------------------------------------------
 
 
-def measured(name: str, count: int, seed: int) -> runner.Facts:
+def measured(name: str, count: int, seed: int, seconds: float) -> runner.Facts:
     """One part, in a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory() as work:
         began, make = time.monotonic(), globals()[name]
         (place := Path(work) / "work").mkdir()
         found = make(place, count, seed)
-        facts: runner.Facts = found if isinstance(found, dict) else counted(found)
+        facts: runner.Facts = found if isinstance(found, dict) else counted(found, seconds)
         return {**facts, "seconds": round(time.monotonic() - began, 1), "machine": runner.machine()}
 
 
@@ -371,7 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--share", type=float, default=1.0, help="of the counts that the full version has")
     parser.add_argument("--short", action="store_true", help="a few cases of most parts")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=86_400, help="after which a part takes no further case")
+    parser.add_argument("--seed", type=int, default=0, help="from which the cases follow")
     options = parser.parse_args(argv)
     return runner.ended("endurance", lambda: run(options))
 
@@ -383,7 +384,7 @@ def run(options: argparse.Namespace) -> int:
         full, few, _ = PARTS[name]
         count = few if options.short else max(1, round(full * options.share))
         if count:
-            facts = measured(name, count, options.seed)
+            facts = measured(name, count, options.seed, options.seconds)
             runner.write(options.out / f"{name}.json", facts)
             print(f"{name}: {facts['cases']} cases, {len(facts['wrong'])} wrong, {facts['seconds']} s", file=sys.stderr)
     done = {name: facts for name in PARTS if (facts := runner.read_json(options.out / f"{name}.json"))}

@@ -62,7 +62,7 @@ def header(raw: bytes, rng: random.Random) -> bytes:
     data = bytearray(raw)
     for _ in range(rng.choice((1, 1, 2, 5))):
         kind = rng.random()
-        if kind < 0.6:
+        if kind < 0.6 and len(data) >= 352:
             place, form = FIELDS[rng.choice(list(FIELDS))]
             values = list(struct.unpack_from(f"<{form}", data, place))
             values[rng.randrange(len(values))] = rng.choice(NUMBERS)

@@ -140,8 +140,9 @@ def namespace(kind: int) -> bool:
     return libc.unshare(kind) == 0 or libc.unshare(kind | CLONE_NEWUSER) == 0
 
 
-def counted(found: Iterator[tuple[int, Outcome, Sequence[int]]]) -> runner.Facts:
-    """How commands ended: (cases, outcome, exit codes that may be) of each."""
+def counted(found: Iterator[tuple[int, Outcome, Sequence[int]]], seconds: float) -> runner.Facts:
+    """How commands ended, of as many as that time allows: (cases, outcome, exit codes that may be) of each."""
+    began = time.monotonic()
     codes, wrong, number, most = Counter[str](), [], 0, 0.0
     for count, outcome, allowed in found:
         number += count
@@ -149,6 +150,8 @@ def counted(found: Iterator[tuple[int, Outcome, Sequence[int]]]) -> runner.Facts
         codes[str(outcome.code)] += 1
         if said := outcome.wrong(allowed):
             wrong.append(f"case {number}: {said}")
+        if time.monotonic() - began > seconds:
+            break
     return {"cases": number, "codes": dict(sorted(codes.items())), "wrong": wrong, "above_mb": round(most)}
 
 

@@ -131,7 +131,7 @@ REFUSED = {
     "manifest": (["{in}", "{tmp}/out", "--manifest", "{tmp}/gone.csv"], "gone.csv"),
     "method": (["{in}", "{tmp}/out", "--method", "anatmy"], "did you mean anatomy?); choose one of gmm, svgmm"),
     "device": (["{in}", "{tmp}/out", "--device", "warp"], "--device warp"),
-    "setting": (["{in}", "{tmp}/out", "--set", "max_itr=1"], "did you mean max_iter?); it has sigma_mm, temper"),
+    "setting": (["{in}", "{tmp}/out", "--set", "max_itr=1"], "did you mean max_iter?); it has sigma_mm, "),
     "setting without =": (["{in}", "{tmp}/out", "--set", "tol"], "key=value"),
     "value": (["{in}", "{tmp}/out", "--method", "gmm", "--set", "covariance=round"], "diag, full, tied, spherical"),
     "number": (["{in}", "{tmp}/out", "--set", "max_iter=0"], "at least 1"),
