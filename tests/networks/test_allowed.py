@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import webbrowser
 from pathlib import Path
@@ -143,3 +144,18 @@ def test_the_words_and_classes_that_are_let_through_are_those_that_are_there():
     assert all(hasattr(ours, name) for name in allowed.OURS)
     for definition in registry.NAMED.values():
         assert not allowed.check(definition, "--network")
+
+
+def test_modules_in_the_folder_where_the_user_stands_are_not_imported(tmp_path):
+    """By ``python -m``, which would; and who interrupts while modules are loaded gets one line."""
+    (tmp_path / "yaml.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    command = [sys.executable, "-m", "monai_deepgmm", "scan", "absent"]
+    path = str(Path(cli.__file__).parents[1])
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert (done.returncode, done.stderr) == (cli.USAGE, "deepgmm: there is no folder absent\n")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "yaml.py").write_text("raise KeyboardInterrupt")
+    late = {"PYTHONPATH": f"{tmp_path / 'late'}{os.pathsep}{path}"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | late)
+    assert (done.returncode, done.stderr.count("\n")) == (cli.INTERRUPTED, 1)
