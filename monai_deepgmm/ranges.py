@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 Kind = Literal["volume_ml", "percent", "ratio", "diameter_mm", "thickness_mm", "contrast_sd"]
 
@@ -46,30 +46,27 @@ def parse(raw: Sequence[Mapping[str, Any]], tissues: Sequence[str], sequences: S
     """The ranges of a protocol's YAML.
 
     Args:
-        raw: each with ``kind``, ``of`` and ``range`` (null: no end), a contrast also with ``sequence``.
+        raw: content that the table of protocols has let through.
         tissues: the names that the protocol has.
         sequences: likewise.
 
     Raises:
-        ValueError: a range is not one; the message says which and what is expected.
+        ValueError: a range does not fit the protocol; the message says which and what is expected.
     """
     return tuple(_range(one, tissues, sequences) for one in raw)
 
 
 def _range(raw: Mapping[str, Any], tissues: Sequence[str], sequences: Sequence[str]) -> Range:
-    kind, names = raw["kind"], raw["of"]
-    if kind not in get_args(Kind):
-        raise ValueError(f"plausible: kind {kind!r} (choose {', '.join(get_args(Kind))})")
-    number = {"percent": 1, "ratio": 2, "contrast_sd": 2}.get(kind)
-    if isinstance(names, str) or not names or set(names) - set(tissues) or number not in (None, len(names)):
-        raise ValueError(f"plausible: of {names!r} for {kind} ({number or 'some'} of {', '.join(tissues)})")
-    sequence = raw.get("sequence")
+    kind, names, sequence = raw["kind"], raw["of"], raw.get("sequence")
+    number = {"percent": 1, "ratio": 2, "contrast_sd": 2}.get(kind, len(names))
+    if set(names) - set(tissues) or number != len(names):
+        raise ValueError(f"plausible: of {names} for {kind}: expected {number} of {', '.join(tissues)}")
     if (kind == "contrast_sd") != (sequence is not None) or sequence not in (None, *sequences):
-        raise ValueError(f"plausible: sequence {sequence!r} for {kind} (a contrast's only: {', '.join(sequences)})")
+        raise ValueError(f"plausible: sequence {sequence} for {kind}: a contrast has one of {', '.join(sequences)}")
     low, high = raw["range"]
-    found = Range(kind, tuple(names), *(_end(low, -math.inf), _end(high, math.inf)), sequence)
+    found = Range(kind, tuple(names), _end(low, -math.inf), _end(high, math.inf), sequence)
     if not found.low < found.high:
-        raise ValueError(f"plausible: range {raw['range']} of {kind} (the least, then the greatest; null for no end)")
+        raise ValueError(f"plausible: range {raw['range']} of {kind}: expected the least, then the greatest")
     return found
 
 
