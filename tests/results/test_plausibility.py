@@ -171,7 +171,7 @@ def ring(scar: slice, level: float, shape: tuple[int, int, int] = (40, 40, 4)) -
     labels[scar][labels[scar] == 2] = 4
     noise = np.random.default_rng(0).normal(0, 1, labels.shape)
     late = noise + np.select([labels == 1, labels == 4], [8.0, level], 0.0)
-    images = np.stack([late] * 3).astype(np.float32)
+    images = np.stack([late, -late, late]).astype(np.float32)  # LGE, black-blood T2, bSSFP
     return list(with_numbers(segmentation(labels, images=images)).warnings)
 
 
