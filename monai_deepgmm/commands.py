@@ -76,6 +76,8 @@ def train(arguments: argparse.Namespace) -> int:
             "manifest": None if arguments.manifest is None else str(arguments.manifest),
             "means": None if arguments.means is None else str(arguments.means),
             "mask_labels": list(arguments.mask_labels),
+            "truth_labels": list(arguments.truth_labels),
+            "filter": list(arguments.filter),
             "patients": list(arguments.patients),
             "set": arguments.set,
             **{key: getattr(arguments, key) for key in TRAIN_KEYS},
@@ -171,7 +173,10 @@ def _find(arguments: argparse.Namespace) -> Cohort:
         manifest=arguments.manifest,
         mask=arguments.mask,
         mask_labels=arguments.mask_labels,
+        truth_labels=arguments.truth_labels,
+        filters=arguments.filter,
         patients=arguments.patients,
+        asked=arguments.asked,
     )
 
 
