@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.patients.directory import NIFTI, shown
+from monai_deepgmm.patients.directory import NIFTI, listed, shown
 from monai_deepgmm.patients.formats import foreign
 
 #: Entity → the values that are wanted; "" stands for files without that entity.
@@ -67,6 +67,12 @@ def parse(path: str) -> BidsName:
         end = next((i for i, part in enumerate(inside) if part.casefold().startswith("sub-")), len(inside))
         entities["pipeline"] = "/".join(inside[:end])
     return BidsName(path, entities, suffix, parts[-1].casefold())
+
+
+def with_session(patient: str, path: str) -> str:
+    """An id with its session, where only a folder's name tells it."""
+    session = "" if "_" in patient else parse(path).entities.get("ses", "")
+    return f"{patient}_ses-{session}" if session else patient
 
 
 def filters(words: Sequence[str]) -> Filters:
@@ -155,7 +161,12 @@ def reference_labels(paths: Sequence[str], wanted: Filters, of: Sequence[str], *
     return _labels([*map(parse, paths)], wanted, of, own)
 
 
-def unused(paths: Sequence[str]) -> str:
+def unused_images(paths: Sequence[str]) -> str:
+    """That images were found and are not meant, for a message; "" where there are none."""
+    return f"{listed(paths)} is no magnitude image, or not what --filter asks for" if paths else ""
+
+
+def unused_labels(paths: Sequence[str]) -> str:
     """What speaks against masks that were found and are not used, for a message; "" where there are none."""
     reasons = []
     for name in map(parse, paths):

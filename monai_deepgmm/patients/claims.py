@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from monai_deepgmm.patients import bids
@@ -93,10 +93,11 @@ def claim(tree: Tree, reader: Reader, protocol: Protocol, wanted: bids.Filters |
         stem = other.stem if other else name
         image = None if other and other.segmentation else reader.image(stem)
         if image is not None and image[1] in protocol.sequences:
-            one = found.setdefault(key := _key(image[0], name, layout), Found(*key))
+            patient = bids.with_session(image[0], name) if layout.entities else image[0]
+            one = found.setdefault(key := _key(patient, name, layout), Found(*key))
             (one.foreign if other else one.images).setdefault(image[1], []).append(name)
         elif image is None and (label := reader.labels(stem)) is not None:
-            labels.append((*label, name))
+            labels.append((bids.with_session(label[0], name) if layout.entities else label[0], label[1], name))
     passed: list[str] = []
     if layout.entities:
         passed = _arrange(found, labels, protocol, reader, wanted or {})
@@ -164,7 +165,7 @@ def _arrange(
     for one in found.values():
         for sequence, group in [*one.images.items(), *one.foreign.items()]:
             others = [n for s, names in {**one.images, **one.foreign}.items() if s != sequence for n in names]
-            _keep(one, sequence, group, bids.images(group, wanted, others=others))
+            _keep(one, sequence, group, bids.images(group, wanted, others=others), bids.unused_images)
         one.images = {s: names for s, names in one.images.items() if names}
         subject = one.patient.split("_")[0]
         near = [*of_subject.get(one.patient, ()), *(of_subject.get(subject, ()) if subject != one.patient else ())]
@@ -178,15 +179,15 @@ def _arrange(
                 kept = bids.reference_labels(names, wanted, images, own=own)
             for name in kept:
                 _add_label(one, role, name)
-            _keep(one, role, names, kept)
+            _keep(one, role, names, kept, bids.unused_labels)
     return passed
 
 
-def _keep(one: Found, role: str, group: list[str], kept: Sequence[str]) -> None:
+def _keep(one: Found, role: str, group: list[str], kept: Sequence[str], why: Callable[[Sequence[str]], str]) -> None:
     """Keeps some of a group's files, and notes how to choose between them, or what speaks against the others."""
     passed = [name for name in group if name not in kept]
     one.passed += passed
-    one.hints[role] = bids.options(kept) if len(kept) > 1 else bids.unused(passed) if not kept else ""
+    one.hints[role] = bids.options(kept) if len(kept) > 1 else why(passed) if not kept else ""
     group[:] = kept
 
 

@@ -137,14 +137,16 @@ def pairs(text: str, protocol: Protocol, source: str, *, strict: bool = False) -
             raise UsageError(f"{source}: got {text.strip()!r}, expected names with their values, such as {example}")
         named.setdefault(found[1], []).extend(int(v) for v in re.split(r"[,+]", found[2]))
         at = found.end()
-    meanings = understood(named, protocol, source)
-    if meanings.problem is not None:
-        raise UsageError(f"{meanings.problem.message}; {_known(protocol)}")
-    if strict and meanings.others:
-        name = next(iter(meanings.others.values()))
+    meanings, known = understood(named, protocol, source), _table(protocol, named)
+    strange = [name for name in named if _key(name) not in known and not _is_elsewhere(name)]
+    if strict and strange:
+        name = strange[0]
         near = difflib.get_close_matches(name, [t.name for t in protocol.tissues], n=1, cutoff=0.5)
         hint = f"do you mean {near[0]}? " if near else ""
-        raise UsageError(f"{source}: {name!r} is no tissue of protocol {protocol.name}; {hint}{_known(protocol)}")
+        listed = ", ".join(t.name for t in protocol.tissues)
+        raise UsageError(f"{source}: {name!r} is no tissue of protocol {protocol.name}; {hint}tissues: {listed}")
+    if meanings.problem is not None:
+        raise UsageError(meanings.problem.message)
     return meanings
 
 
@@ -213,7 +215,3 @@ def _refused(message: str, protocol: Protocol, source: str) -> Meanings:
     example = " ".join(f"{t.name}={t.index}" for t in protocol.tissues)
     remedy = f"Correct {source}, or {_HINT} {example}"
     return Meanings({}, {}, frozenset(), source, Problem("E_TRUTH", message, remedy))
-
-
-def _known(protocol: Protocol) -> str:
-    return f"tissues: {', '.join(t.name for t in protocol.tissues)}"

@@ -30,8 +30,8 @@ def warning(counts: metrics.Counts, tissues: Sequence[str], source: str) -> str 
     stated, best = (float(np.nanmean(table[list(rows), range(len(table))])) for rows in (range(len(table)), order))
     if best - stated < GAIN:
         return None
-    changed = ", ".join(f"{tissues[i]} were {tissues[j]}" for i, j in enumerate(order) if i != j)
+    changed = ", ".join(f"{tissues[i]} as {tissues[j]}" for i, j in enumerate(order) if i != j)
     return (
-        f"W_ORDER: mean Dice would be {best:.2f} instead of {stated:.2f} if what the reference labels call {changed}; "
-        f"check what their values mean ({source}; --truth-labels says it), or how the segmentation was named"
+        f"W_ORDER: the reference labels fit far better if read otherwise ({changed}): mean Dice {best:.2f} instead of "
+        f"{stated:.2f}; check what their values mean (here by {source}; --truth-labels says it) and the tissues' names"
     )
