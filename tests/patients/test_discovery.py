@@ -1,5 +1,6 @@
 """Which files belong to which patient: by name alone, so nearly all files here are empty."""
 
+import contextlib
 import json
 import os
 import unicodedata
@@ -98,6 +99,33 @@ class TestNnunet:
         assert (study.mask, study.mask_labels) == (dataset / "masksTr/a_b.nii.gz", ())
         assert (study.truth, study.truth_labels) == (dataset / "labelsTr/a_b.nii.gz", None)
         assert study.problems == ()
+
+    @pytest.mark.parametrize("parts", ["Tr,Ts", "Ts"])
+    def test_test_images_are_patients_and_folders_are_not(self, tmp_path, parts):
+        touch(tmp_path, "dataset.json", content=b'{"channel_names": {"0": "LGE", "1": "T2"}}')
+        for number, part in enumerate(parts.split(",")):
+            touch(tmp_path, f"images{part}/p{number}_{{0000,0001}}.nii.gz", f"masks{part}/p{number}.nii.gz")
+            touch(tmp_path, f"labels{part}/p{number}.nii.gz")
+        found = cohort(tmp_path, "imagesVal/x.nii.gz")
+        assert (found.layout, all_codes(found)) == ("nnunet", [[]] * len(found.studies))
+        assert ids(found) == [f"p{n}" for n in range(len(parts.split(",")))]
+        assert all(s.truth.parent.name == f"labels{s.mask.parent.name[-2:]}" for s in found.studies)
+
+    def test_one_id_in_both_is_two_patients(self, tmp_path):
+        touch(tmp_path, "dataset.json", content=b'{"channel_names": {"0": "LGE"}}')
+        assert codes(one(tmp_path, "{imagesTr,imagesTs}/a_0000.nii.gz"))[:1] == ["E_DUPLICATE"]
+
+    def test_folders_of_a_data_set_that_says_nothing_are_no_patients(self, tmp_path):
+        for names in ("imagesTs/{a_LGE,a_mask}.nii.gz", "imagesTs/{T1,mask}.nii.gz"):
+            with contextlib.suppress(UsageError):
+                assert "imagesTs" not in ids(cohort(tmp_path / names[9:12], names, protocol=BRAIN))
+
+    def test_the_ending_that_the_data_set_states(self, dataset):
+        touch(dataset, "dataset.json", content=b'{"channel_names": {"0": "LGE"}, "file_ending": ".nii"}')
+        study = one(dataset, "imagesTr/a_b_0000.nii")
+        assert (study.images["LGE"].name, codes(study)) == ("a_b_0000.nii", [])
+        touch(dataset, "dataset.json", content=b'{"channel_names": {"0": "LGE"}}')
+        assert codes(one(dataset)) == ["E_AMBIGUOUS"]
 
     def test_labels_are_not_taken_for_a_mask(self, dataset):
         touch(dataset, "dataset.json", content=b'{"channel_names": {"0": "LGE"}}')
