@@ -24,7 +24,7 @@ logger = logging.getLogger("monai_deepgmm")
 
 #: The options of ``deepgmm train`` that the bundle's ``train.json`` takes as they are.
 TRAIN_KEYS = (
-    *("protocol", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
+    *("protocol", "asked", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
     *("labels", "seed", "device"),
 )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import touch
 from monai.bundle import ConfigParser, verify_net_in_out
 from monai.transforms import Compose, Transform
 from scenes import CONFIGS, INFARCT, QUIET, inference, labels, sidecar
@@ -97,6 +98,15 @@ def test_a_failed_patient_is_the_exit_code_of_the_bundle(tmp_path, make_patient)
     with pytest.raises(SystemExit) as stopped:
         workflow.finalize()
     assert stopped.value.code == 3
+
+
+def test_brains_are_not_segmented_as_hearts_unless_that_is_asked(tmp_path):
+    touch(tmp_path / "in", "p1/{T1,T2,mask}.nii.gz")
+    with pytest.raises(RuntimeError) as refused:
+        run(tmp_path / "in", tmp_path / "out")
+    causes = [refused.value, refused.value.__cause__, refused.value.__context__]
+    assert any("--protocol brain" in str(cause) for cause in causes)
+    run(tmp_path / "in", tmp_path / "out", code=3, asked=True)
 
 
 def test_the_network_fits_the_metadata_and_the_versions_agree():
