@@ -243,6 +243,7 @@ def _empty_folders(tree: Tree, layout: Layout, found: Iterable[Found], passed: I
     if layout.one_folder and claimed and not any(one.home for one in found):
         return ()  # all files lie flat in DIR: its folders are not patients
     reserved = NOT_SOURCE | {name.split("/")[0] for name in tree.own}
+    reserved |= {name.split("/")[0] for name in tree.folders if name.split("/")[-1].casefold() in NOT_PATIENTS}
     folders = (n for n in tree.folders if "/" not in n and n not in claimed | reserved)
-    patients = (n for n in folders if fnmatch.fnmatch(n, layout.folders) and n.casefold() not in NOT_PATIENTS)
+    patients = (n for n in folders if fnmatch.fnmatch(n, layout.folders))
     return tuple(Found(name, folder=name) for name in patients)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import bids, dataset_json, label_meanings, task_check
 from monai_deepgmm.patients import layout as layouts
@@ -144,7 +145,8 @@ def _from_layout(
         task_check.check(title, there, protocol, asked=asked)
         raise
     chosen, notes = _choose(claims)
-    task_check.check(title, there | task_check.sequences_of(chosen.found), protocol, asked=asked)
+    found = chosen.found or _found_otherwise(tree, tried)
+    task_check.check(title, there | task_check.sequences_of(found), protocol, asked=asked)
     if wanted:
         bids.check_filters(wanted, chosen.files())
     if not chosen.found and not any(_holds_scans(tree, one) for one in chosen.empty):
@@ -155,6 +157,15 @@ def _from_layout(
     studies = [judge(one, tree, chosen.layout, protocol, near) for one in chosen.found]
     studies += [failed(one, tree, protocol) for one in chosen.empty]
     return Cohort(root, chosen.layout.name, tuple(studies), notes)
+
+
+def _found_otherwise(tree: Tree, tried: Sequence[Layout]) -> tuple[Found, ...]:
+    """What other protocols find where this one finds nobody."""
+    found: list[Found] = []
+    for other in map(protocols.load, protocols.names()):
+        for layout in (one for one in tried if one.fits(other) and one.channels is None):
+            found += claim(tree, layouts.reader(layout, other, tree.root, needed=False), other).found
+    return tuple(found)
 
 
 def _of_dataset(tree: Tree, channels: str, protocol: Protocol) -> Meanings | None:
@@ -196,7 +207,10 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
     scans = [n for n in tree.files if NIFTI.search(n)]
     looked = f"{len(tree.files)} files in {len(tree.folders)} folders, of which {len(scans)} are NIfTI"
     hint = ""
-    if holds_dicom(tree, flat):
+    inside = {n.split("/")[0] for n in tree.folders if "/" in n and n.split("/")[-1].casefold() in layouts.NOT_PATIENTS}
+    if inside:
+        hint = f" Give the data set's own folder: {listed(sorted(inside))}."
+    elif holds_dicom(tree, flat):
         hint = " There are DICOM files: convert them with dcm2niix."
     elif any(NIFTI.search(n) for n in flat):
         hint = f" It holds {listed([n for n in flat if NIFTI.search(n)])}: if it is one patient's folder, give the "

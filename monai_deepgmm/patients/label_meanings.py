@@ -20,10 +20,22 @@ Named = Mapping[str, Sequence[int]]
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "blood": (
         *("blood pool", "LV blood", "LV blood pool", "LV pool", "LV cavity", "cavity", "LVBP", "LVC", "BP", "lumen"),
-        *("ventricular cavity", "LV lumen", "LV endo", "LV endocardium", "endocardium", "endo"),
+        *("ventricular cavity", "LV lumen", "LV blood cavity", "LV endo", "LV endocardium", "endocardium", "endo"),
     ),
     "myocardium": (
-        *("MYO", "LV MYO", "LV myocardium", "LVM", "myocard", "muscle", "heart muscle", "LV wall", "wall", "LV muscle"),
+        *(
+            "MYO",
+            "LV MYO",
+            "LV myocardium",
+            "LVM",
+            "MLV",
+            "myocard",
+            "muscle",
+            "heart muscle",
+            "LV wall",
+            "wall",
+            "LV muscle",
+        ),
         *(
             f"{how} {what}"
             for how in ("healthy", "normal", "viable", "remote", "LV normal", "LV healthy", "normal LV")
@@ -35,7 +47,12 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
         *("scars", "LV scar", "LV scars", "LV myocardial scar", "LV myocardial scars", "myocardial scar", "fibrosis"),
         *("infarct", "infarction", "MI", "myocardial infarction", "myocardial infarct", "infarcted myocardium", "LGE"),
         *("infarct core", "infarct scar", "scar tissue", "hyperenhancement", "enhancement", "no reflow", "MVO"),
-        *("microvascular obstruction", "permanent microvascular obstruction"),
+        *(
+            "necrosis",
+            "late gadolinium enhancement",
+            "microvascular obstruction",
+            "permanent microvascular obstruction",
+        ),
     ),
     "GM": (
         *("grey matter", "grey", "cortex", "cortical grey matter", "subcortical grey matter", "deep grey matter"),
@@ -97,7 +114,7 @@ def understood(named: Named, protocol: Protocol, source: str) -> Meanings:
     elsewhere = {0}
     for value, found in sorted(names.items()):
         found.sort()
-        meant = [(size, index) for size, name in found if (index := known.get(_key(name))) is not None]
+        meant = [(size, index) for size, name in found if (index := _index(name, known)) is not None]
         if meant and value == 0:
             return _refused(f"{source} calls 0 {found[0][1]}, but 0 is the background", protocol, source)
         if meant:
@@ -138,7 +155,7 @@ def pairs(text: str, protocol: Protocol, source: str, *, strict: bool = False) -
         named.setdefault(found[1], []).extend(int(v) for v in re.split(r"[,+]", found[2]))
         at = found.end()
     meanings, known = understood(named, protocol, source), _table(protocol, named)
-    strange = [name for name in named if _key(name) not in known and not _is_elsewhere(name)]
+    strange = [name for name in named if _index(name, known) is None and not _is_elsewhere(name)]
     if strict and strange:
         name = strange[0]
         near = difflib.get_close_matches(name, [t.name for t in protocol.tissues], n=1, cutoff=0.5)
@@ -189,9 +206,20 @@ def _table(protocol: Protocol, named: Iterable[str]) -> dict[str, int]:
             if _key(tissue.name) in map(_key, group):
                 strong.update({_key(other): tissue.index for other in group})
     strong |= {_key(tissue.name): tissue.index for tissue in protocol.tissues}
-    present = {index for name in named if (index := strong.get(_key(name))) is not None}
+    present = {index for name in named if (index := _index(name, strong)) is not None}
     weak = {_key(w): t.index for t in protocol.tissues for w in _WEAK.get(t.name.casefold(), ())}
     return {word: index for word, index in weak.items() if index not in present} | strong
+
+
+def _index(name: str, known: Mapping[str, int]) -> int | None:
+    """The tissue that a name means, as a whole, before its brackets or in them; several words for it must agree."""
+    for text in (name, re.sub(r"[(\[].*?[)\]]", " ", name), *re.findall(r"[(\[](.*?)[)\]]", name)):
+        if (whole := known.get(_key(text))) is not None:
+            return whole
+        meant = {known.get(_key(part), 0) for part in re.split(r"[/,&+]|\band\b", text) if part.strip()}
+        if len(meant) == 1 and 0 not in meant:
+            return meant.pop()
+    return None
 
 
 def _key(name: str) -> str:

@@ -118,6 +118,8 @@ class TestNnunet:
         with pytest.raises(UsageError, match="no patient"):
             cohort(tmp_path / "a", "imagesTs/{T1,mask}.nii.gz", "labelsTs/x.nii.gz", protocol=BRAIN)
         assert ids(cohort(tmp_path / "b", "imagesTs/{a_LGE,a_mask}.nii.gz")) == ["a"]
+        with pytest.raises(UsageError, match="data set's own folder: Dataset1_X"):
+            cohort(tmp_path / "c", "Dataset1_X/{dataset.json,imagesTr/a_0000.nii.gz,labelsTr/a.nii.gz}")
 
     def test_the_ending_that_the_data_set_states(self, dataset):
         touch(dataset, "dataset.json", content=b'{"channel_names": {"0": "LGE"}, "file_ending": ".nii"}')

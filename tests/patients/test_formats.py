@@ -157,7 +157,13 @@ def find_manifest(tmp_path):
 
 
 class TestTask:
-    HEARTS = ("p1/{LGE,bSSFP,mask}.nii.gz", "p1/{T1,LGE,mask}.nii.gz", "P1_{LGE,T2,gd}.nii.gz", "p1/{DE,T2,mask}.nii")
+    HEARTS = (
+        "p1/{Images,Contours}/a.nii.gz",
+        "p1/{LGE,bSSFP,mask}.nii.gz",
+        "p1/{T1,LGE,mask}.nii.gz",
+        "P1_{LGE,T2,gd}.nii.gz",
+        "p1/{DE,T2,mask}.nii",
+    )
     BRAINS = (
         *("p1/{T1,T2,mask}.nii.gz", "p1/{T1w,FLAIR,T2,mask}.nii", "sub-1/anat/sub-1_{T1w,T2w,desc-brain_mask}.nii.gz"),
         *("P1_{T1,T2,mask}.nii.gz", "sub-1/ses-a/anat/sub-1_ses-a_{T1w,FLAIR}.nii.gz", "p1/T1.nrrd"),

@@ -13,7 +13,7 @@ from monai_deepgmm.patients import dataset_json, label_meanings
 from monai_deepgmm.patients.bids import inherited, tables
 
 HEARTS = {
-    1: "blood, LV blood pool, LV_cavity, lvbp, LV, Left ventricle, left ventricular cavity, LVCavity, lv-blood",
+    1: "blood, LV blood pool, LV_cavity, lvbp, blood/LV blood pool, LV, Left ventricle, LVCavity, lv-blood",
     2: "MYO, myocardium, LV myocardium, Healthy Myocardium, healthyMyocardium, left ventricular myocardium, LV_wall",
     3: "edema, oedema, Myocardial Oedema, LV myocardial edema",
     4: "scar, infarct, Infarction, MI, myocardial infarction, no-reflow, NoReflow, MVO, microvascular obstruction",
@@ -23,10 +23,10 @@ HEARTS = {
 BRAINS = {
     1: "GM, grey matter, Gray Matter, gray_matter, cortex, Left-Cerebral-Cortex, ctx-lh-cuneus, Right-Caudate, cGM",
     2: "WM, White matter, white-matter, WhiteMatter, Left-Cerebral-White-Matter, cerebral WM",
-    3: "CSF, cerebrospinal fluid, ventricles, Left-Lateral-Ventricle, 3rd-Ventricle, Ventricular CSF",
+    3: "CSF, cerebrospinal fluid, ventricles, CSF and fluid, Liquid (CSF), Left-Lateral-Ventricle, 3rd-Ventricle",
     4: "lesion, WMH, MS lesions, white matter hyperintensities, WM-hypointensities",
     None: "Background, Skull, soft tissue, Unknown",
-    "said": "blood, Left-choroid-plexus, 7",
+    "said": "blood, GM/WM border, Left-choroid-plexus, 7",
 }
 
 
