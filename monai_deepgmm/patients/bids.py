@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ _NOT_MAGNITUDE = {"phase", "real", "imag"}
 _ORGANS = {"brain": ("brain",), "left ventricle": ("lv", "leftventricle", "epicardium", "epi")}
 #: Spaces of the patient's own anatomy; all others are templates, or those of another examination.
 _OWN_SPACES = {"orig", "individual", "native", "scanner", "anat", "subject", "t1w", "t2w", "flair"}
+_REMEMBERED = 1 << 16  # names, each of which is asked for many times
 _LEVELS = 4  # data set/subject/session/anat
 _OTHER_MODALITIES = {"func", "dwi", "perf", "fmap", "pet", "meg", "eeg", "ieeg", "nirs", "mrs", "beh"}
 
@@ -50,6 +52,7 @@ class BidsName(NamedTuple):
         return _plain(self.entities.get(key, ""))
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def parse(path: str) -> BidsName:
     """Reads a name; the session may stand in a folder's name only."""
     folders, _, base = path.rpartition("/")
@@ -294,6 +297,7 @@ def _best(names: Sequence[BidsName], rank: Callable[[BidsName], tuple[int, ...]]
     return [name.path for name in names if rank(name) == best]
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def _plain(value: str) -> str:
     """A value for comparing: run-01 is run-1."""
     return value.lstrip("0") or "0" if value.isdecimal() else value.casefold()

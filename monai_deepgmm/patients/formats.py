@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -55,6 +56,7 @@ class Foreign(NamedTuple):
     segmentation: bool = False
 
 
+@functools.lru_cache(maxsize=1 << 16)  # each name is asked for once per layout
 def foreign(name: str) -> Foreign | None:
     """What a file is by the ending of its name, if that is not NIfTI but holds an image; else None."""
     if NIFTI.search(name):

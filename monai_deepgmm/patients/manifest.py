@@ -52,6 +52,7 @@ def read(path: Path, aliases: Mapping[str, str], protocol: Protocol) -> Table:
     """
     rows = _rows(path)
     header = [cell.strip().casefold() for cell in rows[0][1]] if rows else []
+    header = ["labels" if name in ("truth_labels", "truth-labels", "truth labels") else name for name in header]
     columns = [name if name in _ROLES else aliases.get(name) for name in header]
     _refuse_misspelt(path, rows[0][1] if rows else [], columns, aliases)
     if columns.count("patient") != 1:

@@ -214,7 +214,8 @@ def summary(evaluation: Evaluation) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     compared = f"{found['n_patients']} patients, {found['n_units']} {evaluation.unit}s ({evaluation.slices})"
     text.append(f"compared: {compared}; not evaluated: {len(evaluation.problems)}")
-    text += [f"  {name}: {problem.code}: {problem.message}" for name, problem in evaluation.problems.items()]
+    for name, problem in evaluation.problems.items():
+        text.append(f"  {name}: {problem.code}: {problem.message}. {problem.remedy}".rstrip(". "))
     odd = [f"  {name}: {warning}" for name, one in evaluation.patients.items() for warning in one.warnings]
     text += odd[:_SHOWN] + ([f"  and {len(odd) - _SHOWN} more warnings: see evaluation.json"] * (len(odd) > _SHOWN))
     text += evaluation.warnings
