@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from monai_deepgmm import protocol as protocols
-from monai_deepgmm.errors import UsageError
+from monai_deepgmm.errors import NobodyError, UsageError
 from monai_deepgmm.patients import bids, dataset_json, label_meanings, task_check
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients import manifest as manifests
@@ -150,7 +150,7 @@ def _from_layout(
     if wanted:
         bids.check_filters(wanted, chosen.files())
     if not chosen.found and not any(_holds_scans(tree, one) for one in chosen.empty):
-        raise UsageError(_nobody(tree, protocol, tried))
+        raise NobodyError(_nobody(tree, protocol, tried))
     near = given._replace(tables=bids.tables(tree.files))
     if given.meanings is None and chosen.layout.channels is not None:
         near = near._replace(meanings=_of_dataset(tree, chosen.layout.channels, protocol))
