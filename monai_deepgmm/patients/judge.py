@@ -53,21 +53,9 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
     chosen = found.truth if from_truth else found.mask
     if not asked.mask:
         role = "truth" if from_truth else "mask"
-        mask_problems = [
-            *_foreign_problems(found, "mask", found.mask),
-            *_file_problems(found, tree, role, chosen, "the mask"),
-        ]
-        if not mask_problems and not chosen:
-            mask_problems = [*_foreign_problems(found, role, chosen)] or [_no_mask(found, layout, protocol)]
-        problems += mask_problems
+        problems += _mask_problems(found, tree, role, chosen) or ([] if chosen else [_no_mask(found, layout, protocol)])
     truth = _only(found.truth)
-    label_problems = [
-        *_foreign_problems(found, "truth", found.truth),
-        *_file_problems(found, tree, "truth", found.truth, "the reference labels"),
-    ]
     meanings = _meanings(found, truth, tree, protocol, asked)
-    if meanings is not None and meanings.problem is not None and truth:
-        label_problems.append(meanings.problem)
     mask_file = None if asked.mask else _only(chosen)
     own = layout.truth_labels(protocol) if layout else None
     return Study(
@@ -80,8 +68,21 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
         truth_labels=own if meanings is None or meanings.problem else dict(meanings.tissues),
         truth_names=meanings,
         problems=tuple(problems),
-        label_problems=tuple(label_problems),
+        label_problems=tuple(_label_problems(found, tree, meanings)),
     )
+
+
+def _mask_problems(found: Found, tree: Tree, role: str, chosen: Sequence[str]) -> list[Problem]:
+    """What is wrong with the file that the mask is taken from, or with one that it cannot be taken from."""
+    problems = [*_foreign_problems(found, "mask", found.mask), *_file_problems(found, tree, role, chosen, "the mask")]
+    return problems or [*_foreign_problems(found, role, chosen)]
+
+
+def _label_problems(found: Found, tree: Tree, meanings: Meanings | None) -> Iterable[Problem]:
+    yield from _foreign_problems(found, "truth", found.truth)
+    yield from _file_problems(found, tree, "truth", found.truth, "the reference labels")
+    if meanings is not None and meanings.problem is not None and len(found.truth) == 1:
+        yield meanings.problem
 
 
 def _meanings(found: Found, truth: str | None, tree: Tree, protocol: Protocol, asked: Asked) -> Meanings | None:

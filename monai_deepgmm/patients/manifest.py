@@ -98,12 +98,11 @@ def _refuse_misspelt(path: Path, header: list[str], columns: list[str | None], a
     """Refuses a column that nobody reads, but that is nearly called like one that is missing."""
     missing = {name for name in _ROLES if name not in columns}
     missing |= {alias for alias, sequence in aliases.items() if sequence not in columns}
-    for name, column in zip(header, columns, strict=True):
+    for number, (name, column) in enumerate(zip(header, columns, strict=True), 1):
         if column is None and (near := _near(name.strip().casefold(), missing)):
-            title = near if near in _ROLES else aliases[near]
-            raise UsageError(
-                f"--manifest {path.name}: no column is called {shown(name.strip())!r}; do you mean {title}?"
-            )
+            title, called = near if near in _ROLES else aliases[near], shown(name.strip())
+            where = f"--manifest {path.name}, line 1: column {number} is called {called!r}"
+            raise UsageError(f"{where} (did you mean {title}?); rename it")
 
 
 def _near(name: str, known: Collection[str]) -> str | None:

@@ -129,13 +129,13 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("header", "said"),
         [
-            ("patient,LEG,mask", "'LEG'; do you mean LGE"),
-            ("patient,LGE,maks", "'maks'; do you mean mask"),
-            ("patient,LGE,T2_file,mask", "'T2_file'; do you mean T2"),
-            ("patient,LGE,mask,thruth", "'thruth'; do you mean truth"),
-            ("patients,LGE,mask,x", "'patients'; do you mean patient"),
-            ("patient,LGE,FLIAR,mask", "'FLIAR'; do you mean FLAIR"),
-            ("patient,LGE,bSFP,mask", "'bSFP'; do you mean bSSFP"),
+            ("patient,LEG,mask", "'LEG' (did you mean LGE?)"),
+            ("patient,LGE,maks", "'maks' (did you mean mask?)"),
+            ("patient,LGE,T2_file,mask", "'T2_file' (did you mean T2?)"),
+            ("patient,LGE,mask,thruth", "'thruth' (did you mean truth?)"),
+            ("patients,LGE,mask,x", "'patients' (did you mean patient?)"),
+            ("patient,LGE,FLIAR,mask", "'FLIAR' (did you mean FLAIR?)"),
+            ("patient,LGE,bSFP,mask", "'bSFP' (did you mean bSSFP?)"),
         ],
     )
     def test_misspelt_columns_are_refused(self, tmp_path, capsys, header, said):
