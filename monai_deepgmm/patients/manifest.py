@@ -95,22 +95,22 @@ def _path(here: Path, cell: str) -> str:
 
 
 def _refuse_misspelt(path: Path, header: list[str], columns: list[str | None], aliases: Mapping[str, str]) -> None:
-    """Refuses a column that nobody reads, but that is nearly called like one that is missing."""
+    """Refuses a column that nobody reads, but that is nearly called like one that would be."""
     missing = {name for name in _ROLES if name not in columns}
     missing |= {alias for alias, sequence in aliases.items() if sequence not in columns}
     for number, (name, column) in enumerate(zip(header, columns, strict=True), 1):
-        if column is None and (near := _near(name.strip().casefold(), missing)):
+        if column is None and (near := _near(name.strip().casefold(), missing, {*_ROLES, *aliases})):
             title, called = near if near in _ROLES else aliases[near], shown(name.strip())
             where = f"--manifest {path.name}, line 1: column {number} is called {called!r}"
             raise UsageError(f"{where} (did you mean {title}?); rename it")
 
 
-def _near(name: str, known: Collection[str]) -> str | None:
-    """The known name that this one misspells: some letters are wrong or exchanged, or a word for "file" is added."""
-    alike = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+def _near(name: str, missing: Collection[str], known: Collection[str]) -> str | None:
+    """The name that this one misspells: letters are exchanged; or, of a missing one, wrong, or "file" is added."""
+    alike = difflib.get_close_matches(name, missing, n=1, cutoff=0.8)
     swapped = [other for other in sorted(known) if len(name) > 2 and sorted(other) == sorted(name)]
     words = re.findall(r"[^\W_]+", name)
-    added = [w for w in words if w in known and _FILE_WORDS & set(words)]
+    added = [w for w in words if w in missing and _FILE_WORDS & set(words)]
     return next(iter((*swapped, *added, *alike)), None)
 
 
