@@ -72,7 +72,17 @@ def test_the_configuration_has_the_commands_options_and_defaults():
     raw = json.loads((CONFIGS / "inference.json").read_text(encoding="utf-8"))
     assert ConfigParser(raw).get_parsed_content("config", instantiate=True) == config.build()
     options = vars(parser().parse_args(["segment", "in", "out"]))
-    for name in set(options) - {"command", "verbose", "quiet", "directory", "out", "dry_run", "help_method"}:
+    for name in set(options) - {
+        "command",
+        "verbose",
+        "quiet",
+        "directory",
+        "out",
+        "dry_run",
+        "help_method",
+        "config",
+        "save_config",
+    }:
         given = [] if raw[name] == {} else raw[name]  # --set is a list of strings there and a mapping here
         assert (list(options[name]) if isinstance(options[name], tuple) else options[name]) == given, name
 
