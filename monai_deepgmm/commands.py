@@ -24,7 +24,7 @@ logger = logging.getLogger("monai_deepgmm")
 
 #: The options of ``deepgmm train`` that the bundle's ``train.json`` takes as they are.
 TRAIN_KEYS = (
-    *("protocol", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
+    *("protocol", "layout", "mask", "frame", "max_voxels", "spacing", "method", "loss", "network", "epochs", "resume"),
     *("labels", "seed", "device"),
 )
 
@@ -172,6 +172,7 @@ def _find(arguments: argparse.Namespace) -> Cohort:
         mask=arguments.mask,
         mask_labels=arguments.mask_labels,
         patients=arguments.patients,
+        spacing=arguments.spacing,
     )
 
 

@@ -26,6 +26,7 @@ CODES: dict[str, str] = {
     "E_DTYPE": "the voxel type is complex or RGB",
     "E_SCALE": "the header's intensity scaling is not finite",
     "E_AFFINE": "the affine holds NaN or is singular",
+    "E_SPACING": "a header gives two sizes for its voxels, and only a person can say which is right (--spacing)",
     "E_NONFINITE": "NaN or infinite intensities lie inside the mask",
     "E_CONSTANT": "a sequence has no contrast inside the mask",
     "E_GRID": "a sequence, mask or reference labels do not overlap the reference grid",

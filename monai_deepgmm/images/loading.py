@@ -5,6 +5,7 @@ What is wrong with a patient is found here and nowhere later.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +59,11 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
     for problem in study.problems:
         raise StudyError(problem.code, problem.message, problem.remedy)
     sequences = tuple(s for s in protocol.sequences if s in study.images)
-    volumes = {s: nifti.read(study.images[s], frame=frame, max_voxels=max_voxels) for s in sequences}
+    read = functools.partial(nifti.read, frame=frame, max_voxels=max_voxels, spacing=study.spacing)
+    volumes = {s: read(study.images[s]) for s in sequences}
     _refuse_identical(volumes)
     reference = volumes[sequences[0]]
     warnings = [f"{w} ({s})" for s, volume in volumes.items() for w in volume.warnings]
-    warnings += _about_spacing(reference)
     channels, inputs = [], {}
     for sequence, volume in volumes.items():
         data, note = grid.on_grid(volume, reference, nearest=False)
@@ -77,21 +78,6 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
     warnings += [*found.warnings, *broken, *beyond]
     _refuse_constant(image, mask, sequences)
     return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings))
-
-
-def _about_spacing(volume: Volume) -> list[str]:
-    """A warning where the header's voxel sizes contradict the affine that grids and volumes are computed with."""
-    stated = np.abs(np.asarray(volume.header["pixdim"][1:4], dtype=float))
-    used = np.array(volume.spacing_mm)
-    if volume.header["sform_code"] <= 0 or any("W_UNITS" in w for w in volume.warnings):
-        return []
-    if not np.isfinite(stated).all() or (stated == 0).any() or np.allclose(stated, used, rtol=0.01):
-        return []
-    listed = [" × ".join(f"{size:.3g}" for size in sizes) for sizes in (used, stated)]
-    return [
-        f"W_SPACING: {volume.name} has voxels of {listed[0]} mm by its sform, but {listed[1]} by pixdim; volumes "
-        "follow the sform"
-    ]
 
 
 def _refuse_identical(volumes: dict[str, Volume]) -> None:

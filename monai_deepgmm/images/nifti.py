@@ -17,6 +17,7 @@ from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import atomic_files, header
 from monai_deepgmm.images.atomic_files import refused
 from monai_deepgmm.images.volume import Volume, grids_equal, overlaps, resample
+from monai_deepgmm.patients.spacing import Spacing
 
 __all__ = [
     "DEFAULT_MAX_VOXELS",
@@ -111,7 +112,12 @@ class _Stream:
 
 
 def read(
-    path: Path, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS, dtype: DTypeLike = np.float32
+    path: Path,
+    *,
+    frame: int | None = None,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    spacing: Spacing = None,
+    dtype: DTypeLike = np.float32,
 ) -> Volume:
     """Reads one NIfTI-1 or NIfTI-2 file, once, to its last byte and checksum.
 
@@ -119,6 +125,7 @@ def read(
         path: a ``.nii`` or ``.nii.gz`` file.
         frame: which frame of a 4-D file, counted from 0; a file with a single frame does not look at it.
         max_voxels: a header that promises more voxels (all frames together) is refused before any is read.
+        spacing: which voxel sizes count where the header contradicts itself.
         dtype: of ``Volume.data``: float32 for images, float64 for masks and labels.
 
     Returns:
@@ -126,7 +133,7 @@ def read(
 
     Raises:
         StudyError: ``E_FILE``, ``E_EMPTY``, ``E_GZIP``, ``E_FORMAT``, ``E_HEADER``, ``E_DICOM``, ``E_SIZE``,
-            ``E_DIM``, ``E_DTYPE``, ``E_SCALE`` or ``E_AFFINE``.
+            ``E_DIM``, ``E_DTYPE``, ``E_SCALE``, ``E_AFFINE`` or ``E_SPACING``.
     """
     path = Path(path)
     _refuse_folder(path)
@@ -134,7 +141,7 @@ def read(
         stream = _Stream(file, path)
         _refuse_foreign(path, stream)
         try:
-            plan = header.plan(path, _header(path, stream), frame=frame, max_voxels=max_voxels)
+            plan = header.plan(path, _header(path, stream), frame=frame, max_voxels=max_voxels, spacing=spacing)
             raw = _voxels(path, stream, plan)
         except StudyError as error:
             if stream.packed and error.code != "E_GZIP":
@@ -149,6 +156,7 @@ def read(
         name=path.name,
         sha256=stream.sha256,
         warnings=plan.warnings,
+        placed=plan.placed,
     )
 
 

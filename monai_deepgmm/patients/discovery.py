@@ -13,6 +13,7 @@ from pathlib import Path
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients import manifest as manifests
+from monai_deepgmm.patients import spacing as spacings
 from monai_deepgmm.patients.claims import Claims, Found, claim
 from monai_deepgmm.patients.directory import NIFTI, Tree, holds_dicom, listed, scan, shown
 from monai_deepgmm.patients.judge import failed, judge
@@ -40,6 +41,7 @@ def find(
     mask: str | None = None,
     mask_labels: Sequence[float] = (),
     patients: Sequence[str] = (),
+    spacing: str | Sequence[float] | None = None,
 ) -> Cohort:
     """Finds the patients of a folder by their files' names; no image is opened.
 
@@ -52,6 +54,7 @@ def find(
         mask: None for the mask's file, "nonzero" for the voxels of the reference sequence that are not 0.
         mask_labels: which values of the mask's file count; empty: those that the layout says.
         patients: the ids to keep; empty: all.
+        spacing: which voxel sizes count in headers that contradict themselves: sform, pixdim, or three in mm.
 
     Returns:
         Every patient found, with the problems that names alone reveal.
@@ -66,7 +69,8 @@ def find(
         cohort = _from_manifest(root, Path(manifest), protocol, mask, labels)
     else:
         cohort = _from_layout(root, layout, protocol, mask, labels)
-    studies = _unique(_with_usable_id(study) for study in cohort.studies)
+    rule = spacings.parse(spacing)
+    studies = _unique(replace(_with_usable_id(study), spacing=rule) for study in cohort.studies)
     return replace(cohort, studies=_selected(studies, (patients,) if isinstance(patients, str) else patients))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from monai_deepgmm.patients.spacing import Spacing
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -34,6 +36,7 @@ class Study:
         mask_rule: "file", or "nonzero" for the voxels of the reference sequence that are not 0.
         truth: the file with the reference labels, for evaluation and means only.
         truth_labels: value in the truth's file → index of the protocol's tissue; empty: values are the indices.
+        spacing: which voxel sizes count in a header that contradicts itself.
         problems: why it cannot be segmented; empty when it can be tried.
     """
 
@@ -44,6 +47,7 @@ class Study:
     mask_rule: str = "file"
     truth: Path | None = None
     truth_labels: Mapping[int, int] | None = None
+    spacing: Spacing = None
     problems: tuple[Problem, ...] = ()
 
 

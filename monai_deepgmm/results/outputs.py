@@ -120,7 +120,13 @@ def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: 
         steps: what is done otherwise than the configuration says, as ``Steps.as_json`` tells it, or None.
     """
     mask = {"labels": list(study.mask_labels), "rule": study.mask_rule}
-    content = {"inputs": dict(hashes), "mask": mask, "configuration": config.as_json(), "versions": versions()}
+    content = {
+        "inputs": dict(hashes),
+        "mask": mask,
+        "spacing": study.spacing,
+        "configuration": config.as_json(),
+        "versions": versions(),
+    }
     if steps is not None:
         content["steps"] = dict(steps)
     return _digest(json.dumps(content, sort_keys=True))

@@ -95,6 +95,11 @@ def frames(files: Files) -> None:
     save(files["LGE"], np.stack([data, data], axis=-1))
 
 
+def without_place(what: str) -> Bend:
+    """One file saved with an identity affine."""
+    return lambda files: save(files[what], np.asanyarray(nib.load(files[what]).dataobj), np.eye(4))
+
+
 MIDDLE, CORNER = (24, 24, 0), (0, 0, 0)
 MOVED = AFFINE + np.array([[0, 0, 0, 5000], *[[0] * 4] * 3])
 #: what is wrong → how to do it, the code, and the file that the message has to name
@@ -126,6 +131,14 @@ FAILS: dict[str, tuple[Bend, str, str]] = {
     "dicom series": (becomes(dicom_folder), "E_DICOM", "bad_LGE.nii.gz"),
     "dangling link": (becomes(lambda p: p.symlink_to("gone.nii.gz")), "E_FILE", "bad_LGE.nii.gz"),
     "pipe": (becomes(os.mkfifo), "E_FILE", "bad_LGE.nii.gz"),
+    "pixdim is not the sform's": (
+        fields("T2", qform_code=0, pixdim=[1, 1.5, 1.5, 10, 1, 1, 1, 1]),
+        "E_SPACING",
+        "1.5 × 1.5 × 10",
+    ),
+    "LGE without a place": (without_place("LGE"), "E_SPACING", "bad_LGE.nii.gz"),
+    "T2 without a place": (without_place("T2"), "E_SPACING", "bad_T2.nii.gz"),
+    "mask without a place and cut": (lambda f: save(f["gd"], heart()[:-2], np.eye(4)), "E_GRID", "46 × 48 × 2"),
 }
 
 
@@ -167,6 +180,14 @@ def in_metres(what: str) -> Bend:
     return fields(what, xyzt_units=1, qform_code=0, **rows)
 
 
+UNIT = {f"srow_{axis}": [*row, 0] for axis, row in zip("xyz", np.eye(3), strict=True)}
+
+
+def unit_sform(*sizes: float) -> Bend:
+    """All files with the identity for sform, as EMIDEC's have it; with these sizes in pixdim."""
+    return all_files(lambda what: fields(what, qform_code=0, pixdim=[1, *sizes, 1, 1, 1, 1], **UNIT))
+
+
 def swapped(files: Files) -> None:
     other = files["LGE"].with_name("other")
     files["T2"].rename(other)
@@ -182,6 +203,8 @@ WORKS: dict[str, tuple[Bend, str]] = {
     "zero pixdim": (fields("LGE", qform_code=0, pixdim=[1, 0, 1.5, 8, 1, 1, 1, 1]), "W_PIXDIM"),
     "qform differs": (fields("LGE", qform_code=1, qoffset_x=3), "W_QFORM"),
     "both codes 0": (all_files(lambda what: fields(what, qform_code=0, sform_code=0)), "W_NOFORM"),
+    "unit sform": (unit_sform(1.5, 1.5, 8), "W_SPACING"),
+    "mask without a place": (without_place("gd"), "W_PLACE"),
     "swapped": (swapped, "W_SWAPPED"),
     "T2 missing": (lambda f: f["T2"].unlink(), "W_MISSING"),
     "T2 on another grid": (
@@ -208,11 +231,42 @@ def test_what_is_odd_is_segmented_and_recorded(cohort, tmp_path, case):
     labels = nib.load(out / "bad" / "bad_dseg.nii.gz")
     assert labels.shape == (48, 48, 2)
     assert set(np.unique(labels.dataobj)) <= {0, 1, 2, 3, 4}
-    if case == "metres":  # measured in ml
+    if case in ("metres", "unit sform", "mask without a place"):  # measured in ml
         with (out / "measurements.tsv").open() as file:
             rows = [row for row in csv.DictReader(file, delimiter="\t") if row["patient"] == "bad"]
         total = sum(float(row["volume_ml"]) for row in rows)
         assert total == pytest.approx(np.count_nonzero(heart()) * 1.5 * 1.5 * 8 / 1000, rel=1e-4)
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize(
+    ("spacing", "voxel_ml"), [(None, None), ("sform", 0.018), ("pixdim", 0.0225), ("1.5,1.5,4", 0.009)]
+)
+def test_spacing_decides_what_a_header_leaves_open(cohort, tmp_path, spacing, voxel_ml, capsys):
+    all_files(lambda what: fields(what, qform_code=0, pixdim=[1, 1.5, 1.5, 10, 1, 1, 1, 1]))(files_of(cohort))
+    out, chosen = tmp_path / "out", [] if spacing is None else ["--spacing", spacing]
+    assert main(["segment", str(cohort), str(out), *chosen]) == (1 if spacing is None else 0)
+    assert main(["evaluate", str(out), str(cohort), *chosen]) == (1 if spacing is None else 0)
+    row = summary(out)["bad"]
+    if spacing is None:
+        assert row["code"] == "E_SPACING"
+        assert "--spacing" in row["message"]
+        return
+    assert (
+        "W_SPACING: bad_LGE.nii.gz has voxels of 1.5 × 1.5 × 8 mm by its sform, but 1.5 × 1.5 × 10" in row["warnings"]
+    )
+    rows = list(csv.DictReader((out / "measurements.tsv").open(), delimiter="\t"))
+    found = {m["patient"]: float(m["volume_ml"]) / int(m["voxels"]) for m in rows}
+    assert found == pytest.approx({"good": 0.018, "bad": voxel_ml}, rel=1e-4)
+    labels, source = (nib.load(p).header for p in (out / "bad" / "bad_dseg.nii.gz", files_of(cohort)["LGE"]))
+    for field in ("pixdim", "srow_x", "srow_z", "sform_code", "qform_code"):
+        np.testing.assert_array_equal(labels[field], source[field])
+
+
+@pytest.mark.parametrize("given", ["qform", "1,2", "1,1,0", "a,b,c", "1,1,inf"])
+def test_a_spacing_that_is_none_is_refused(cohort, capsys, given):
+    assert main(["scan", str(cohort), "--spacing", given]) == 2
+    assert "--spacing" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_picture")
