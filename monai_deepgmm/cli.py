@@ -130,7 +130,8 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file, counted from 0")
     spacing = "sform, pixdim, or X,Y,Z in mm: which voxel sizes count in a header that contradicts itself"
     group.add_argument("--spacing", metavar="WHICH", help=spacing)
-    group.add_argument("--max-voxels", type=_positive, default=1 << 28, metavar="N", help="refuse larger images")
+    voxels = "the most voxels of a patient's sequences and mask together, on the reference's grid"
+    group.add_argument("--max-voxels", type=_positive, default=1 << 29, metavar="N", help=voxels)
     group = made.add_argument_group("how to compute")
     group.add_argument("--seed", type=int, default=0, help="of every random draw")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 …")

@@ -21,7 +21,7 @@ CODES: dict[str, str] = {
     "E_FORMAT": "a file is not NIfTI",
     "E_HEADER": "a NIfTI header is invalid: dimensions, data type or offset",
     "E_DICOM": "a DICOM file or series stands where a NIfTI file belongs",
-    "E_SIZE": "an image has more voxels than --max-voxels, or unpacks to more than its header promises",
+    "E_SIZE": "the images have more voxels than --max-voxels, or a file unpacks to more than it should",
     "E_DIM": "an image is not three-dimensional",
     "E_DTYPE": "the voxel type is complex or RGB",
     "E_SCALE": "the header's intensity scaling is not finite",

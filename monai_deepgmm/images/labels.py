@@ -44,7 +44,7 @@ def read(study: Study, protocol: Protocol, sequences: Sequence[str], *, like: ni
         raise StudyError(
             "E_TRUTH", f"no reference labels were found{why}", "Add a file of them, or leave this patient out"
         )
-    volume = nifti.read(study.truth, spacing=study.spacing, dtype=np.float64)
+    volume = nifti.read(study.truth, spacing=study.spacing, beside=like.data.size, dtype=np.float64)
     name, data, warnings = f"{volume.name} (reference labels)", volume.data, list(volume.warnings)
     if nifti.grids_equal(volume, like):
         pass

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import grid, nifti
+from monai_deepgmm.images import grid, nifti, stack_size
 from monai_deepgmm.images import mask as masks
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS, Volume
 from monai_deepgmm.patients.study import Study
@@ -50,7 +50,7 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
         study: the files.
         protocol: which sequence is the reference, which are needed.
         frame: which frame of a 4-D file, counted from 0.
-        max_voxels: a larger image is refused before it is read.
+        max_voxels: of sequences and mask together; more are refused before any is read.
 
     Raises:
         StudyError: with the code and the remedy of whatever is wrong; the codes are those of ``nifti.read``, the
@@ -59,6 +59,7 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
     for problem in study.problems:
         raise StudyError(problem.code, problem.message, problem.remedy)
     sequences = tuple(s for s in protocol.sequences if s in study.images)
+    stack_size.check(study, sequences, frame=frame, max_voxels=max_voxels)
     read = functools.partial(nifti.read, frame=frame, max_voxels=max_voxels, spacing=study.spacing)
     volumes = {s: read(study.images[s]) for s in sequences}
     _refuse_identical(volumes)

@@ -79,7 +79,14 @@ def _from_file(
 ) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
     if study.mask is None:
         raise StudyError("E_MASK_NONE", "no mask was found", "Add a mask file, or use --mask nonzero")
-    volume = nifti.read(Path(study.mask), frame=frame, max_voxels=max_voxels, spacing=study.spacing, dtype=np.float64)
+    volume = nifti.read(
+        Path(study.mask),
+        frame=frame,
+        max_voxels=max_voxels,
+        spacing=study.spacing,
+        beside=reference.data.size,
+        dtype=np.float64,
+    )
     whole = np.rint(volume.data)
     good = np.isfinite(volume.data) & np.isclose(volume.data, whole, rtol=0, atol=1e-3)
     if not good.all():

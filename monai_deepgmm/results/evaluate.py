@@ -211,7 +211,7 @@ def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, uni
         message = f"there is no {path.name}: the patient failed or was not segmented{why}"
         raise StudyError("E_FILE", message, "See summary.tsv, or run deepgmm segment")
     sequences, axis = _sidecar(path.with_name(f"{study.patient}_dseg.json"), protocol)
-    prediction = nifti.read(path, spacing=study.spacing, dtype=np.float64)
+    prediction = nifti.read(path, spacing=study.spacing, beside=nifti.DEFAULT_MAX_VOXELS, dtype=np.float64)
     labels, warnings = truth.read(study, protocol, sequences, like=prediction)
     tissues = protocol.visible(sequences)
     rows = [

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,9 +286,9 @@ def test_one_slice_is_enough_and_a_trailing_axis_of_size_1_is_restored(tmp_path,
 @pytest.mark.usefixtures("no_picture")
 def test_a_frame_of_a_cine_is_chosen_on_demand_and_max_voxels_is_checked_before_reading(cohort, tmp_path):
     args = ["segment", str(cohort), str(tmp_path / "out")]
-    assert main([*args, "--max-voxels", str(48 * 48 * 2 - 1)]) == 3
+    assert main([*args, "--max-voxels", str(4 * 48 * 48 * 2 - 1)]) == 3
     assert {row["code"] for row in summary(tmp_path / "out").values()} == {"E_SIZE"}
-    assert main([*args, "--max-voxels", str(48 * 48 * 2)]) == 0
+    assert main([*args, "--max-voxels", str(4 * 48 * 48 * 2)]) == 0
     for what in ("LGE", "gd"):
         path = files_of(cohort)[what]
         data = np.asanyarray(nib.load(path).dataobj)
@@ -296,6 +297,25 @@ def test_a_frame_of_a_cine_is_chosen_on_demand_and_max_voxels_is_checked_before_
     assert nib.load(tmp_path / "out" / "bad" / "bad_dseg.nii.gz").shape == (48, 48, 2)
     assert main([*args, "--frame", "2"]) == 1
     assert summary(tmp_path / "out")["bad"]["code"] == "E_DIM"
+
+
+@pytest.mark.parametrize("what", ["LGE", "T2", "gd"])
+def test_a_small_file_that_unpacks_to_gigabytes_takes_no_memory(cohort, tmp_path, what):
+    path, shape = files_of(cohort)[what], (512, 512, 256)
+    header = nib.load(path).header.copy()
+    header["dim"][1:4], header["vox_offset"] = shape, 352
+    header.set_data_dtype(np.uint8)
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(4 + math.prod(shape)), 1))
+    assert path.stat().st_size < 1 << 20
+    tracemalloc.start()
+    assert main(["segment", str(cohort), str(tmp_path / "out"), "--patients", "bad"]) == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    row = summary(tmp_path / "out")["bad"]
+    assert row["code"] == "E_SIZE"
+    assert path.name in row["message"]
+    assert "--max-voxels" in row["message"]
+    assert peak < 64 << 20
 
 
 def one_folder(cohort: Path, patient: str, make_patient) -> None:

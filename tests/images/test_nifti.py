@@ -317,7 +317,7 @@ def random_geometry(seed: int) -> bytes:
         image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", SECRET))
     image.header.set_qform(affine, code=int(rng.integers(1, 5)), strip_shears=True)
     image.header.set_sform(affine, code=int(rng.integers(1, 5)))
-    sheared = affine + [[0.2] * 4, *[[0] * 4] * 3]
+    sheared = affine + np.outer([1, 0, 0, 0], [0.2] * 4)
     image.header.set_xyzt_units(*((None, None) if kind == "slope" else ("mm", "sec")))
     fields = {
         "qform_only": {"sform_code": 0},
