@@ -18,7 +18,7 @@ from monai.data import Dataset
 
 from monai_deepgmm import workers
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyError, UsageError
-from monai_deepgmm.images import loading
+from monai_deepgmm.images import atomic_files, loading
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.results import outputs
@@ -115,6 +115,8 @@ def run(
         work = _work(studies, job, options)
     outputs.prepare(out, config.protocol)
     with log_file(out):
+        if not atomic_files.flushes():
+            logger.warning("OUT's file system cannot flush files to its disk (fsync): keep its power on until the end")
         return _run(studies, work, job, options, progress)
 
 

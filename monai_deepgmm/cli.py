@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (see the table in the README)."""
     arguments = parser().parse_args(argv)
     terminal.show_log(arguments.verbose, arguments.quiet)
-    signal.signal(signal.SIGTERM, _interrupt)
+    if threading.current_thread() is threading.main_thread():  # only there does Python allow it
+        signal.signal(signal.SIGTERM, _interrupt)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)

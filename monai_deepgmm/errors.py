@@ -14,7 +14,7 @@ CODES: dict[str, str] = {
     "E_AMBIGUOUS": "two or more files match the same sequence, mask or reference labels",
     "E_DUPLICATE": "two patients share an id, or their ids differ only by case",
     "E_ID": "the patient id holds a path separator, '..' or a leading '/'",
-    "E_NAME": "the patient id is too long for a file name",
+    "E_NAME": "the patient id is too long for a file name, or no folder can bear it on Windows",
     "E_FILE": "a file cannot be opened: missing, dangling or looping link, a folder, no permission",
     "E_EMPTY": "a file has zero bytes",
     "E_GZIP": "a gzip stream is truncated or damaged, or the file's name and its compression disagree",

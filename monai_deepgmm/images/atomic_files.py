@@ -22,6 +22,9 @@ _PREFIX, _SUFFIX = ".deepgmm-", ".part"
 _STALE_SECONDS = 3600.0
 _ATTEMPTS = 5
 _BLOCK = 1 << 20
+_RENAMES_OPEN_FILES = sys.platform != "win32"
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_flushes = True
 
 
 def shown(path: Path) -> str:
@@ -118,16 +121,35 @@ def _write_beside(path: Path, data: bytes) -> None:
             # The lock says that the writer lives; the system drops it when the process ends, however it ends.
             _lock(file)
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            _flush(file)
             if part.read_bytes() != data:
                 raise OSError(errno.EIO, "the bytes read back differ from those written")
+            if _RENAMES_OPEN_FILES:
+                os.replace(part, path)
+        if not _RENAMES_OPEN_FILES:
             os.replace(part, path)
     except BaseException:
         with suppress(OSError):
             part.unlink()
         raise
     _flush_folder(path.parent)
+
+
+def _flush(file: BinaryIO) -> None:
+    """Brings a file's bytes to the disk; ``flushes`` tells of a share that cannot say when that is done."""
+    global _flushes
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _flushes = False
+
+
+def flushes() -> bool:
+    """Whether every file that this process wrote is on its disk for certain."""
+    return _flushes
 
 
 def _lock(file: BinaryIO) -> bool:

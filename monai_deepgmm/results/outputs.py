@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -10,6 +11,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import atomic_files, nifti
@@ -20,11 +23,6 @@ from monai_deepgmm.results import measure, report, uncertainty
 from monai_deepgmm.results.provenance import DISCLAIMER, versions
 from monai_deepgmm.results.segment import Segmentation
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks; there, two runs must not share an output folder
-    fcntl = None  # type: ignore[assignment]
-
 SUMMARY = ("patient", "status", "code", "message", "seconds", "method", "warnings")
 #: A sequence's bias field, and the image without it.
 SHADING = ("_bias.nii.gz", "_corrected.nii.gz")
@@ -32,6 +30,9 @@ SHADING = ("_bias.nii.gz", "_corrected.nii.gz")
 UNUSABLE = {"E_ID", "E_NAME"}
 REFUSED = ".refused"
 LOCKS = ".locks"
+
+#: What a file system says that knows no locks; there, two runs must not share an output folder.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 Row = dict[str, Any]
 
@@ -267,18 +268,19 @@ def lock(out: Path, what: str) -> Iterator[None]:
     Raises:
         StudyError: ``E_DISK`` or ``E_WRITE``, the lock's file cannot be made.
     """
-    if fcntl is None:
-        yield
-        return
     path = _made(out / LOCKS) / _digest(what)[:16]
+    held = FileLock(path)
     try:
-        file = path.open("w")
+        held.acquire()
+    except NotImplementedError:
+        pass
     except OSError as error:
-        raise atomic_files.unwritten(path, error) from error
-    with file:
-        with contextlib.suppress(OSError):  # a file system without locks: go on without
-            fcntl.flock(file, fcntl.LOCK_EX)
+        if error.errno not in _NO_LOCKS:
+            raise atomic_files.unwritten(path, error) from error
+    try:
         yield
+    finally:
+        held.release()
 
 
 # Tables ------------------------------------------------------------------------------------------------------------

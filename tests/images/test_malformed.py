@@ -328,7 +328,7 @@ def one_folder(cohort: Path, patient: str, make_patient) -> None:
 
 @pytest.mark.parametrize(
     "patient",
-    ["<script>alert(1)<", "two words", "Müller-日本", "-rf", "dot.", " lead", "a%2Fb", "x" * 200, "p\udcff"],
+    ["<script>alert(1)<", "two words", "Müller-日本", "-rf", ".dot", " lead", "a%2Fb", "x" * 200, "p\udcff"],
     ids=ascii,
 )
 def test_hostile_names_work_and_are_kept_byte_for_byte(tmp_path, make_patient, patient):
@@ -349,7 +349,8 @@ def test_hostile_names_work_and_are_kept_byte_for_byte(tmp_path, make_patient, p
 def test_ids_of_a_manifest_that_cannot_be_folders_fail_alone(cohort, tmp_path):
     bad = {
         "../x": "E_ID", "a/b": "E_ID", "/abs": "E_ID", "a..b": "E_ID", ".locks": "E_ID", "index.html": "E_ID",
-        "y" * 201: "E_NAME", "Case": "E_DUPLICATE", "case": "E_DUPLICATE", "twice": "E_DUPLICATE",
+        "Nul.1": "E_NAME", "COM3": "E_NAME", "a:b": "E_NAME", "dot.": "E_NAME", "end ": "E_NAME", "y" * 201: "E_NAME",
+        "Case": "E_DUPLICATE", "case": "E_DUPLICATE", "twice": "E_DUPLICATE",
     }  # fmt: skip
     line = "cohort/good_LGE.nii.gz,cohort/good_T2.nii.gz,cohort/good_gd.nii.gz\n"
     manifest = tmp_path / "m.csv"
