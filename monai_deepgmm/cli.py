@@ -33,6 +33,7 @@ __all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOME_FAILED", "USAGE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (see the table in the README)."""
+    terminal.encode_anything()
     arguments = parser().parse_args(argv)
     terminal.show_log(arguments.verbose, arguments.quiet)
     if threading.current_thread() is threading.main_thread():  # only there does Python allow it

@@ -55,7 +55,7 @@ def segment(arguments: argparse.Namespace) -> int:
         rows = list(batch.dry_run(found, arguments.out, config, options))
         for row in rows:
             detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else "; ".join(row["warnings"])
-            print(f"{terminal.shown(row['patient'])}\t{row['status']}\t{detail}")
+            print(f"{terminal.shown(row['patient'])}\t{row['status']}\t{terminal.shown(detail)}")
         return _exit_code(sum(row["status"] == "failed" for row in rows), len(rows))
     with terminal.progress_bar(len(batch.select(found, options))) as bar:
         code = batch.run(found, arguments.out, config, options, progress=lambda row: bar.update())
@@ -82,7 +82,7 @@ def train(arguments: argparse.Namespace) -> int:
         }
     )
     for patient, error in prepared.failed.items():
-        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, error)
+        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, terminal.shown(str(error)))
     logger.info("the network and its bundle are in %s", arguments.model_dir)
     return _exit_code(len(prepared.failed), len(found.studies))
 
@@ -104,7 +104,7 @@ def means(arguments: argparse.Namespace) -> int:
     found = _find(arguments)
     computed, unused = class_means.compute(found.studies, protocol, preprocessing)
     for patient, error in unused.items():
-        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, error)
+        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, terminal.shown(str(error)))
     atomic_files.write_whole(arguments.output, computed.as_json())
     for tissue, row in computed.means.items():
         print(f"{tissue:12s}" + "".join(f"  {sequence} {value:7.3f}" for sequence, value in row.items()))

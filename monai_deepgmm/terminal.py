@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ def print_cohort(found: Cohort) -> None:
         problems = "; ".join(f"{p.code}: {p.message}. {p.remedy}".rstrip(". ") for p in study.problems) or "-"
         files = [study.images[s].name if s in study.images else "-" for s in sequences]
         truth = study.truth.name if study.truth else "-"
-        lines.append([shown(study.patient), *map(shown, files), shown(_mask(study)), shown(truth), problems])
+        lines.append([*map(shown, (study.patient, *files, _mask(study), truth, problems))])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
@@ -30,7 +31,7 @@ def print_cohort(found: Cohort) -> None:
     failing = sum(bool(s.problems) for s in found.studies)
     print(f"\nlayout {found.layout}: {len(found.studies)} patients, {failing} with problems")
     for note in found.notes:
-        print(f"note: {note}")
+        print(f"note: {shown(note)}")
 
 
 def _mask(study: Study) -> str:
@@ -96,6 +97,13 @@ class _Terminal(logging.StreamHandler[Any]):
         from tqdm import tqdm
 
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+def encode_anything() -> None:
+    """What a terminal's encoding lacks is written with escapes, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show_log(verbose: int, quiet: int) -> None:

@@ -29,8 +29,12 @@ _flushes = True
 
 def shown(path: Path) -> str:
     """A file's name as it may stand in a message: no folder, no control characters, no lone surrogates."""
-    name = Path(path).name or str(path)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return printable(Path(path).name or str(path))
+
+
+def printable(text: str) -> str:
+    """A text, such as a file's name, with escapes for what is no character to be seen."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def refused(path: Path, code: str, found: str, remedy: str) -> StudyError:

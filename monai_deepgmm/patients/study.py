@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from monai_deepgmm.patients.spacing import Spacing
 
@@ -49,6 +51,15 @@ class Study:
     truth_labels: Mapping[int, int] | None = None
     spacing: Spacing = None
     problems: tuple[Problem, ...] = ()
+
+    def with_whole_paths(self) -> Self:
+        """The same for a process with another working directory."""
+
+        def whole(path: Path | None) -> Path | None:
+            return path if path is None else Path(os.path.abspath(path))  # not resolved: links keep their names
+
+        images = {sequence: Path(os.path.abspath(path)) for sequence, path in self.images.items()}
+        return replace(self, images=images, mask=whole(self.mask), truth=whole(self.truth))
 
 
 @dataclass(frozen=True)

@@ -177,8 +177,8 @@ def write(out: Path, evaluation: Evaluation) -> None:
     table = csv.writer(text, delimiter="\t", lineterminator="\n")
     table.writerow(names)
     table.writerows([_cell(getattr(row, name)) for name in names] for row in evaluation.rows)
-    atomic_files.write_whole(out / "evaluation.tsv", text.getvalue().encode())
-    document = json.dumps(as_json(evaluation), indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_files.write_whole(out / "evaluation.tsv", text.getvalue().encode("utf-8", "surrogateescape"))
+    document = json.dumps(as_json(evaluation), indent=2, allow_nan=False)
     atomic_files.write_whole(out / "evaluation.json", f"{document}\n".encode())
 
 
@@ -196,7 +196,8 @@ def summary(evaluation: Evaluation) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     compared = f"{found['n_patients']} patients, {found['n_units']} {evaluation.unit}s ({evaluation.slices})"
     text.append(f"compared: {compared}; not evaluated: {len(evaluation.problems)}")
-    text += [f"  {name}: {problem.code}: {problem.message}" for name, problem in evaluation.problems.items()]
+    missing = (f"{name}: {p.code}: {p.message}" for name, p in evaluation.problems.items())
+    text += [f"  {atomic_files.printable(line)}" for line in missing]
     return "\n".join(text)
 
 
