@@ -32,6 +32,8 @@ from monai_deepgmm.workers import Rows
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Row], None]
+#: How long a worker that nobody hears of is left to finish the patient that it is at.
+STILL_WORKING_SECONDS = 120
 _counting, _patients, _threads = threading.Lock(), 0, 1
 
 
@@ -322,8 +324,8 @@ def _crashed(study: Study, why: str, job: Job) -> Row:
     if why != workers.DIED:
         remedy = "Look to the Dask cluster, and run the command again: what is done stays done"
     row = _row(study, job.config) | _failure(StudyError("E_CRASH", why, remedy))
-    with outputs.lock(job.out, study.patient, wait=False) as ours:
-        if not ours:  # the worker lives, and writes
+    with outputs.lock(job.out, study.patient, wait_s=STILL_WORKING_SECONDS) as ours:
+        if not ours:  # the worker lives, and will write the row
             return row
         return outputs.done(job.out, study, job.config, job.customised) or _fail(job.out, study, row)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,8 +37,10 @@ def cluster(**options: object) -> object:
 @pytest.fixture
 def here() -> Iterator[object]:
     """A scheduler, and a worker with two threads in this process."""
-    with cluster(n_workers=1, threads_per_worker=2, processes=False) as found:
-        yield found
+    found = cluster(n_workers=1, threads_per_worker=2, processes=False)
+    yield found
+    with suppress(TimeoutError, asyncio.TimeoutError):  # one test has closed the scheduler
+        found.close(timeout=1)
 
 
 @pytest.mark.slow
@@ -68,7 +72,7 @@ def test_no_worker_or_one_without_the_package_is_said(source, tmp_path, monkeypa
 def test_when_the_scheduler_dies_rows_and_labels_agree(source, tmp_path, here):
     found, out = discovery.find(source, protocol.load("infarct")), tmp_path / "out"
     options = batch.BatchOptions(dask=here.scheduler_address)
-    assert batch.run(found, out, build(), options, progress=lambda row: here.scheduler.close_comms()) in (0, 1)
+    assert batch.run(found, out, build(), options, progress=lambda row: here.sync(here.scheduler.close)) in (0, 1)
     for study in found.studies:
         state, label = row(out, study.patient), out / study.patient / f"{study.patient}_dseg.nii.gz"
         assert label.exists() == (state["status"] == "ok")

@@ -257,7 +257,7 @@ def tidy(out: Path, study: Study) -> None:
     row = place / f"{study.patient}_row.json"
     if not place.is_dir() or row.exists():
         return
-    with contextlib.suppress(StudyError), lock(out, study.patient, wait=False) as ours:
+    with contextlib.suppress(StudyError), lock(out, study.patient, wait_s=0) as ours:
         if ours and not row.exists():
             clear(out, study)
 
@@ -306,11 +306,16 @@ def _unusable(study: Study) -> bool:
 
 
 @contextlib.contextmanager
-def lock(out: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
+def lock(out: Path, what: str, *, wait_s: float = -1) -> Iterator[bool]:
     """Holds a lock of the output folder while one patient (or the tables) is worked on; runs wait for each other.
 
+    Args:
+        out: the output folder.
+        what: the patient.
+        wait_s: how many seconds to wait for another run; below 0: as long as it takes.
+
     Yields:
-        Whether the lock is held; False: another run has it, and nobody was to wait.
+        Whether the lock is held; False: another run had it for all that time.
 
     Raises:
         StudyError: ``E_DISK`` or ``E_WRITE``, the lock's file cannot be made.
@@ -318,7 +323,7 @@ def lock(out: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
     path = _made(out / LOCKS) / row_files.digest(what)[:16]
     held = FileLock(path)
     try:
-        held.acquire(timeout=-1 if wait else 0)
+        held.acquire(timeout=wait_s)
     except Timeout:
         yield False
         return
