@@ -196,5 +196,6 @@ def test_an_interrupt_while_modules_are_imported_is_one(monkeypatch, capsys):
     module = types.ModuleType("monai_deepgmm.cli")
     module.__getattr__ = interrupting("main")
     monkeypatch.setitem(sys.modules, "monai_deepgmm.cli", module)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     assert entry.run() == 130
     assert capsys.readouterr().err.startswith("deepgmm: interrupted")
