@@ -229,7 +229,7 @@ def test_parts_are_together_the_whole(source, expected, tmp_path):
 
 
 def test_a_share_without_fsync_or_locks_is_noted_once_and_changes_nothing(source, expected, tmp_path, monkeypatch):
-    def unsupported(*_: object) -> None:
+    def unsupported(*_: object, **__: object) -> None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr(atomic_files, "_flushes", True)
