@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from monai_deepgmm.patients.spacing import Spacing
 
@@ -26,6 +26,24 @@ class Problem:
     remedy: str = ""
 
 
+class Meanings(NamedTuple):
+    """What the values of reference labels mean, in a protocol's tissues, where somebody or something says so.
+
+    Attributes:
+        tissues: value → index of the tissue.
+        others: value → a name that is no tissue of the protocol, and is worth telling.
+        elsewhere: values that are known to be something else, such as the background.
+        source: where it stands.
+        problem: why the values cannot be understood; None where they can.
+    """
+
+    tissues: Mapping[int, int]
+    others: Mapping[int, str]
+    elsewhere: frozenset[int]
+    source: str
+    problem: Problem | None = None
+
+
 @dataclass(frozen=True)
 class Study:
     """The files of one patient.
@@ -39,7 +57,9 @@ class Study:
         truth: the file with the reference labels, for evaluation and means only.
         truth_labels: value in the truth's file → index of the protocol's tissue; empty: values are the indices.
         spacing: which voxel sizes count in a header that contradicts itself.
+        truth_names: what was said of these values beside the layout; None: nothing.
         problems: why it cannot be segmented; empty when it can be tried.
+        label_problems: why the reference labels cannot be used; they do not stop a segmentation.
     """
 
     patient: str
@@ -50,7 +70,9 @@ class Study:
     truth: Path | None = None
     truth_labels: Mapping[int, int] | None = None
     spacing: Spacing = None
+    truth_names: Meanings | None = None
     problems: tuple[Problem, ...] = ()
+    label_problems: tuple[Problem, ...] = ()
 
     def with_whole_paths(self) -> Self:
         """The same for a process with another working directory."""
