@@ -161,10 +161,10 @@ def test_evaluate_takes_a_name_that_is_not_utf_8(made, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["scan", "segment", "dry run"])
 def test_control_characters_of_ids_reach_no_terminal_log_or_table(made, tmp_path, capsys, command):
-    manifest, out = tmp_path / "m.tsv", tmp_path / "out"
-    files = "\t".join(str(made[0] / f"pat1_{what}.nii.gz") for what in ("LGE", "T2", "gd"))
-    manifest.write_text(f'patient\tLGE\tT2\tmask\n"a\x1b[31m\x0bb"\t{files}\nc\tno\x1b[2J.nii.gz\t{files[:4]}\t\n')
-    given = [str(made[0]), *([] if command == "scan" else [str(out)]), "--manifest", str(manifest)]
+    folder, out = Path(shutil.copytree(made[0], tmp_path / "in")), tmp_path / "out"
+    for path in folder.glob("pat1_*"):
+        path.rename(path.with_name(path.name.replace("pat1", "a\x1b[31m\nb")))
+    given = [str(folder), *([] if command == "scan" else [str(out)])]
     main([command.split()[-1].replace("run", "segment"), *given, *(["--dry-run"] if command == "dry run" else [])])
     told = "".join(capsys.readouterr())
     if command == "segment":
