@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import volume as volumes
+from monai_deepgmm.images import voxelwise
 from monai_deepgmm.images.volume import Volume
 
 
@@ -27,6 +28,8 @@ def on_grid(volume: Volume, reference: Volume, *, nearest: bool) -> tuple[NDArra
     """A volume's data on the reference's grid, and a warning where it had to be resampled."""
     if volumes.grids_equal(volume, reference):
         return volume.data, None
+    if same := voxelwise.note(volume, reference, labels=nearest):
+        return volume.data, same
     if not volumes.overlaps(volume, reference):
         remedy = "Check that both belong to the same patient and examination, and that their headers are right"
         raise StudyError("E_GRID", f"{volume.name} does not overlap {reference.name} in space", remedy)

@@ -5,6 +5,7 @@ What is wrong with a patient is found here and nowhere later.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import grid, nifti
+from monai_deepgmm.images import grid, nifti, stack_size
 from monai_deepgmm.images import mask as masks
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS, Volume
 from monai_deepgmm.patients.study import Study
@@ -49,7 +50,7 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
         study: the files.
         protocol: which sequence is the reference, which are needed.
         frame: which frame of a 4-D file, counted from 0.
-        max_voxels: a larger image is refused before it is read.
+        max_voxels: of sequences and mask together; more are refused before any is read.
 
     Raises:
         StudyError: with the code and the remedy of whatever is wrong; the codes are those of ``nifti.read``, the
@@ -58,11 +59,12 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
     for problem in study.problems:
         raise StudyError(problem.code, problem.message, problem.remedy)
     sequences = tuple(s for s in protocol.sequences if s in study.images)
-    volumes = {s: nifti.read(study.images[s], frame=frame, max_voxels=max_voxels) for s in sequences}
+    stack_size.check(study, sequences, frame=frame, max_voxels=max_voxels)
+    read = functools.partial(nifti.read, frame=frame, max_voxels=max_voxels, spacing=study.spacing)
+    volumes = {s: read(study.images[s]) for s in sequences}
     _refuse_identical(volumes)
     reference = volumes[sequences[0]]
     warnings = [f"{w} ({s})" for s, volume in volumes.items() for w in volume.warnings]
-    warnings += _about_spacing(reference)
     channels, inputs = [], {}
     for sequence, volume in volumes.items():
         data, note = grid.on_grid(volume, reference, nearest=False)
@@ -77,21 +79,6 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
     warnings += [*found.warnings, *broken, *beyond]
     _refuse_constant(image, mask, sequences)
     return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings))
-
-
-def _about_spacing(volume: Volume) -> list[str]:
-    """A warning where the header's voxel sizes contradict the affine that grids and volumes are computed with."""
-    stated = np.abs(np.asarray(volume.header["pixdim"][1:4], dtype=float))
-    used = np.array(volume.spacing_mm)
-    if volume.header["sform_code"] <= 0 or any("W_UNITS" in w for w in volume.warnings):
-        return []
-    if not np.isfinite(stated).all() or (stated == 0).any() or np.allclose(stated, used, rtol=0.01):
-        return []
-    listed = [" × ".join(f"{size:.3g}" for size in sizes) for sizes in (used, stated)]
-    return [
-        f"W_SPACING: {volume.name} has voxels of {listed[0]} mm by its sform, but {listed[1]} by pixdim; volumes "
-        "follow the sform"
-    ]
 
 
 def _refuse_identical(volumes: dict[str, Volume]) -> None:

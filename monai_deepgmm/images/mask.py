@@ -79,7 +79,14 @@ def _from_file(
 ) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
     if study.mask is None:
         raise StudyError("E_MASK_NONE", "no mask was found", "Add a mask file, or use --mask nonzero")
-    volume = nifti.read(Path(study.mask), frame=frame, max_voxels=max_voxels, dtype=np.float64)
+    volume = nifti.read(
+        Path(study.mask),
+        frame=frame,
+        max_voxels=max_voxels,
+        spacing=study.spacing,
+        beside=reference.data.size,
+        dtype=np.float64,
+    )
     whole = np.rint(volume.data)
     good = np.isfinite(volume.data) & np.isclose(volume.data, whole, rtol=0, atol=1e-3)
     if not good.all():
@@ -88,7 +95,13 @@ def _from_file(
         raise StudyError("E_MASK_FRACTIONAL", f"the mask {volume.name} holds {odd:g}, not a whole number", remedy)
     chosen = np.isin(whole, study.mask_labels) if study.mask_labels else whole != 0
     binary = Volume(
-        chosen.astype(np.float64), volume.affine, volume.header, volume.source_shape, volume.name, volume.sha256
+        chosen.astype(np.float64),
+        volume.affine,
+        volume.header,
+        volume.source_shape,
+        volume.name,
+        volume.sha256,
+        placed=volume.placed,
     )
     data, note = grid.on_grid(binary, reference, nearest=True)
     facts = grid.facts(volume, resampled=note is not None)
