@@ -227,7 +227,8 @@ def dask(workers: int = 2) -> Iterator[str | None]:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     started = [subprocess.Popen(c, **quiet) for c in (command, *[worker] * workers)]
     try:
-        time.sleep(8)
+        ready = f"from distributed import Client; Client({address!r}, timeout=100).wait_for_workers({workers}, 100)"
+        subprocess.run([sys.executable, "-c", ready], check=True, **quiet)
         yield address
     finally:
         for process in started:
@@ -296,6 +297,7 @@ def bombs(work: Path, count: int, seed: int) -> runner.Facts:
         outcome = attempt("segment", work / "in", work / "out", "-q", *words, before=cap)
         codes[str(outcome.code)] += 1
         told.append(f"{name} {outcome.above_mb:.0f} MB")
+        print(f"{told[-1]}, exit code {outcome.code}", file=sys.stderr, flush=True)
         most = max(most, outcome.above_mb)
         problem = outcome.wrong() or (
             "" if outcome.above_mb < BOMB_MB else f"{outcome.above_mb:.0f} MB above the imports"

@@ -53,20 +53,12 @@ def _check_columns(path: Path, header: list[str], columns: list[str | None], kno
             raise UsageError(f"--manifest {path.name}, line 1: column {number} is called {name!r}{near}; rename it")
 
 
-def _check_cells(path: Path, line: int, cells: list[str]) -> None:
-    for number, cell in enumerate(cells, 1):
-        if any(ord(c) < 32 or ord(c) == 127 for c in cell.strip()):
-            what = f"cell {number} holds a control character: {cell[:40]!r}"
-            raise UsageError(f"--manifest {path.name}, line {line}: {what}; is it a table?")
-
-
 def _found(path: Path, line: int, cells: list[str], columns: list[str | None]) -> Found:
     if any(cell.strip() for cell in cells[len(columns) :]):
         raise UsageError(
             f"--manifest {path.name}, line {line}: {len(cells)} cells, but the first line has {len(columns)}; "
             "put quotes around a path that holds the separator"
         )
-    _check_cells(path, line, cells)
     found = Found("")
     for column, cell in zip(columns, cells, strict=False):
         if column == "patient":
