@@ -38,6 +38,7 @@ from endurance_run import (
     CLONE_NEWNET,
     CLONE_NEWNS,
     DOCUMENTED,
+    NO_NAMESPACES,
     Outcome,
     anonymous_mb,
     attempt,
@@ -200,7 +201,7 @@ def disks(work: Path, count: int, seed: int) -> Iterator[tuple[int, Outcome, Seq
             if not (
                 namespace(CLONE_NEWNS) and libc.mount(None, b"/", None, 0x44000, None) == 0 and sized(size, first=True)
             ):
-                print("no namespaces here")
+                print(NO_NAMESPACES)
                 os._exit(cli.OK)
 
         def larger(code: int, words: list[object] = words) -> list[object] | None:
@@ -336,7 +337,7 @@ def network(work: Path, count: int, seed: int) -> Iterator[tuple[int, Outcome, S
 
         sys.addaudithook(heard)
         if not namespace(CLONE_NEWNET):
-            print("no namespaces here")
+            print(NO_NAMESPACES)
 
     for words, code in commands[:count]:
         yield 1, attempt(*words, before=alone, limit_s=300), (code,)
