@@ -400,7 +400,7 @@ def run(options: argparse.Namespace) -> int:
     print(runner.table(rows, text=2))
     for name, facts in done.items():
         print(*(f"\n{name}: {said}" for said in facts["wrong"][:10]), sep="", end="")
-    print(f"\n{runner.machine_line(next(iter(done.values()))['machine'])}")
+    print(f"\n\n{runner.machine_line(next(iter(done.values()))['machine'])}")
     return cli.SOME_FAILED if any(facts["wrong"] for facts in done.values()) else cli.OK
 
 
