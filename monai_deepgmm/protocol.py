@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import yaml
 
+from monai_deepgmm import mask_shape
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.mask_shape import MaskShape
 
 #: How bright a word is, in standard deviations of the intensities inside the mask.
 BRIGHTNESS = {"very dark": -1.5, "dark": -0.75, "grey": 0.0, "bright": 0.75, "very bright": 1.5}
@@ -154,6 +156,7 @@ class Protocol:
             which it does not is flagged (``W_NAMES``).
         anchored: tissues whose levels and proportions the first sequence alone defines; others only add to it. Empty:
             all sequences are fitted together.
+        mask_shape: what its mask looks like; None: anything.
     """
 
     name: str
@@ -170,6 +173,7 @@ class Protocol:
     borders: tuple[tuple[str, str], ...] = ()
     deeper: tuple[tuple[str, str], ...] = ()
     anchored: tuple[str, ...] = ()
+    mask_shape: MaskShape | None = None
 
     @property
     def normalisation(self) -> str:
@@ -264,6 +268,7 @@ def as_yaml(protocol: Protocol) -> str:
         "borders": [list(pair) for pair in protocol.borders],
         "deeper": [list(pair) for pair in protocol.deeper],
         "anchored": list(protocol.anchored),
+        "mask_shape": None if protocol.mask_shape is None else protocol.mask_shape.as_json(),
         "tissues": tissues,
         "percent_of": {"name": protocol.percent_name, "tissues": list(protocol.percent_of)},
     }
@@ -298,6 +303,7 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         borders=_pairs("borders", raw.get("borders") or (), [t.name for t in tissues]),
         deeper=_pairs("deeper", raw.get("deeper") or (), [t.name for t in tissues]),
         anchored=_anchored(raw.get("anchored") or (), tissues),
+        mask_shape=None if raw.get("mask_shape") is None else mask_shape.parse(raw["mask_shape"]),
     )
 
 

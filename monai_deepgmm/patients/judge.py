@@ -42,6 +42,7 @@ def judge(
         mask=tree.path(mask_file) if mask_file else None,
         mask_labels=() if mask else labels or (() if found.mask else known),
         mask_rule="nonzero" if mask else "file",
+        mask_named=layout is None,
         truth=tree.path(truth) if truth else None,
         truth_labels=layout.truth_labels(protocol) if layout else None,
         problems=tuple(problems),

@@ -113,7 +113,7 @@ FAILS: dict[str, tuple[Bend, str, str]] = {
     "mask fractional": (voxels("gd", lambda d: d * 0.4999), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
     "mask NaN": (voxels("gd", at(math.nan, CORNER)), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
     "mask small": (voxels("gd", lambda d: at(500, MIDDLE)(np.zeros_like(d))), "E_MASK_SMALL", "bad_gd.nii.gz"),
-    "mask elsewhere": (lambda f: save(f["gd"], heart(), MOVED), "E_GRID", "bad_gd.nii.gz"),
+    "mask elsewhere": (lambda f: save(f["gd"], heart(), MOVED), "E_MASK_GRID", "bad_gd.nii.gz"),
     "sequence elsewhere": (
         lambda f: save(f["T2"], np.asanyarray(nib.load(f["T2"]).dataobj), MOVED),
         "E_GRID",
