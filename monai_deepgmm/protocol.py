@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import yaml
 
-from monai_deepgmm import mask_shape
+from monai_deepgmm import hyperintense_rule, mask_shape
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.hyperintense_rule import Hyperintense
 from monai_deepgmm.mask_shape import MaskShape
 
 #: How bright a word is, in standard deviations of the intensities inside the mask.
@@ -78,29 +79,6 @@ class RegionCriteria:
 
 
 @dataclass(frozen=True)
-class Hyperintense:
-    """A tissue that is no part of a mixture but whatever is too bright for the others, and lies within one of them.
-
-    Brightness is in robust standard deviations of ``brighter_than`` above its median (``methods.hyperintense``).
-
-    Attributes:
-        sequence: the one that shows it.
-        brighter_than: the brightest of the other tissues there.
-        inside: the tissue that surrounds it.
-        seed: how bright a region is somewhere.
-        least: how bright all of it is.
-        share: of the surrounding voxels of both tissues, at least so many are of ``inside``.
-    """
-
-    sequence: str
-    brighter_than: str
-    inside: str
-    seed: float
-    least: float
-    share: float
-
-
-@dataclass(frozen=True)
 class Tissue:
     """One tissue of a protocol.
 
@@ -117,6 +95,8 @@ class Tissue:
         level: sequence → how bright the tissue is among those that share its place, in standard deviations from their
             median; what an anatomical mixture expects of its mean.
         share: of the voxels of that place, as expected.
+        depth: mean and standard deviation of its relative depth in the mask, 0 at the border and 1 at the deepest
+            point; where an anatomical mixture looks for it. None: anywhere in its place.
         criteria: what its regions must show (``evidence`` in YAML); None: the tissue is always there.
         hyperintense: how it is found beside the mixture; None: it is a component of the mixture.
     """
@@ -131,6 +111,7 @@ class Tissue:
     merges_into: str | None
     level: Mapping[str, float] = field(default_factory=dict)
     share: float = 1.0
+    depth: tuple[float, float] | None = None
     criteria: RegionCriteria | None = None
     hyperintense: Hyperintense | None = None
 
@@ -157,6 +138,8 @@ class Protocol:
         anchored: tissues whose levels and proportions the first sequence alone defines; others only add to it. Empty:
             all sequences are fitted together.
         mask_shape: what its mask looks like; None: anything.
+        method: the method where none is asked for; None: by what the protocol tells.
+        settings: of that method, in place of its own defaults.
     """
 
     name: str
@@ -174,6 +157,8 @@ class Protocol:
     deeper: tuple[tuple[str, str], ...] = ()
     anchored: tuple[str, ...] = ()
     mask_shape: MaskShape | None = None
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def normalisation(self) -> str:
@@ -254,6 +239,7 @@ def as_yaml(protocol: Protocol) -> str:
     tissues = [dataclasses.asdict(t) | {"seen_in": list(t.seen_in)} for t in protocol.tissues]
     for tissue in tissues:
         tissue["evidence"] = tissue.pop("criteria")
+        tissue["depth"] = None if tissue["depth"] is None else list(tissue["depth"])
     content = {
         "name": protocol.name,
         "title": protocol.title,
@@ -269,6 +255,7 @@ def as_yaml(protocol: Protocol) -> str:
         "deeper": [list(pair) for pair in protocol.deeper],
         "anchored": list(protocol.anchored),
         "mask_shape": None if protocol.mask_shape is None else protocol.mask_shape.as_json(),
+        "method": None if protocol.method is None else {"name": protocol.method, **protocol.settings},
         "tissues": tissues,
         "percent_of": {"name": protocol.percent_name, "tissues": list(protocol.percent_of)},
     }
@@ -283,6 +270,7 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
     if raw["unit"] not in ("slice", "volume"):
         raise ValueError(f"unit: {raw['unit']!r} (choose slice or volume)")
     denominator = raw["percent_of"]
+    settings = dict(raw.get("method") or {})
     anatomy = (
         None
         if raw.get("anatomy") is None
@@ -304,6 +292,8 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         deeper=_pairs("deeper", raw.get("deeper") or (), [t.name for t in tissues]),
         anchored=_anchored(raw.get("anchored") or (), tissues),
         mask_shape=None if raw.get("mask_shape") is None else mask_shape.parse(raw["mask_shape"]),
+        method=settings.pop("name", None),
+        settings=settings,
     )
 
 
@@ -361,11 +351,11 @@ def _evidence(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> RegionCrite
     return RegionCriteria(float(raw["size"]), float(raw["score"]), weights, raw["sequence"])
 
 
-def _hyperintense(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Hyperintense:
-    seed, least, share = (float(raw[key]) for key in ("seed", "least", "share"))
-    if raw["sequence"] not in sequences or not (seed >= least and 0 <= share <= 1):
-        raise ValueError(f"hyperintense: a sequence of {', '.join(sequences)}, seed ≥ least, a share from 0 to 1: it")
-    return Hyperintense(raw["sequence"], raw["brighter_than"], raw["inside"], seed, least, share)
+def _depth(name: str, raw: Sequence[float]) -> tuple[float, float]:
+    mean, deviation = (float(value) for value in raw)
+    if not (0 <= mean <= 1 and 0 < deviation < math.inf):
+        raise ValueError(f"depth of {name}: {raw} (a mean from 0 to 1, and its standard deviation)")
+    return mean, deviation
 
 
 def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
@@ -392,6 +382,9 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         merges_into=raw.get("merges_into"),
         level=levels,
         share=share,
+        depth=None if raw.get("depth") is None else _depth(raw["name"], raw["depth"]),
         criteria=None if raw.get("evidence") is None else _evidence(raw["evidence"], sequences),
-        hyperintense=None if raw.get("hyperintense") is None else _hyperintense(raw["hyperintense"], sequences),
+        hyperintense=None
+        if raw.get("hyperintense") is None
+        else hyperintense_rule.parse(raw["hyperintense"], sequences),
     )
