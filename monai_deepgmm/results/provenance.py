@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.nifti import Volume
 from monai_deepgmm.images.preparation import Prepared
 from monai_deepgmm.methods import enhancement
@@ -106,6 +107,13 @@ def bias(config: Config, fields: Mapping[str, NDArray[np.float32]], mask: NDArra
         "rule": "N4 before the fit" if config.preprocessing.n4 else own,
         "range": {s: [round(float(b[mask].min()), 4), round(float(b[mask].max()), 4)] for s, b in fields.items()},
     }
+
+
+def coverage(scan: Scan) -> dict[str, Any] | None:
+    """Of each sequence the share of the mask that it covers, and of each slice that it lacks; None: all of it."""
+    if scan.coverage is None or scan.coverage.whole():
+        return None
+    return scan.coverage.facts(scan.mask, scan.sequences)
 
 
 def _named(outcome: Outcome, images: Images, slices: list[int | None], config: Config) -> dict[str, Any]:

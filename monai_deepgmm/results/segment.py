@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from monai.transforms import Compose
 from numpy.typing import NDArray
 
+from monai_deepgmm.errors import StudyError
+from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.nifti import Volume
 from monai_deepgmm.images.preparation import Prepared, prepare
 from monai_deepgmm.methods import name_check, naming, region_filter
@@ -22,8 +24,9 @@ from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol, Tissue
-from monai_deepgmm.results import notes, provenance, uncertainty
+from monai_deepgmm.results import notes, parts, provenance, uncertainty
 from monai_deepgmm.results.assembly import Assembly, assemble
+from monai_deepgmm.results.parts import Part
 from monai_deepgmm.results.provenance import Outcome
 
 #: What fits a mixture to a patient's images.
@@ -48,6 +51,7 @@ class Segmentation:
         warnings: each begins with its code.
         fields: sequence → bias field (X, Y, Z) float32, mean 1 over each image's mask and 1 outside; empty where none
             was looked for.
+        seen: sequence → where it was measured (X, Y, Z) bool; empty where all were everywhere.
     """
 
     patient: str
@@ -62,6 +66,7 @@ class Segmentation:
     sidecar: dict[str, Any]
     warnings: tuple[str, ...]
     fields: dict[str, np.ndarray] = field(default_factory=dict)
+    seen: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def segment(
@@ -79,13 +84,44 @@ def segment(
         StudyError: the patient cannot be segmented; the code says why.
     """
     prepared = prepare(study, preprocessing or config.preprocessing.transforms(config.protocol))
-    assembly = assemble(prepared, config)
     inferer = inferer or Solver(config)
-    fit = inferer(assembly.images)
-    fit, names = named(fit, assembly.images, config)
-    fit, regions = filtered(fit, assembly.images, config)
-    outcome = Outcome(fit, names, regions, contradictions=name_check.contradictions(fit, assembly.images))
-    return _on_source_grid(study, prepared, assembly, outcome, config, inferer)
+    first, *others = _solved(parts.split(prepared, config), config, inferer)
+    return _on_source_grid(study, prepared, first, others, config, inferer)
+
+
+class Solved(NamedTuple):
+    """What came of one part of a patient; that of most patients is everything.
+
+    Attributes:
+        part: its images, and the voxels that it labels.
+        assembly: what the method was given.
+        outcome: what it found.
+    """
+
+    part: Part
+    assembly: Assembly
+    outcome: Outcome
+
+    def probabilities(self) -> NDArray[np.float32]:
+        """Of the part's tissues, on the scan's grid (K, X, Y, Z)."""
+        return self.part.prepared.crops.restore(self.assembly.everywhere(self.outcome.fit).cpu())
+
+
+def _solved(divided: tuple[Part, ...], config: Config, inferer: Inferer) -> Iterator[Solved]:
+    """Each part fitted, named and filtered; one that is too small for a fit is left out if it is not the last."""
+    count = 0
+    for number, part in enumerate(divided, 1):
+        try:
+            assembly = assemble(part.prepared, config)
+        except StudyError as error:
+            if error.code != "E_MASK_SMALL" or (number == len(divided) and count == 0):
+                raise
+            continue
+        fit, names = named(inferer(assembly.images), assembly.images, config)
+        fit, regions = filtered(fit, assembly.images, config)
+        contradictions = name_check.contradictions(fit, assembly.images)
+        count += 1
+        yield Solved(part, assembly, Outcome(fit, names, regions, contradictions=contradictions))
 
 
 class Solver:
@@ -118,19 +154,25 @@ def filtered(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region
 
 
 def _on_source_grid(
-    study: Study, prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config, inferer: Inferer
+    study: Study, prepared: Prepared, first: Solved, others: list[Solved], config: Config, inferer: Inferer
 ) -> Segmentation:
     """Labels by Bayes' rule (S §2) on the grid of the scan, and what is to be told of them."""
-    scan, crops, images = prepared.scan, prepared.crops, assembly.images
-    probabilities = crops.restore(assembly.everywhere(outcome.fit).cpu())
+    scan, assembly, outcome, main = prepared.scan, first.assembly, first.outcome, first.part.prepared
+    images, probabilities = assembly.images, first.probabilities()
+    elsewhere = np.zeros_like(scan.mask)
+    for other in others:
+        known, takes = other.assembly.images.tissues, other.part.takes
+        parts.merged(other.probabilities(), known, takes, probabilities, images.tissues, config.protocol)
+        elsewhere |= takes
     index = np.array([t.index for t in images.tissues], dtype=np.uint8)
-    labels = np.where(scan.mask, index[probabilities.argmax(0)], 0).astype(np.uint8)
+    labelled = scan.mask & (probabilities > 0).any(0)
+    labels = np.where(labelled, index[probabilities.argmax(0)], 0).astype(np.uint8)
     outcome = outcome._replace(
-        intervals=_intervals(labels, probabilities, prepared, assembly, config, inferer),
+        intervals=_intervals(labels, elsewhere, probabilities, main, assembly, config, inferer),
         entropy=float(uncertainty.entropy(probabilities)[scan.mask].mean()),
     )
-    fields = _fields(outcome.fit, prepared, assembly)
-    warnings = (*scan.warnings, *notes.about(prepared, assembly, outcome, config))
+    fields = _fields(outcome.fit, main, assembly)
+    warnings = (*scan.warnings, *notes.about(main, assembly, outcome, config))
     taken_off = 1 if prepared.fields is None else prepared.fields
     return Segmentation(
         patient=study.patient,
@@ -141,29 +183,41 @@ def _on_source_grid(
         labels=labels,
         probabilities=probabilities,
         reference=scan.reference,
-        slice_axis=crops.slice_axis,
-        sidecar=provenance.sidecar(prepared, assembly, outcome, config, warnings)
-        | {"bias": provenance.bias(config, fields, scan.mask)},
+        slice_axis=main.crops.slice_axis,
+        sidecar=provenance.sidecar(main, assembly, outcome, config, warnings)
+        | {"bias": provenance.bias(config, fields, scan.mask), "coverage": provenance.coverage(scan)},
         warnings=warnings,
         fields=fields,
+        seen=_seen(scan),
     )
+
+
+def _seen(scan: Scan) -> dict[str, np.ndarray]:
+    """Where each sequence was measured; empty where all were everywhere."""
+    if scan.coverage is None or scan.coverage.whole():
+        return {}
+    return dict(zip(scan.sequences, scan.coverage.seen, strict=True))
 
 
 def _intervals(
     labels: NDArray[np.uint8],
+    elsewhere: NDArray[np.bool_],
     probabilities: NDArray[np.float32],
     prepared: Prepared,
     assembly: Assembly,
     config: Config,
     inferer: Inferer,
 ) -> list[uncertainty.Interval]:
-    """Where each tissue's volume may lie."""
+    """Where each tissue's volume may lie; what another part has labelled, ``elsewhere``, is the same in all refits."""
     reference, tissues = prepared.scan.reference, assembly.images.tissues
-    volumes = [int((labels == t.index).sum()) * reference.voxel_ml for t in tissues]
+    volumes, fixed = (
+        [int((places == t.index).sum()) * reference.voxel_ml for t in tissues] for places in (labels, labels[elsewhere])
+    )
+    refits = _refitted_ml(assembly, config, inferer, reference.voxel_ml)
     deviations = uncertainty.standard_deviations(
         volumes,
         probabilities,
-        _refitted_ml(assembly, config, inferer, reference.voxel_ml),
+        [[a + b for a, b in zip(v, fixed, strict=True)] for v in refits],
         voxel_ml=reference.voxel_ml,
         pixel_mm2=math.prod(s for a, s in enumerate(reference.spacing_mm) if a != prepared.crops.slice_axis),
     )
