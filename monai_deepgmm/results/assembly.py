@@ -60,8 +60,13 @@ class Assembly(NamedTuple):
         return resp
 
 
-def assemble(prepared: Prepared, config: Config) -> Assembly:
+def assemble(prepared: Prepared, config: Config, *, wall: Images | None = None) -> Assembly:
     """What the configuration's method is given of a patient.
+
+    Args:
+        prepared: the patient, or a part of it.
+        config: the method, the protocol, the means.
+        wall: the whole patient, with the wall's borders and enhancement where they are known already.
 
     Raises:
         StudyError: ``E_MASK_SMALL``, no image has enough voxels for a fit; ``E_MODEL`` or ``E_MEANS``, the network or
@@ -79,7 +84,8 @@ def assemble(prepared: Prepared, config: Config) -> Assembly:
     if means is None:
         # In slices of a small organ the signatures were chosen with everything inside the mask.
         seen = None if crops.slices else crops.measured[:, channels].to(config.device)
-        expected = mask * naming.signature_map(image, organ, tissues, sequences, crops.spacing_mm, measured=seen)
+        expected = naming.signature_map(image, organ, tissues, sequences, crops.spacing_mm, measured=seen)
+        expected = expected if known is None else expected * mask
     else:
         expected = starts.means_start(image, mask, means)
     large = _large(mask, len(tissues), config)
@@ -99,9 +105,23 @@ def assemble(prepared: Prepared, config: Config) -> Assembly:
         measured=crops.measured[large][:, channels].to(config.device),
         organ=None if known is None else organ[chosen],
     )
-    if config.presence and images.slices:
+    if wall is not None:
+        images = _with_wall_of(images, wall)
+    elif config.presence and images.slices:
         images = images.with_wall()
     return Assembly(images, large, image, mask)
+
+
+def _with_wall_of(images: Images, whole: Images) -> Images:
+    """The images with what is known of the wall in the same slices of the whole patient."""
+    index = [whole.slices.index(s) for s in images.slices]
+    ring, late = whole.ring, whole.enhancement
+    if ring is not None:
+        inside = ring.inside[index] * images.mask
+        ring = ring._replace(inside=inside, angle=ring.angle[index], outer=ring.outer[index], inner=ring.inner[index])
+    if late is not None:
+        late = late._replace(fraction=late.fraction[index], evidence=late.evidence[index])
+    return images._replace(ring=ring, enhancement=late)
 
 
 def _sequences(scan: Scan, config: Config) -> tuple[str, ...]:

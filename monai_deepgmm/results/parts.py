@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from monai_deepgmm.images.cropping import Crops
 from monai_deepgmm.images.preparation import Prepared
 from monai_deepgmm.methods.config import Config
+from monai_deepgmm.methods.task import Images
 from monai_deepgmm.protocol import Protocol, Tissue
+from monai_deepgmm.results.assembly import assemble
 
 
 class Part(NamedTuple):
@@ -51,6 +53,22 @@ def split(prepared: Prepared, config: Config) -> tuple[Part, ...]:
         if any(kind):
             parts.append(Part(_with(prepared, np.flatnonzero(kind)), takes))
     return tuple(parts) or everything
+
+
+def wall(prepared: Prepared, config: Config) -> Images | None:
+    """The whole patient with the wall's borders and enhancement, which all parts share.
+
+    None where the method needs none, and where late enhancement is not there in all slices: each part has its own.
+    """
+    anatomy, coverage = config.protocol.anatomy, prepared.scan.coverage
+    late = None if anatomy is None else anatomy.enhancement
+    if not config.presence or late is None or coverage is None or late.sequence not in prepared.scan.sequences:
+        return None
+    if not coverage.seen[prepared.scan.sequences.index(late.sequence)][prepared.scan.mask].all():
+        return None
+    whole = prepared._replace(crops=prepared.crops._replace(seen=None))
+    found = assemble(whole, config).images
+    return found if len(found.slices) == len(prepared.crops.slices) else None
 
 
 def _count(sets: NDArray[np.bool_], kind: list[bool]) -> int:

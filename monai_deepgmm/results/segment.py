@@ -85,7 +85,9 @@ def segment(
     """
     prepared = prepare(study, preprocessing or config.preprocessing.transforms(config.protocol))
     inferer = inferer or Solver(config)
-    first, *others = _solved(parts.split(prepared, config), config, inferer)
+    divided = parts.split(prepared, config)
+    wall = parts.wall(prepared, config) if len(divided) > 1 else None
+    first, *others = _solved(divided, wall, config, inferer)
     return _on_source_grid(study, prepared, first, others, config, inferer)
 
 
@@ -107,12 +109,12 @@ class Solved(NamedTuple):
         return self.part.prepared.crops.restore(self.assembly.everywhere(self.outcome.fit).cpu())
 
 
-def _solved(divided: tuple[Part, ...], config: Config, inferer: Inferer) -> Iterator[Solved]:
+def _solved(divided: tuple[Part, ...], wall: Images | None, config: Config, inferer: Inferer) -> Iterator[Solved]:
     """Each part fitted, named and filtered; one that is too small for a fit is left out if it is not the last."""
     count = 0
     for number, part in enumerate(divided, 1):
         try:
-            assembly = assemble(part.prepared, config)
+            assembly = assemble(part.prepared, config, wall=wall)
         except StudyError as error:
             if error.code != "E_MASK_SMALL" or (number == len(divided) and count == 0):
                 raise
