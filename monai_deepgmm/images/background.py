@@ -28,6 +28,8 @@ AT_BORDER = 0.2
 DARK, MUCH_DARK, SOME_DARK = 0.1, 0.2, 0.1
 #: A head is looked at on voxels of about this size, in mm; what is brighter than this share of its brightest counts.
 COARSE_MM, BRIGHTEST, HEAD_SHARE = 2.0, 0.9, 0.15
+#: A piece of it counts that is so large as a share of the largest.
+PART = 0.05
 #: Of what lies so deep below the surface (mm), so much is darker than this share of the inside: bone.
 BONE_MM, BONE_SHARE, BONE_LEVEL = (3.0, 20.0), 0.18, 0.4
 #: Of what lies less deep than this (mm), so much is brighter than this multiple of the inside: fat of the scalp.
@@ -130,7 +132,8 @@ def _bone_and_scalp(image: Floats, spacing_mm: NDArray[np.floating], axis: int) 
     numbered, count = label(image > HEAD_SHARE * np.quantile(image[image > 0], BRIGHTEST))
     if count == 0:
         return 0.0, 0.0
-    whole = numbered == np.bincount(numbered.ravel())[1:].argmax() + 1
+    sizes = np.bincount(numbered.ravel())[1:]
+    whole = np.isin(numbered, np.flatnonzero(sizes > PART * sizes.max()) + 1)  # dark bone may part scalp from brain
     whole = np.stack([binary_fill_holes(plane) for plane in np.moveaxis(whole, axis, -1).transpose(2, 0, 1)])
     planes = np.moveaxis(image, axis, 0)
     around = np.pad(whole, ((0, 0), (1, 1), (1, 1)))  # the first and the last slice are cuts, not surfaces

@@ -105,12 +105,15 @@ def without_blank(mask: Bools, found: Coverage) -> tuple[Bools, list[str]]:
 
 def _measured(values: NDArray[np.floating], here: Bools, wanted: Bools) -> Bools:
     """Where one slice of a sequence was measured (X, Y): all of it, but for what a mask's slice really lacks."""
-    within = values[wanted & here]
+    inside, everywhere = values[wanted], bool(here[wanted].all())
+    within = inside if everywhere else values[wanted & here]
     if not within.any() or (len(within) >= MANY and within.min() == within.max()):
         return np.zeros_like(wanted)
-    zeros = binary_opening(values == 0, np.ones((PADDING_SIDE, PADDING_SIDE)))
-    padded = zeros if (zeros & wanted).sum() > PADDING_SHARE * wanted.sum() else np.zeros_like(zeros)
-    found: Bools = here & ~padded if (wanted & (padded | ~here)).any() else np.ones_like(wanted)
+    padded = np.zeros_like(wanted)
+    if (inside == 0).mean() > PADDING_SHARE:
+        zeros = binary_opening(values == 0, np.ones((PADDING_SIDE, PADDING_SIDE)))
+        padded = zeros if (zeros & wanted).sum() > PADDING_SHARE * wanted.sum() else padded
+    found: Bools = np.ones_like(wanted) if everywhere and not padded.any() else here & ~padded
     return found
 
 
