@@ -25,7 +25,7 @@ COMMON = 0.5
 #: So much of the border may belong to the organ.
 AT_BORDER = 0.2
 #: What is darker than this share of the mask's median is hardly tissue; so much of the mask may be, and is flagged.
-DARK, MUCH_DARK, SOME_DARK = 0.1, 0.2, 0.1
+DARK, MUCH_DARK, SOME_DARK = 0.1, 0.2, 0.12
 #: A head is looked at on voxels of about this size, in mm; what is brighter than this share of its brightest counts.
 COARSE_MM, BRIGHTEST, HEAD_SHARE = 2.0, 0.9, 0.15
 #: A piece of it counts that is so large as a share of the largest.
@@ -120,9 +120,9 @@ def _border(data: Floats, axis: int) -> Floats:
 
 def _dark_share(values: Floats) -> float:
     """How much of a mask's values (N,) is nearly 0; 0 where values below it are usual."""
-    if len(values) == 0 or np.quantile(values, 0.02) < 0:
+    if len(values) == 0 or np.quantile(values, 0.1) < 0:
         return 0.0
-    return float((values < DARK * np.median(values)).mean())
+    return float((np.abs(values) < DARK * np.median(values)).mean())
 
 
 def _bone_and_scalp(image: Floats, spacing_mm: NDArray[np.floating], axis: int) -> tuple[float, float]:
