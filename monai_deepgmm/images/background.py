@@ -6,6 +6,7 @@ is taken; noise and what skull stripping has left make the "mask" something else
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ COMMON = 0.5
 AT_BORDER = 0.2
 #: What is darker than this share of the mask's median is hardly tissue; so much of the mask may be, and is flagged.
 DARK, MUCH_DARK, SOME_DARK = 0.1, 0.2, 0.12
+#: So much of what a stripped image shows may lie outside the mask.
+BEYOND = 0.1
 #: A head is looked at on voxels of about this size, in mm; what is brighter than this share of its brightest counts.
 COARSE_MM, BRIGHTEST, HEAD_SHARE = 2.0, 0.9, 0.15
 #: A piece of it counts that is so large as a share of the largest.
@@ -110,6 +113,28 @@ def refuse_head(data: Floats, mask: Bools, image: Volume, protocol: Protocol) ->
             f"{100 * scalp:.0f} % is brighter than brain"
         )
         raise StudyError("E_HEAD", told, f"Strip the skull, or give a mask of the {protocol.mask}")
+
+
+def about_rest(image: Volume, mask: Bools, protocol: Protocol) -> Iterator[str]:
+    """A warning where an image was stripped of the skull and shows much that is not in the mask.
+
+    Args:
+        image: the reference sequence's, on the mask's grid.
+        mask: (X, Y, Z).
+        protocol: its organ, and how large that can be.
+    """
+    shape = protocol.mask_shape
+    if shape is None or not shape.no_skull or shape.volume_ml is None:
+        return
+    shown = np.isfinite(image.data) & (image.data != 0)
+    whole = float(shown.sum()) * image.voxel_ml
+    beyond = float((shown & ~mask).sum()) * image.voxel_ml
+    if whole > shape.volume_ml[2] or (shown & mask).sum() == 0 or beyond <= BEYOND * whole:
+        return
+    yield (
+        f"W_MASK_PART: {image.name} shows {whole:.0f} ml that are not 0, of which {beyond:.0f} ml "
+        f"({100 * beyond / whole:.0f} %) lie outside the mask; check that it covers the whole {protocol.mask}"
+    )
 
 
 def _border(data: Floats, axis: int) -> Floats:

@@ -73,6 +73,7 @@ def read(
     examined = mask_examination.examine(mask, reference, protocol)
     if study.mask_rule != "nonzero":
         background.refuse_head(reference.data, examined.mask, reference, protocol)
+        notes += background.about_rest(reference, examined.mask, protocol)
     return Mask(examined.mask, facts, (*notes, *examined.warnings))
 
 

@@ -36,8 +36,10 @@ PLAIN = re.compile(r"(?i)mask|segmentation|seg|labels?|roi|\.nii|\.gz")
 SMALL_PIECE, TOLD = 0.1, 0.002
 #: The share of a mask that may lie beyond the image: told of, refused.
 LOST, MUCH_LOST = 0.02, 0.5
-#: A cavity larger than this share of the filled mask is told of; from the second on the mask is a ring.
-HOLE, RING = 0.02, 0.2
+#: A cavity larger than this share of the filled mask is told of, in slices and in volumes; or the mask is a ring.
+HOLE, HOLE_IN_VOLUME, RING = 0.02, 0.005, 0.2
+#: A volume ends in a flat cut where its area falls from one slice to the next by this share of the largest.
+CUT = 0.5
 #: An outline agrees with the ellipse of its moments by this Dice at least: in the middle slice, and in the worst.
 ELLIPSE, WORST_ELLIPSE = 0.965, 0.945
 #: A slice with fewer voxels is too coarse to have an outline.
@@ -165,6 +167,7 @@ def examine(mask: Bools, grid: Volume, protocol: Protocol) -> Examined:
     if shape is not None:
         notes += [*_cavity(kept, axis if flat else None, protocol.mask), *_size(kept, grid, axis, shape, protocol.mask)]
         notes += _outline(kept, axis, protocol.mask) if shape.ellipses else []
+        notes += [] if flat else _cuts(kept, protocol.mask)
     return Examined(kept, tuple(notes))
 
 
@@ -209,7 +212,7 @@ def _cavity(mask: Bools, axis: int | None, organ: str) -> Iterator[str]:
         message = f"the mask is a ring: {100 * share:.0f} % of what its outline encloses is not of it"
         remedy = f"Fill it, or add the cavity's value to --mask-labels: the mask covers the {organ} with its cavity"
         raise StudyError("E_MASK_CAVITY", message, remedy)
-    if share > HOLE:
+    if share > (HOLE_IN_VOLUME if axis is None else HOLE):
         yield f"W_MASK_CAVITY: {100 * share:.1f} % of what the mask encloses is not of it; check its cavity"
 
 
@@ -245,6 +248,19 @@ def _outline(mask: Bools, axis: int, organ: str) -> Iterator[str]:
             f"W_MASK_SHAPE: the mask's outline is not that of the {organ}: it agrees with an ellipse by a Dice of "
             f"{middle:.3f} (usual: {ELLIPSE:g} and more), and of {found[worst]:.3f} in slice {worst}"
         )
+
+
+def _cuts(mask: Bools, organ: str) -> Iterator[str]:
+    """A warning for each axis along which a volume ends in a flat cut within the field of view."""
+    for axis in range(mask.ndim):
+        area = np.count_nonzero(mask, axis=tuple(i for i in range(mask.ndim) if i != axis))
+        falls = np.abs(np.diff(area)) / area.max()
+        if len(falls) and falls.max() > CUT:
+            where = int(falls.argmax())
+            yield (
+                f"W_MASK_SHAPE: the mask ends in a flat cut between slices {where} and {where + 1} of axis {axis}: its "
+                f"area changes by {100 * falls[where]:.0f} % of the largest; check that it covers the whole {organ}"
+            )
 
 
 def _ellipse_dice(plane: Bools) -> float:

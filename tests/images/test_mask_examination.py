@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,6 +205,10 @@ def brain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], image: Array,
     return looked_at(tmp_path / "in", capsys, *options)["p"]
 
 
+def codes(line: str) -> set[str]:
+    return set(re.findall(r"[EW]_[A-Z_]+", line))
+
+
 @pytest.mark.parametrize("case", BRAINS)
 def test_a_background_that_is_not_0_is_told_from_the_brain(tmp_path, capsys, case):
     image, code = BRAINS[case]
@@ -225,9 +230,13 @@ def test_a_stripped_brain_passes_with_and_without_a_mask_and_a_head_with_the_bra
     assert "E_HEAD" in brain_line(tmp_path / "d", capsys, head(), head() > 0)
 
 
-def test_half_a_brain_and_one_with_padding_are_flagged(tmp_path, capsys):
+def test_brains_in_part_with_a_hole_or_with_padding_are_flagged(tmp_path, capsys):
     brain = head(strip=True)
-    half_of_it = brain > 0
+    half_of_it, hollow = brain > 0, brain > 0
     half_of_it[28:] = False
-    assert "W_MASK_SIZE" in brain_line(tmp_path / "a", capsys, brain, half_of_it)
-    assert "W_MASK_PADDING" in brain_line(tmp_path / "b", capsys, brain, binary_dilation(brain > 0, iterations=2))
+    hollow[24:32, 24:32, 24:32] = False
+    assert {"W_MASK_SIZE", "W_MASK_SHAPE", "W_MASK_PART"} <= codes(
+        brain_line(tmp_path / "a", capsys, brain, half_of_it)
+    )
+    assert "W_MASK_CAVITY" in brain_line(tmp_path / "b", capsys, brain, hollow)
+    assert "W_MASK_PADDING" in brain_line(tmp_path / "c", capsys, brain, binary_dilation(brain > 0, iterations=2))
