@@ -40,6 +40,7 @@ class Outcome(NamedTuple):
         intervals: of each tissue's volume.
         entropy: the mean over the mask, 0 to 1.
         contradictions: what of the found tissues contradicts the protocol, in words.
+        slices: those of the regions' images; empty: the fit's.
     """
 
     fit: Fit
@@ -48,6 +49,7 @@ class Outcome(NamedTuple):
     intervals: Sequence[Interval] = ()
     entropy: float = 0.0
     contradictions: Sequence[str] = ()
+    slices: tuple[int, ...] = ()
 
 
 def versions() -> dict[str, str]:
@@ -78,7 +80,7 @@ def sidecar(
         "slice_axis": prepared.crops.slice_axis,
         "converged": None if converged is None else bool(converged.all()),
         "naming": _named(outcome, images, slices, config),
-        "presence": _presence(outcome.regions, images, slices) if config.presence else None,
+        "presence": _presence(outcome.regions, images, list(outcome.slices) or slices) if config.presence else None,
         "uncertainty": {
             "entropy": round(outcome.entropy, 4),
             "level": uncertainty.LEVEL,

@@ -88,7 +88,10 @@ def segment(
     divided = parts.split(prepared, config)
     wall = parts.wall(prepared, config) if len(divided) > 1 else None
     first, *others = _solved(divided, wall, config, inferer)
-    return _on_source_grid(study, prepared, first, others, config, inferer)
+    probabilities, outcome = _together(first, others, wall, prepared, config)
+    elsewhere = np.any([np.zeros_like(prepared.scan.mask), *(other.part.takes for other in others)], axis=0)
+    first = first._replace(outcome=outcome)
+    return _on_source_grid(study, prepared, first, probabilities, elsewhere, config, inferer)
 
 
 class Solved(NamedTuple):
@@ -98,15 +101,18 @@ class Solved(NamedTuple):
         part: its images, and the voxels that it labels.
         assembly: what the method was given.
         outcome: what it found.
+        unfiltered: its fit with all regions.
     """
 
     part: Part
     assembly: Assembly
     outcome: Outcome
+    unfiltered: Fit
 
-    def probabilities(self) -> NDArray[np.float32]:
+    def probabilities(self, *, filtered: bool = True) -> NDArray[np.float32]:
         """Of the part's tissues, on the scan's grid (K, X, Y, Z)."""
-        return self.part.prepared.crops.restore(self.assembly.everywhere(self.outcome.fit).cpu())
+        fit = self.outcome.fit if filtered else self.unfiltered
+        return self.part.prepared.crops.restore(self.assembly.everywhere(fit).cpu())
 
 
 def _solved(divided: tuple[Part, ...], wall: Images | None, config: Config, inferer: Inferer) -> Iterator[Solved]:
@@ -119,11 +125,32 @@ def _solved(divided: tuple[Part, ...], wall: Images | None, config: Config, infe
             if error.code != "E_MASK_SMALL" or (number == len(divided) and count == 0):
                 raise
             continue
-        fit, names = named(inferer(assembly.images), assembly.images, config)
-        fit, regions = filtered(fit, assembly.images, config)
+        whole, names = named(inferer(assembly.images), assembly.images, config)
+        fit, regions = filtered(whole, assembly.images, config)
         contradictions = name_check.contradictions(fit, assembly.images)
         count += 1
-        yield Solved(part, assembly, Outcome(fit, names, regions, contradictions=contradictions))
+        yield Solved(part, assembly, Outcome(fit, names, regions, contradictions=contradictions), whole)
+
+
+def _together(
+    first: Solved, others: list[Solved], wall: Images | None, prepared: Prepared, config: Config
+) -> tuple[NDArray[np.float32], Outcome]:
+    """The probabilities of all parts (K, X, Y, Z), and the first one's outcome with the regions of all.
+
+    Regions are decided in the whole patient where its wall is known, since a region's neighbours may be another part's.
+    """
+    tissues = first.assembly.images.tissues
+    joint = wall is not None and len(others) > 0 and wall.tissues == tissues and config.presence
+    probabilities = first.probabilities(filtered=not joint)
+    for other in others:
+        found, known = other.probabilities(filtered=not joint), other.assembly.images.tissues
+        parts.merged(found, known, other.part.takes, probabilities, tissues, config.protocol)
+    if not joint or wall is None:
+        return probabilities, first.outcome
+    resp = torch.from_numpy(np.stack([prepared.crops.cut(p) for p in probabilities], 1)).to(wall.image)
+    labelled = (resp.sum(1, keepdim=True) > 0).to(wall.mask)
+    resp, regions = region_filter.decide(resp, wall._replace(mask=wall.mask * labelled))
+    return prepared.crops.restore(resp.cpu()), first.outcome._replace(regions=regions, slices=wall.slices)
 
 
 class Solver:
@@ -156,16 +183,17 @@ def filtered(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region
 
 
 def _on_source_grid(
-    study: Study, prepared: Prepared, first: Solved, others: list[Solved], config: Config, inferer: Inferer
+    study: Study,
+    prepared: Prepared,
+    first: Solved,
+    probabilities: NDArray[np.float32],
+    elsewhere: NDArray[np.bool_],
+    config: Config,
+    inferer: Inferer,
 ) -> Segmentation:
     """Labels by Bayes' rule (S §2) on the grid of the scan, and what is to be told of them."""
     scan, assembly, outcome, main = prepared.scan, first.assembly, first.outcome, first.part.prepared
-    images, probabilities = assembly.images, first.probabilities()
-    elsewhere = np.zeros_like(scan.mask)
-    for other in others:
-        known, takes = other.assembly.images.tissues, other.part.takes
-        parts.merged(other.probabilities(), known, takes, probabilities, images.tissues, config.protocol)
-        elsewhere |= takes
+    images = assembly.images
     index = np.array([t.index for t in images.tissues], dtype=np.uint8)
     labelled = scan.mask & (probabilities > 0).any(0)
     labels = np.where(labelled, index[probabilities.argmax(0)], 0).astype(np.uint8)
