@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,10 +39,8 @@ def parse(raw: Mapping[str, Any]) -> MaskShape:
     """Reads ``mask_shape`` of a protocol's file.
 
     Raises:
-        ValueError: a key is unknown, or a limit is not four numbers that do not fall.
+        ValueError: a limit is not four numbers that do not fall.
     """
-    if strangers := set(raw) - {field.name for field in dataclasses.fields(MaskShape)}:
-        raise ValueError(f"mask_shape: {', '.join(sorted(map(str, strangers)))}")
     return MaskShape(
         _limits("diameter_mm", raw.get("diameter_mm")),
         _limits("volume_ml", raw.get("volume_ml")),

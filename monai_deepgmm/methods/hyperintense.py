@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation, find_objects, gaussian_filter, generate_binary_structure, label
 from torch import Tensor
 
-from monai_deepgmm.hyperintense_rule import Hyperintense
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit
-from monai_deepgmm.protocol import Tissue
+from monai_deepgmm.protocol import Hyperintense, Tissue
 
 #: Noise is smoothed by so many of the smallest voxel's sides (standard deviation).
 SMOOTHING = 0.7

@@ -244,6 +244,10 @@ def test_a_frame_of_a_cine_is_chosen_on_demand_and_max_voxels_is_checked_before_
     assert summary(tmp_path / "out")["bad"]["code"] == "E_DIM"
 
 
+#: Which values of the labels make up the mask, where no layout says so.
+LABELS = ("--mask-labels", "200", "500", "1220", "2221")
+
+
 def one_folder(cohort: Path, patient: str, make_patient) -> None:
     """The patient in a folder of its own, in the layout that takes any name."""
     made = make_patient(cohort.parent / "made", "p")
@@ -281,7 +285,7 @@ def test_ids_of_a_manifest_that_cannot_be_folders_fail_alone(cohort, tmp_path):
     manifest = tmp_path / "m.csv"
     manifest.write_text("patient,LGE,T2,mask\n" + "".join(f"{p},{line}" for p in ("fine", *bad, "twice")))
     out = tmp_path / "deep" / "out"
-    assert main(["segment", str(cohort), str(out), "--manifest", str(manifest)]) == 1
+    assert main(["segment", str(cohort), str(out), "--manifest", str(manifest), *LABELS]) == 1
     rows = summary(out)
     assert {p: row["code"] for p, row in rows.items()} == {"fine": "", **bad}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cohort", "deep", "m.csv"]
