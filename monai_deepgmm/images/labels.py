@@ -51,7 +51,7 @@ def read(study: Study, protocol: Protocol, sequences: Sequence[str], *, like: ni
     if nifti.grids_equal(volume, like):
         pass
     elif same := voxelwise.note(volume, like, labels=True):
-        warnings.append(same)
+        warnings.append(f"W_PLACE: {same}")
     else:
         if not nifti.overlaps(volume, like):
             remedy = "Check that both belong to the same patient and examination"

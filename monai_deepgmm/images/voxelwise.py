@@ -12,7 +12,7 @@ from monai_deepgmm.images.volume import Volume, corners
 
 
 def note(volume: Volume, reference: Volume, *, labels: bool) -> str | None:
-    """The warning for a volume whose voxels are the reference's own; None: its header says where it lies.
+    """What is to be told of a volume whose voxels are the reference's own; None: its header says where it lies.
 
     Args:
         volume: on another grid than the reference, by their headers.
@@ -38,7 +38,7 @@ def note(volume: Volume, reference: Volume, *, labels: bool) -> str | None:
         shape = volume.data.shape
         apart = np.linalg.norm(corners(shape, volume.affine) - corners(shape, reference.affine), axis=1).max()
         return (
-            f"W_PLACE: {silent[0].name} does not say where it lies; {volume.name} was taken voxel for voxel for "
+            f"{silent[0].name} does not say where it lies; {volume.name} was taken voxel for voxel for "
             f"{reference.name} (their headers are up to {apart:.0f} mm apart)"
         )
     if not bare:

@@ -54,6 +54,7 @@ class Study:
         mask: the mask's file; None with ``mask_rule`` "nonzero", or when there is none.
         mask_labels: which values of the mask's file count; empty: every value but 0.
         mask_rule: "file", or "nonzero" for the voxels of the reference sequence that are not 0.
+        mask_named: whether the user named this very file.
         truth: the file with the reference labels, for evaluation and means only.
         truth_labels: value in the truth's file → index of the protocol's tissue; empty: values are the indices.
         spacing: which voxel sizes count in a header that contradicts itself.
@@ -67,6 +68,7 @@ class Study:
     mask: Path | None = None
     mask_labels: tuple[float, ...] = ()
     mask_rule: str = "file"
+    mask_named: bool = False
     truth: Path | None = None
     truth_labels: Mapping[int, int] | None = None
     spacing: Spacing = None

@@ -119,7 +119,7 @@ FAILS: dict[str, tuple[Bend, str, str]] = {
     "mask fractional": (voxels("gd", lambda d: d * 0.4999), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
     "mask NaN": (voxels("gd", at(math.nan, CORNER)), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
     "mask small": (voxels("gd", lambda d: at(500, MIDDLE)(np.zeros_like(d))), "E_MASK_SMALL", "bad_gd.nii.gz"),
-    "mask elsewhere": (lambda f: save(f["gd"], heart(), MOVED), "E_GRID", "bad_gd.nii.gz"),
+    "mask elsewhere": (lambda f: save(f["gd"], heart(), MOVED), "E_MASK_GRID", "bad_gd.nii.gz"),
     "sequence elsewhere": (
         lambda f: save(f["T2"], np.asanyarray(nib.load(f["T2"]).dataobj), MOVED),
         "E_GRID",
@@ -205,7 +205,7 @@ WORKS: dict[str, tuple[Bend, str]] = {
     "qform differs": (fields("LGE", qform_code=1, qoffset_x=3), "W_QFORM"),
     "both codes 0": (all_files(lambda what: fields(what, qform_code=0, sform_code=0)), "W_NOFORM"),
     "unit sform": (unit_sform(1.5, 1.5, 8), "W_SPACING"),
-    "mask without a place": (without_place("gd"), "W_PLACE"),
+    "mask without a place": (without_place("gd"), "W_MASK_PLACE"),
     "swapped": (swapped, "W_SWAPPED"),
     "T2 missing": (lambda f: f["T2"].unlink(), "W_MISSING"),
     "T2 on another grid": (
@@ -318,6 +318,10 @@ def test_a_small_file_that_unpacks_to_gigabytes_takes_no_memory(cohort, tmp_path
     assert peak < 64 << 20
 
 
+#: Which values of the labels make up the mask, where no layout says so.
+LABELS = ("--mask-labels", "200", "500", "1220", "2221")
+
+
 def one_folder(cohort: Path, patient: str, make_patient) -> None:
     """The patient in a folder of its own, in the layout that takes any name."""
     made = make_patient(cohort.parent / "made", "p")
@@ -356,7 +360,7 @@ def test_ids_of_a_manifest_that_cannot_be_folders_fail_alone(cohort, tmp_path):
     manifest = tmp_path / "m.csv"
     manifest.write_text("patient,LGE,T2,mask\n" + "".join(f"{p},{line}" for p in ("fine", *bad, "twice")))
     out = tmp_path / "deep" / "out"
-    assert main(["segment", str(cohort), str(out), "--manifest", str(manifest)]) == 1
+    assert main(["segment", str(cohort), str(out), "--manifest", str(manifest), *LABELS]) == 1
     rows = summary(out)
     assert {p: row["code"] for p, row in rows.items()} == {"fine": "", **bad}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cohort", "deep", "m.csv"]
