@@ -34,7 +34,8 @@ RESERVED = {
     "measurements_slices.tsv",
     *("evaluation.tsv", "evaluation.json", ".locks", ".refused", "model", ".cohort"),
 }
-#: What Windows takes for a device, whatever follows a dot.
+#: Where names of files must be such as Windows takes, and what it takes for a device, whatever follows a dot.
+WINDOWS = os.name == "nt"
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
 
@@ -243,8 +244,8 @@ def _with_usable_id(study: Study) -> Study:
     elif (size := len(os.fsencode(name))) > MAX_ID_BYTES:
         message = f"the id begins with {shown(name[:20])!r} and has {size} bytes; {MAX_ID_BYTES} are possible"
         problem = Problem("E_NAME", message, "Shorten it")
-    elif name.partition(".")[0].strip().upper() in DEVICES or name[-1] in ". " or ":" in name:
-        message = f"the id {name!r} cannot be a folder's name on Windows and on shares that it reads"
+    elif WINDOWS and (name.partition(".")[0].strip().upper() in DEVICES or name[-1] in ". " or ":" in name):
+        message = f"the id {name!r} cannot be a folder's name on Windows"
         problem = Problem("E_NAME", message, "Use an id that is no device, without a colon, a last dot or a last space")
     return replace(study, problems=(problem, *study.problems)) if problem else study
 
