@@ -70,7 +70,7 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
         inputs[sequence] = grid.facts(volume, resampled=note is not None)
         warnings += [note] if note else []
     image = np.stack(channels)
-    found = masks.read(study, protocol, sequences, reference, frame=frame, max_voxels=max_voxels)
+    found = masks.read(study, protocol, sequences, reference, image, frame=frame, max_voxels=max_voxels)
     inputs["mask"] = found.facts
     image, broken = _finite(image, found.voxels, sequences)
     mask, beyond = masks.without_padding(image, found.voxels, len(protocol.components(sequences)))

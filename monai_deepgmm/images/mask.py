@@ -12,9 +12,13 @@ from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import grid, nifti
 from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.volume import Volume
+from monai_deepgmm.localisation import ventricle
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
 
+#: How the mask is found, by the protocol's ``mask_finder``; and the least confidence that is taken.
+FINDERS = {"ventricle": ventricle.find_by}
+LEAST_CONFIDENCE = 0.7
 #: A mask needs at least this many voxels for each tissue.
 MIN_VOXELS_PER_TISSUE = 10
 
@@ -38,6 +42,7 @@ def read(
     protocol: Protocol,
     sequences: tuple[str, ...],
     reference: Volume,
+    image: NDArray[np.floating[Any]],
     *,
     frame: int | None,
     max_voxels: int,
@@ -49,6 +54,7 @@ def read(
         protocol: the tissues that the mask must have room for.
         sequences: those present.
         reference: the image of the first of them.
+        image: all of them, on its grid (M, X, Y, Z).
         frame: which frame of a 4-D mask.
         max_voxels: a larger file is refused before it is read.
 
@@ -61,6 +67,8 @@ def read(
         name, notes = reference.name, []
         if mask.all():
             notes = [f"W_MASK: no voxel of {name} is 0, so the mask is the whole image; is it skull-stripped?"]
+    elif study.mask_rule == "auto":
+        mask, facts, notes, name = _found(protocol, sequences, reference, image)
     else:
         mask, facts, notes, name = _from_file(study, reference, frame=frame, max_voxels=max_voxels)
     if not mask.any():
@@ -72,6 +80,20 @@ def read(
         message = f"the mask {name} has {found} voxels, but {needed} are needed"
         raise StudyError("E_MASK_SMALL", message, f"Check that it covers the {protocol.mask}")
     return Mask(mask, facts, tuple(notes))
+
+
+def _found(
+    protocol: Protocol, sequences: tuple[str, ...], reference: Volume, image: NDArray[np.floating[Any]]
+) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
+    found = FINDERS[protocol.mask_finder or ""](image, protocol, sequences, reference.spacing_mm)
+    sure = f"{found.confidence:.2f}"
+    if found.confidence < LEAST_CONFIDENCE:
+        message = f"no mask was given, and the {protocol.mask} was not found surely enough ({sure} of 1)"
+        remedy = "Draw the mask and give it as a file; add the sequences that are missing, if there are any"
+        raise StudyError("E_MASK_UNSURE", message, remedy)
+    note = f"W_MASK_AUTO: the {protocol.mask} was found from the images, with confidence {sure}; look at its outline"
+    facts = {"rule": "found from the images", "confidence": round(found.confidence, 4)}
+    return found.mask, facts, [note], "found from the images"
 
 
 def _from_file(

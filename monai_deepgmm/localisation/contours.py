@@ -22,7 +22,7 @@ DENOISE_MM = 0.7
 ROUNDS, RECENTRED = 6, (2, 4)
 #: The first contours: the inner one, and the wall at radius 0 in mm, and how much of the radius is added. The outer
 #: one begins outside, and is drawn in.
-INNER_SCALE, INNER_ADD_MM, WALL_MM, WALL_SHARE = 1.12, 1.0, 13.0, 0.08
+INNER_SCALE, INNER_ADD_MM, WALL_MM, WALL_SHARE = 1.12, 1.0, 12.5, 0.08
 #: How many independent cells a ray of 1 mm cells is worth, and the most that one cell can say.
 EVIDENCE, CLIP = 0.15, 3.0
 #: The usual wall in mm at radius 0 and how much of the radius is added; the standard deviation at an angle in mm;

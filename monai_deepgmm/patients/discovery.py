@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from monai_deepgmm.errors import NobodyError, UsageError
+from monai_deepgmm.patients import given_masks as given
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients import manifest as manifests
 from monai_deepgmm.patients.claims import Claims, Found, claim
@@ -24,10 +25,12 @@ __all__ = ["MAX_ID_BYTES", "Cohort", "Problem", "Study", "find"]
 
 #: The longest id, in bytes: 255 less what is appended to it in the names of results.
 MAX_ID_BYTES = 200
+#: Where a mask comes from; without one of these, from a file, or else from the images where the protocol can.
+MASK_RULES = ("file", "auto", "nonzero")
 #: What lies beside the patients' folders in a run's results.
 RESERVED = {
     *("summary.tsv", "measurements.tsv", "dseg.tsv", "dataset_description.json", "index.html", "deepgmm.log"),
-    *("evaluation.tsv", "evaluation.json", ".locks", ".refused", "model", ".cohort"),
+    *("evaluation.tsv", "evaluation.json", "masks.tsv", ".locks", ".refused", "model", ".cohort"),
 }
 
 
@@ -38,6 +41,7 @@ def find(
     layout: str | Path | None = None,
     manifest: Path | None = None,
     mask: str | None = None,
+    masks: Path | None = None,
     mask_labels: Sequence[float] = (),
     patients: Sequence[str] = (),
 ) -> Cohort:
@@ -49,7 +53,9 @@ def find(
         layout: one of ``layout.ORDER``, or a YAML file; None tries them in turn and takes the first that matches
             without a conflict: no file matched twice, no id shared, nothing left out that another layout finds.
         manifest: a table of the patients' files, instead of a layout.
-        mask: None for the mask's file, "nonzero" for the voxels of the reference sequence that are not 0.
+        mask: "file", "auto" to find it in the images, "nonzero" for the voxels of the reference sequence that are not
+            0; None for its file, or, where there is none and the protocol can, "auto".
+        masks: a folder that ``deepgmm mask`` wrote to; its masks are used, and no other.
         mask_labels: which values of the mask's file count; empty: those that the layout says.
         patients: the ids to keep; empty: all.
 
@@ -61,11 +67,14 @@ def find(
     """
     root = Path(root)
     _check_options(root, layout, manifest, mask, mask_labels)
+    _check_mask(protocol, mask, masks)
     labels = tuple(float(value) for value in mask_labels)
     if manifest is not None:
         cohort = _from_manifest(root, Path(manifest), protocol, mask, labels)
     else:
         cohort = _from_layout(root, layout, protocol, mask, labels)
+    if masks is not None:
+        cohort = replace(cohort, studies=tuple(given.use(study, masks, labels) for study in cohort.studies))
     studies = _unique(_with_usable_id(study) for study in cohort.studies)
     return replace(cohort, studies=_selected(studies, (patients,) if isinstance(patients, str) else patients))
 
@@ -79,10 +88,23 @@ def _check_options(
         raise UsageError(f"{shown(root.name or '.')} is a file; expected the folder that holds the patients")
     if layout is not None and manifest is not None:
         raise UsageError("--layout and --manifest both say where the files are: give one of them")
-    if mask not in (None, "nonzero"):
-        raise UsageError(f"--mask {mask}: the only choice is nonzero; a mask's file is found by its name or a manifest")
-    if mask is not None and len(mask_labels):
-        raise UsageError("--mask-labels choose values of a mask's file, --mask nonzero uses none: give one of them")
+    if mask not in (None, *MASK_RULES):
+        raise UsageError(f"--mask {mask}: choose {', '.join(MASK_RULES)}; a file is found by its name or a manifest")
+    if mask not in (None, "file") and len(mask_labels):
+        raise UsageError(f"--mask-labels choose values of a mask's file, --mask {mask} uses none: give one of them")
+
+
+def _check_mask(protocol: Protocol, mask: str | None, masks: Path | None) -> None:
+    if mask == "auto" and protocol.mask_finder is None:
+        raise UsageError(
+            f"--mask auto: protocol {protocol.name} cannot find the {protocol.mask}; give a file, or --mask nonzero"
+        )
+    if masks is None:
+        return
+    if mask in ("auto", "nonzero"):
+        raise UsageError(f"--masks and --mask {mask} both say where the masks are: give one of them")
+    if not masks.is_dir():
+        raise UsageError(f"--masks: there is no folder {masks}; give the folder that deepgmm mask wrote to")
 
 
 def _from_manifest(
@@ -92,7 +114,8 @@ def _from_manifest(
     here = manifest.parent
     studies = []
     for found in table:
-        missing = [n for n in found.files() if not os.path.exists(here / n) and not (mask and n in found.mask)]
+        unread = found.mask if mask in ("auto", "nonzero") else ()
+        missing = [n for n in found.files() if not os.path.exists(here / n) and n not in unread]
         study = judge(found, Tree(here, (), (), frozenset(), frozenset()), None, protocol, mask, labels)
         problems = tuple(
             Problem(

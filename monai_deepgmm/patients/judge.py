@@ -21,27 +21,32 @@ def judge(
         tree: turns names into paths.
         layout: where they were found; None for a manifest.
         protocol: says which sequences are needed.
-        mask: None or "nonzero".
+        mask: None, "file", "auto" or "nonzero".
         labels: the mask's values that count, as the user typed them.
     """
     present = {s: found.images[s] for s in protocol.sequences if s in found.images}
     problems = [*_sequence_problems(found, present, protocol)]
-    for role, names in {**present, "the mask": () if mask else found.mask, "the truth": found.truth}.items():
+    ruled = mask in ("auto", "nonzero")
+    for role, names in {**present, "the mask": () if ruled else found.mask, "the truth": found.truth}.items():
         if len(names) > 1:
             remedy = "Keep one of them in this place, or name the right one in a table (--manifest)"
             problems.append(Problem("E_AMBIGUOUS", f"{len(names)} files match {role}: {listed(names)}", remedy))
     known = layout.mask_labels if layout else ()
     chosen = found.mask or (found.truth if known else [])
-    if not mask and not chosen:
-        problems.append(_no_mask(found.patient, layout, protocol))
+    rule = mask if mask is not None and ruled else "file"
+    if not ruled and not chosen:
+        if mask is None and protocol.mask_finder is not None:
+            rule = "auto"
+        else:
+            problems.append(_no_mask(found.patient, layout, protocol))
     truth = _only(found.truth)
-    mask_file = None if mask else _only(chosen)
+    mask_file = None if ruled else _only(chosen)
     return Study(
         patient=found.patient,
         images={s: tree.path(names[0]) for s, names in present.items() if len(names) == 1},
         mask=tree.path(mask_file) if mask_file else None,
-        mask_labels=() if mask else labels or (() if found.mask else known),
-        mask_rule="nonzero" if mask else "file",
+        mask_labels=() if rule != "file" else labels or (() if found.mask else known),
+        mask_rule=rule,
         truth=tree.path(truth) if truth else None,
         truth_labels=layout.truth_labels(protocol) if layout else None,
         problems=tuple(problems),
@@ -69,6 +74,7 @@ def _no_mask(patient: str, layout: Layout | None, protocol: Protocol) -> Problem
         *([f"add {' or '.join(names)}"] if names else []),
         "name the mask's file in the column mask of a table (--manifest)",
         "use the voxels that are not 0 (--mask nonzero)",
+        *(["have it found (--mask auto)"] if protocol.mask_finder else []),
     ]
     remedy = f"Either {', or '.join(ways)}; of a file, --mask-labels says which values count (else all but 0)"
     return Problem("E_MASK_NONE", f"no mask of the {protocol.mask} was found", remedy)
