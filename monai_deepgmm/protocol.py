@@ -171,12 +171,6 @@ def as_yaml(protocol: Protocol) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _mask_finder(name: object) -> str | None:
-    if name not in (None, "ventricle"):
-        raise ValueError(f"mask_finder: {name!r} (choose ventricle, or leave it out)")
-    return None if name is None else str(name)
-
-
 def _parse(raw: Mapping[str, Any]) -> Protocol:
     """From content that the table has let through.
 
@@ -201,7 +195,7 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         title=raw["title"],
         unit=raw["unit"],
         mask=raw["mask"],
-        mask_finder=_mask_finder(raw.get("mask_finder")),
+        mask_finder=raw.get("mask_finder"),
         sequences=sequences,
         required=tuple(raw.get("required") or ()),
         crop_mm=raw["normalisation"]["crop_mm"],

@@ -16,8 +16,8 @@ from monai_deepgmm.protocol import Protocol
 
 Array = NDArray[np.floating[Any]]
 
-#: What the contours' fit counts beside that of the rings; a fit above which no other place is looked at.
-FIT_WEIGHT, GOOD_FIT = 0.5, 5.5
+#: What the contours' fit counts beside that of the rings, up to what; and a fit that ends the search.
+FIT_WEIGHT, MOST_FIT, GOOD_FIT = 0.5, 4.0, 5.5
 #: The usual radius of the cavity where it is widest, in mm; less than that speaks against a place, by the standard
 #: deviation of its logarithm.
 USUAL_WIDTH_MM, WIDTH_SD = 22.0, 0.3
@@ -28,7 +28,7 @@ LEAST_SLICE_FIT = 0.8
 HALF_FIT, SOFTNESS = 2.5, 0.5
 #: How far away another place begins, in mm. The confidence is halved where one is behind by this little, in the same
 #: units, with this softness.
-ELSEWHERE_MM, HALF_MARGIN, MARGIN_SOFTNESS = 25.0, 0.15, 0.1
+ELSEWHERE_MM, HALF_MARGIN, MARGIN_SOFTNESS = 25.0, 0.2, 0.1
 
 
 class Found(NamedTuple):
@@ -85,7 +85,9 @@ def find(
     tried: list[tuple[float, Candidate, Contours]] = []
     for place in annulus.candidates(stack, contrast, in_plane):
         found = contours.around(stack, place, np.asarray(even, bool))
-        tried.append((place.score + FIT_WEIGHT * float(found.fit.mean()) - _too_small(found), place, found))
+        tried.append(
+            (place.score + FIT_WEIGHT * min(float(found.fit.mean()), MOST_FIT) - _too_small(found), place, found)
+        )
         if found.fit.mean() > GOOD_FIT:
             break
     if not tried:
