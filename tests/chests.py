@@ -12,7 +12,7 @@ LEVELS = {"LGE": (180, 60, 170, 20, 110), "T2": (40, 120, 50, 20, 150), "bSSFP":
 
 
 def body(centre=(70.0, 58.0), radius=30.0, slices=4, seed=0, empty=()):
-    """Images (M, X, Y, Z) of a left ventricle, beside a right one and the lung, in a body; and the ventricle; none in empty slices."""
+    """Images (M, X, Y, Z) of a left ventricle (none in empty slices), a right one, lung and body; and the ventricle."""
     x, y = np.meshgrid(*(np.arange(n) * 1.0 for n in (128, 112)), indexing="ij")
     labels = np.full((128, 112, slices), 4)
     labels[np.hypot((x - 64) / 60, (y - 56) / 52) > 1] = 5

@@ -23,7 +23,7 @@ FIT_WEIGHT, MOST_FIT, GOOD_FIT = 0.5, 4.0, 5.5
 USUAL_WIDTH_MM, WIDTH_SD = 22.0, 0.25
 #: An outermost slice whose fit is below this holds no ventricle; nor does one whose fit is below that share of the
 #: median, unless there is one sequence alone, on which an apex shows poorly.
-LEAST_SLICE_FIT, LEAST_SLICE_SHARE = 0.8, 0.3
+LEAST_SLICE_FIT, LEAST_SLICE_SHARE = 0.8, 0.45
 #: The confidence is one half at this fit, and grows with this softness. Nowhere but at hearts of 59 patients is the
 #: fit above 4.5; at hearts it is above 3.
 HALF_FIT, SOFTNESS = 2.5, 0.5
