@@ -18,7 +18,7 @@ from monai_deepgmm.protocol import Protocol
 
 #: How the mask is found, by the protocol's ``mask_finder``; and the least confidence that is taken.
 FINDERS = {"ventricle": ventricle.find_by}
-LEAST_CONFIDENCE = 0.65
+LEAST_CONFIDENCE = 0.6
 #: A mask needs at least this many voxels for each tissue.
 MIN_VOXELS_PER_TISSUE = 10
 
