@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,13 +35,15 @@ __all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOFTWARE", "SOME_FAI
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (see the table in the README)."""
+    terminal.encode_anything()
     try:
         arguments = _parsed(list(sys.argv[1:] if argv is None else argv))
     except UsageError as error:
         print(f"deepgmm: {error}", file=sys.stderr)
         return USAGE
     terminal.show_log(arguments.verbose, arguments.quiet)
-    signal.signal(signal.SIGTERM, _interrupt)
+    if threading.current_thread() is threading.main_thread():  # only there does Python allow it
+        signal.signal(signal.SIGTERM, _interrupt)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)
@@ -200,16 +203,26 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     """The options that mean the same wherever a DIR is read."""
     made.add_argument("directory", metavar="DIR", type=Path, help="the folder with the patients")
     group = made.add_argument_group("which files")
-    group.add_argument("--protocol", default="infarct", help=f"{', '.join(protocol.names())}, or a YAML file")
+    which = f"{', '.join(protocol.names())}, or a YAML file"
+    group.add_argument("--protocol", default="infarct", action=_Protocol, help=which)
+    made.set_defaults(asked=False)
     group.add_argument("--layout", help=f"{', '.join(layout.ORDER)}, or a YAML file; tried in this order if absent")
     group.add_argument("--manifest", type=Path, metavar="FILE", help="CSV or TSV that lists patients and their files")
     rule = "a file; auto: find it in the images; nonzero: voxels that are not 0; else a file, or found if none is there"
     group.add_argument("--mask", choices=list(discovery.MASK_RULES), help=rule)
     group.add_argument("--masks", type=Path, metavar="DIR", help="masks of deepgmm mask, corrected or as they are")
     group.add_argument("--mask-labels", type=float, nargs="+", default=(), metavar="VALUE", help="mask values to keep")
+    group.add_argument(
+        "--truth-labels", nargs="+", default=(), metavar="TISSUE=VALUE", help="what reference labels mean: blood=500 …"
+    )
+    choose = "which of several BIDS files is meant, such as acq=tse run=1"
+    group.add_argument("--filter", nargs="+", default=(), metavar="ENTITY=VALUE", help=choose)
     group.add_argument("--patients", nargs="+", default=(), metavar="ID", help="only these patients")
     group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file, counted from 0")
-    group.add_argument("--max-voxels", type=_positive, default=1 << 28, metavar="N", help="refuse larger images")
+    spacing = "sform, pixdim, or X,Y,Z in mm: which voxel sizes count in a header that contradicts itself"
+    group.add_argument("--spacing", metavar="WHICH", help=spacing)
+    voxels = "the most voxels of a patient's sequences and mask together, on the reference's grid"
+    group.add_argument("--max-voxels", type=_positive, default=1 << 29, metavar="N", help=voxels)
     group = made.add_argument_group("how to compute")
     group.add_argument("--seed", type=int, default=0, help="of every random draw")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … or auto: cuda if there is one")
@@ -323,6 +336,13 @@ def _add_demo(parsers: Any) -> None:
     made.add_argument("-n", "--number", type=_positive, default=4, metavar="N", help="how many patients")
     made.add_argument("--seed", type=int, default=0, help="of every random draw")
     made.add_argument("--jobs", type=_positive, default=2, metavar="N", help="patients at the same time")
+
+
+class _Protocol(argparse.Action):
+    """Keeps the protocol, and that it was asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: Any) -> None:
+        namespace.protocol, namespace.asked = rest[0], True
 
 
 class _HelpMethod(argparse.Action):

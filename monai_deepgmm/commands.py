@@ -28,7 +28,20 @@ logger = logging.getLogger("monai_deepgmm")
 
 #: The options of ``deepgmm train`` that the bundle's ``train.json`` takes as they are.
 TRAIN_KEYS = (
-    *("protocol", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
+    *(
+        "protocol",
+        "asked",
+        "layout",
+        "mask",
+        "frame",
+        "max_voxels",
+        "spacing",
+        "method",
+        "loss",
+        "network",
+        "epochs",
+        "resume",
+    ),
     *("labels", "seed", "device", "trust_code"),
 )
 
@@ -60,7 +73,7 @@ def segment(arguments: argparse.Namespace) -> int:
         rows = list(batch.dry_run(found, arguments.out, config, options))
         for row in rows:
             detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else "; ".join(row["warnings"])
-            print(f"{terminal.shown(row['patient'])}\t{row['status']}\t{detail}")
+            print(f"{terminal.shown(row['patient'])}\t{row['status']}\t{terminal.shown(detail)}")
         return _exit_code(sum(row["status"] == "failed" for row in rows), len(rows))
     with terminal.progress_bar(len(batch.select(found, options))) as bar:
         code = batch.run(found, arguments.out, config, options, progress=lambda row: bar.update())
@@ -96,13 +109,15 @@ def train(arguments: argparse.Namespace) -> int:
             "means": None if arguments.means is None else str(arguments.means),
             "masks": None if arguments.masks is None else str(arguments.masks),
             "mask_labels": list(arguments.mask_labels),
+            "truth_labels": list(arguments.truth_labels),
+            "filter": list(arguments.filter),
             "patients": list(arguments.patients),
             "set": arguments.set,
             **{key: getattr(arguments, key) for key in TRAIN_KEYS},
         }
     )
     for patient, error in prepared.failed.items():
-        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, error)
+        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, terminal.shown(str(error)))
     logger.info("the network and its bundle are in %s", arguments.model_dir)
     return _exit_code(len(prepared.failed), len(found.studies))
 
@@ -124,7 +139,7 @@ def means(arguments: argparse.Namespace) -> int:
     found = _find(arguments)
     computed, unused = class_means.compute(found.studies, protocol, preprocessing)
     for patient, error in unused.items():
-        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, error)
+        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, terminal.shown(str(error)))
     atomic_files.write_whole(arguments.output, computed.as_json())
     for tissue, row in computed.means.items():
         print(f"{tissue:12s}" + "".join(f"  {sequence} {value:7.3f}" for sequence, value in row.items()))
@@ -199,16 +214,22 @@ def init_manifest(arguments: argparse.Namespace) -> int:
     here = arguments.directory.resolve() if target is None else target.resolve().parent
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["patient", *wanted.sequences, "mask", "truth"])
+    meant = any(study.truth and study.truth_labels for study in studies)  # a table does not know its layout's
+    writer.writerow(["patient", *wanted.sequences, "mask", "truth", *(["labels"] if meant else [])])
     for study in studies:
         files = [*(study.images.get(s) for s in wanted.sequences), study.mask, study.truth]
-        writer.writerow([study.patient, *("" if f is None else os.path.relpath(f.resolve(), here) for f in files)])
-    labels = next((study.mask_labels for study in studies if study.mask_labels), ())
+        named = {t.index: t.name for t in wanted.tissues}
+        labels = " ".join(
+            f"{named[index]}={value}" for value, index in (study.truth_labels or {}).items() if study.truth
+        )
+        paths = ["" if f is None else os.path.relpath(f.resolve(), here) for f in files]
+        writer.writerow([study.patient, *paths, *([labels] if meant else [])])
+    values = next((study.mask_labels for study in studies if study.mask_labels), ())
     if target is None:
         print(table.getvalue(), end="")
     else:
         target.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
-        more = f" --mask-labels {' '.join(f'{value:g}' for value in labels)}" if labels else ""
+        more = f" --mask-labels {' '.join(f'{value:g}' for value in values)}" if values else ""
         print(f"{len(studies)} patients in {target}: correct it, then add --manifest {target}{more}")
     return OK
 
@@ -228,7 +249,11 @@ def _find(arguments: argparse.Namespace) -> Cohort:
         mask=arguments.mask,
         masks=arguments.masks,
         mask_labels=arguments.mask_labels,
+        truth_labels=arguments.truth_labels,
+        filters=arguments.filter,
         patients=arguments.patients,
+        spacing=arguments.spacing,
+        asked=arguments.asked,
     )
 
 

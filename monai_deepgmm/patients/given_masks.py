@@ -22,8 +22,8 @@ def use(study: Study, folder: Path, labels: tuple[float, ...]) -> Study:
     """
     name = f"{study.patient}{SUFFIX}"
     file = next((path for path in (folder / study.patient / name, folder / name) if path.is_file()), None)
-    others = tuple(p for p in study.problems if p.code != "E_MASK_NONE" and "match the mask" not in p.message)
-    if file is None and not others:
+    problems = study.problems
+    if file is None and not problems:
         remedy = "Write it with deepgmm mask, or draw it and give it this name"
-        others = (Problem("E_MASK_NONE", f"--masks holds no {shown(name)}", remedy),)
-    return replace(study, mask=file, mask_labels=labels, mask_rule="file", problems=others)
+        problems = (Problem("E_MASK_NONE", f"--masks holds no {shown(name)}", remedy),)
+    return replace(study, mask=file, mask_labels=labels, mask_rule="file", mask_named=True, problems=problems)

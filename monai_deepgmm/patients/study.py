@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, Self
+
+from monai_deepgmm.patients.spacing import Spacing
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,24 @@ class Problem:
     remedy: str = ""
 
 
+class Meanings(NamedTuple):
+    """What the values of reference labels mean, in a protocol's tissues, where somebody or something says so.
+
+    Attributes:
+        tissues: value → index of the tissue.
+        others: value → a name that is no tissue of the protocol, and is worth telling.
+        elsewhere: values that are known to be something else, such as the background.
+        source: where it stands.
+        problem: why the values cannot be understood; None where they can.
+    """
+
+    tissues: Mapping[int, int]
+    others: Mapping[int, str]
+    elsewhere: frozenset[int]
+    source: str
+    problem: Problem | None = None
+
+
 @dataclass(frozen=True)
 class Study:
     """The files of one patient.
@@ -33,9 +55,13 @@ class Study:
         mask_labels: which values of the mask's file count; empty: every value but 0.
         mask_rule: "file"; "nonzero" for the voxels of the reference sequence that are not 0; "auto" for what is found
             from the images.
+        mask_named: whether the user named this very file.
         truth: the file with the reference labels, for evaluation and means only.
         truth_labels: value in the truth's file → index of the protocol's tissue; empty: values are the indices.
+        spacing: which voxel sizes count in a header that contradicts itself.
+        truth_names: what was said of these values beside the layout; None: nothing.
         problems: why it cannot be segmented; empty when it can be tried.
+        label_problems: why the reference labels cannot be used; they do not stop a segmentation.
     """
 
     patient: str
@@ -43,9 +69,22 @@ class Study:
     mask: Path | None = None
     mask_labels: tuple[float, ...] = ()
     mask_rule: str = "file"
+    mask_named: bool = False
     truth: Path | None = None
     truth_labels: Mapping[int, int] | None = None
+    spacing: Spacing = None
+    truth_names: Meanings | None = None
     problems: tuple[Problem, ...] = ()
+    label_problems: tuple[Problem, ...] = ()
+
+    def with_whole_paths(self) -> Self:
+        """The same for a process with another working directory."""
+
+        def whole(path: Path | None) -> Path | None:
+            return path if path is None else Path(os.path.abspath(path))  # not resolved: links keep their names
+
+        images = {sequence: Path(os.path.abspath(path)) for sequence, path in self.images.items()}
+        return replace(self, images=images, mask=whole(self.mask), truth=whole(self.truth))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.nifti import Volume
 from monai_deepgmm.images.preparation import Prepared
 from monai_deepgmm.methods import enhancement
@@ -39,6 +40,7 @@ class Outcome(NamedTuple):
         intervals: of each tissue's volume.
         entropy: the mean over the mask, 0 to 1.
         contradictions: what of the found tissues contradicts the protocol, in words.
+        slices: those of the regions' images; empty: the fit's.
     """
 
     fit: Fit
@@ -47,6 +49,7 @@ class Outcome(NamedTuple):
     intervals: Sequence[Interval] = ()
     entropy: float = 0.0
     contradictions: Sequence[str] = ()
+    slices: tuple[int, ...] = ()
 
 
 def versions() -> dict[str, str]:
@@ -77,7 +80,7 @@ def sidecar(
         "slice_axis": prepared.crops.slice_axis,
         "converged": None if converged is None else bool(converged.all()),
         "naming": _named(outcome, images, slices, config),
-        "presence": _presence(outcome.regions, images, slices) if config.presence else None,
+        "presence": _presence(outcome.regions, images, list(outcome.slices) or slices) if config.presence else None,
         "uncertainty": {
             "entropy": round(outcome.entropy, 4),
             "level": uncertainty.LEVEL,
@@ -108,17 +111,25 @@ def bias(config: Config, fields: Mapping[str, NDArray[np.float32]], mask: NDArra
     }
 
 
+def coverage(scan: Scan) -> dict[str, Any] | None:
+    """Of each sequence the share of the mask that it covers, and of each slice that it lacks; None: all of it."""
+    if scan.coverage is None or scan.coverage.whole():
+        return None
+    return scan.coverage.facts(scan.mask, scan.sequences)
+
+
 def _named(outcome: Outcome, images: Images, slices: list[int | None], config: Config) -> dict[str, Any]:
     found, names = outcome.naming, [t.name for t in images.tissues]
     voxels = images.mask.flatten(1).sum(1).cpu()
+    fixed = config.model is not None or config.method.named  # nothing was guessed that could be certain
     return {
         "rule": _naming_rule(config),
         "contradictions": list(outcome.contradictions),
-        "certainty": round(float((found.certainty * voxels).sum() / voxels.sum()), 4),
+        "certainty": None if fixed else round(float((found.certainty * voxels).sum() / voxels.sum()), 4),
         "units": [
             {
                 "slice": where,
-                "certainty": round(float(found.certainty[i]), 4),
+                "certainty": None if fixed else round(float(found.certainty[i]), 4),
                 "assignment": dict(zip(names, found.order[i].tolist(), strict=True)),
                 "agreement": dict(zip(names, _rounded(found.agreement[i]), strict=True)),
             }

@@ -26,7 +26,8 @@ from monai_deepgmm.mixture import bias_field, fit, partial_volume
 from monai_deepgmm.mixture.fit import Diagnostics, Fit
 from monai_deepgmm.mixture.gaussian import Mixture, m_step
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.results.segment import Segmentation, segment
+from monai_deepgmm.results.segment import segment
+from monai_deepgmm.results.segmentation import Segmentation
 
 BRAIN = protocol.load("brain")
 SIDES = (30, 28, 6)
@@ -78,7 +79,8 @@ DEEP = (
 OTHERWISE = {
     **dict.fromkeys(("gmm", "svgmm"), GMM),
     **dict.fromkeys(("deepg", "deepsvg"), DEEP),
-    "anatomy": "sigma_mm=0.5 temper=0.9 dof=null outliers=0.1 tol=0.5 max_iter=1 presence=false perturbations=2",
+    "anatomy": "sigma_mm=0.5 denoise_mm=1 temper=0.9 dof=null outliers=0.1 tol=0.5 max_iter=1 presence=false "
+    "perturbations=2",
     "pvgmm": "degree=0 pooling=0.9 coupling=0.5 tol=0.5 max_iter=1 floor=0.5 require_bic_gain=false",
 }
 CHANGES = [(method, *pair) for method, text in OTHERWISE.items() for pair in parsed(text.split()).items()]
