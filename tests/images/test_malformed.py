@@ -71,6 +71,14 @@ def voxels(what: str, change: Callable[[np.ndarray], np.ndarray]) -> Bend:
     return lambda files: save(files[what], change(np.asanyarray(nib.load(files[what]).dataobj).astype(float)))
 
 
+def heartless(files: Files) -> None:
+    """Noise in every sequence, and no mask."""
+    files["gd"].unlink()
+    for seed, what in enumerate(("LGE", "T2", "C0")):
+        noise = np.random.default_rng(seed).normal(100, 20, (48, 48, 2))
+        save(files[what], noise.astype(np.int16))
+
+
 def all_files(bend_one: Callable[[str], Bend]) -> Bend:
     return lambda files: [bend_one(what)(files) for what in files]
 
@@ -128,7 +136,7 @@ FAILS: dict[str, tuple[Bend, str, str]] = {
     ),
     "identical": (lambda f: f["T2"].write_bytes(f["LGE"].read_bytes()), "E_IDENTICAL", "bad_T2.nii.gz"),
     "two files": (lambda f: shutil.copy(f["LGE"], f["LGE"].with_name("bad_DE.nii.gz")), "E_AMBIGUOUS", "bad_DE.nii.gz"),
-    "no mask": (lambda f: f["gd"].unlink(), "E_MASK_NONE", ""),
+    "no mask, no heart": (heartless, "E_MASK_UNSURE", ""),
     "folder": (becomes(Path.mkdir), "E_FILE", "bad_LGE.nii.gz"),
     "dicom series": (becomes(dicom_folder), "E_DICOM", "bad_LGE.nii.gz"),
     "dangling link": (becomes(lambda p: p.symlink_to("gone.nii.gz")), "E_FILE", "bad_LGE.nii.gz"),
