@@ -43,6 +43,8 @@ def segment(arguments: argparse.Namespace) -> int:
     """Segments every patient."""
     from monai_deepgmm import batch
 
+    if arguments.redo:
+        _only_redone(arguments)
     config, found = _config(arguments), _find(arguments)
     options = batch.BatchOptions(
         jobs=arguments.jobs,
@@ -61,6 +63,17 @@ def segment(arguments: argparse.Namespace) -> int:
         code = batch.run(found, arguments.out, config, options, progress=lambda row: bar.update())
     logger.log(logging.INFO if code == OK else logging.WARNING, "%s", terminal.closing_line(arguments.out, code))
     return code
+
+
+def _only_redone(arguments: argparse.Namespace) -> None:
+    """Narrows the run to what a reader wants to have done again, done or not."""
+    from monai_deepgmm.results import review
+
+    wanted = review.to_redo(arguments.redo)
+    arguments.patients = [p for p in wanted if not arguments.patients or p in arguments.patients]
+    if not arguments.patients:
+        raise UsageError("--redo: none of the patients that it marks is among --patients")
+    arguments.overwrite = True
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -133,7 +146,7 @@ def report(arguments: argparse.Namespace) -> int:
 
     if not arguments.out.is_dir():
         raise UsageError(f"OUT: there is no folder {arguments.out}")
-    count = pages.rebuild(arguments.out)
+    count = pages.rebuild(arguments.out, arguments.review)
     outputs.rebuild_tables(arguments.out)
     print(f"{count} pages and {arguments.out / 'index.html'}")
     return OK

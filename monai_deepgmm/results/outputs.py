@@ -8,15 +8,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import atomic_files, nifti
+from monai_deepgmm.images import labels as truth
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.results import measure, report, uncertainty
+from monai_deepgmm.results import measure, mosaic, report, sprites, uncertainty
 from monai_deepgmm.results.provenance import DISCLAIMER, versions
 from monai_deepgmm.results.segment import Segmentation
 
@@ -26,6 +28,8 @@ except ImportError:  # Windows has no such locks; there, two runs must not share
     fcntl = None  # type: ignore[assignment]
 
 SUMMARY = ("patient", "status", "code", "message", "seconds", "method", "warnings")
+#: For print, for the viewer, for the index.
+PICTURES = ("_preview.png", "_viewer.json", "_thumb.png")
 #: A sequence's bias field, and the image without it.
 SHADING = ("_bias.nii.gz", "_corrected.nii.gz")
 #: Ids that no folder can bear; their rows go where no patient's folder can be.
@@ -143,7 +147,7 @@ def done(out: Path, study: Study, config: Config, steps: Mapping[str, Any] | Non
     row = _read(place / f"{study.patient}_row.json") if not study.problems else None
     if not row or row.get("status") != "ok":
         return None
-    wanted = ["_dseg.nii.gz", "_dseg.json", "_preview.png", "_report.html"]
+    wanted = ["_dseg.nii.gz", "_dseg.json", *PICTURES, "_report.html"]
     wanted += ["_probseg.nii.gz", "_entropy.nii.gz"] * config.probabilities
     if config.fields:
         present = [s for s in config.protocol.sequences if s in study.images]
@@ -189,13 +193,16 @@ def write(
             both = (field, segmentation.images[sequence] / field)
             for suffix, values in zip(SHADING, both, strict=True):
                 nifti.write_map(place / f"{name}_{sequence}{suffix}", values, like=segmentation.reference)
-    atomic_files.write_whole(place / f"{name}_preview.png", report.preview(segmentation))
+    for suffix, picture in zip(PICTURES, _pictures(study, segmentation), strict=True):
+        atomic_files.write_whole(place / f"{name}{suffix}", picture)
     made_from = fingerprint(study, config, _hashes_read(segmentation.sidecar), steps)
     sidecar = {**segmentation.sidecar, "fingerprint": made_from}
     sidecar |= {} if steps is None else {"steps": dict(steps)}
     atomic_files.write_whole(place / f"{name}_dseg.json", _json(sidecar))
     row = {
         **row,
+        "date": datetime.now(UTC).date().isoformat(),
+        "fingerprint": made_from,
         "warnings": list(segmentation.warnings),
         "measurements": [m._asdict() for m in measure.measure(segmentation)],
         "slices": [s._asdict() for s in measure.measure_slices(segmentation)],
@@ -203,6 +210,17 @@ def write(
     atomic_files.write_whole(place / f"{name}_row.json", _json(row))
     report.rebuild_patient(place)
     return row
+
+
+def _pictures(study: Study, segmentation: Segmentation) -> tuple[bytes, bytes, bytes]:
+    """In the order of ``PICTURES``; reference labels are shown where there are any that can be read."""
+    known = None
+    if study.truth is not None:
+        with contextlib.suppress(StudyError):  # ``evaluate`` says what is wrong with them
+            sequences, like = tuple(segmentation.images), segmentation.reference
+            known = truth.read(study, segmentation.protocol, sequences, like=like).labels
+    viewer = sprites.as_json(sprites.sprites(segmentation, known))
+    return report.preview(segmentation), viewer, mosaic.thumbnail(segmentation)
 
 
 def write_failure(out: Path, study: Study, row: Row) -> None:
@@ -225,7 +243,7 @@ def clear(out: Path, study: Study) -> None:
         "_dseg.nii.gz",
         "_probseg.nii.gz",
         "_entropy.nii.gz",
-        "_preview.png",
+        *PICTURES,
         "_report.html",
     ):
         with contextlib.suppress(OSError):
@@ -255,14 +273,17 @@ def _unusable(study: Study) -> bool:
 
 
 @contextlib.contextmanager
-def lock(out: Path, what: str) -> Iterator[None]:
+def lock(out: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
     """Holds a lock of the output folder while one patient (or the tables) is worked on; runs wait for each other.
+
+    Yields:
+        Whether it is held: False only where another run holds it and ``wait`` is not wanted.
 
     Raises:
         StudyError: ``E_DISK`` or ``E_WRITE``, the lock's file cannot be made.
     """
     if fcntl is None:
-        yield
+        yield True
         return
     path = _made(out / LOCKS) / _digest(what)[:16]
     try:
@@ -270,9 +291,17 @@ def lock(out: Path, what: str) -> Iterator[None]:
     except OSError as error:
         raise atomic_files.unwritten(path, error) from error
     with file:
-        with contextlib.suppress(OSError):  # a file system without locks: go on without
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield _locked(file, wait=wait)
+
+
+def _locked(file: IO[str], *, wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: go on without
+        pass
+    return True
 
 
 # Tables ------------------------------------------------------------------------------------------------------------
@@ -295,6 +324,10 @@ def rebuild_tables(out: Path) -> list[Row]:
         measured = [m for row in found for m in row.get("measurements", ())]
         atomic_files.write_whole(out / "measurements.tsv", _tsv(measured, measure.Measurement._fields))
         report.rebuild_index(out)
+    for place, around in report.surroundings(out):
+        with lock(out, place.name, wait=False) as held:
+            if held:  # whoever is at work on the patient rebuilds all pages at the end
+                report.rebuild_patient(place, around)
     return found
 
 
