@@ -12,7 +12,11 @@ def wall(segmentation: Segmentation) -> np.ndarray:
     protocol = segmentation.protocol
     shares = [t.index for t in segmentation.tissues if t.name in protocol.percent_of]
     partial = len(protocol.percent_of) < len(protocol.tissues)
-    return np.isin(segmentation.labels, shares) if partial and shares else segmentation.mask
+    if not (partial and shares):
+        return segmentation.mask
+    chosen = np.zeros(256, dtype=bool)
+    chosen[shares] = True
+    return np.asarray(chosen[segmentation.labels])
 
 
 def wall_ranges(segmentation: Segmentation, planes: np.ndarray, walls: np.ndarray) -> list[tuple[float, float]]:

@@ -115,11 +115,12 @@ def thumbnail(segmentation: Segmentation, side_px: int = 96) -> bytes:
     """The slice with most of the last tissue that is there (scar, lesion), as a small square PNG."""
     axis = _by_plane(segmentation)[0] if segmentation.protocol.unit == "volume" else segmentation.slice_axis
     turned = view(segmentation.reference.affine, axis)
-    mask, labels = turned.upright(segmentation.mask), turned.upright(segmentation.labels)
-    rare = max((t.index for t in segmentation.tissues if (labels == t.index).any()), default=0)
-    k = int(np.count_nonzero(labels == rare, axis=(1, 2)).argmax())
     mm = [float(segmentation.reference.spacing_mm[a]) for a in turned.axes[1:]]
-    rows, columns = shown_box(mask, mm[0], mm[1], 5.0)
+    rows, columns = shown_box(turned.upright(segmentation.mask), mm[0], mm[1], 5.0)
+    labels = turned.upright(segmentation.labels)
+    counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in labels[:, rows, columns]])
+    rare = max((t.index for t in segmentation.tissues if counts[:, t.index].any()), default=0)
+    k = int(counts[:, rare].argmax())
     cut = np.s_[k : k + 1, rows, columns]
     sides = [(s.stop - s.start) * step for s, step in zip((rows, columns), mm, strict=True)]
     height, width = (max(1, round(side_px * s / max(sides))) for s in sides)

@@ -86,8 +86,9 @@ def sprites(segmentation: Segmentation, reference_labels: NDArray[Any] | None = 
     indices = [t.index for t in segmentation.tissues]
     inside = frame.mean(segmentation.mask) >= 0.5
     numbers = frame.most(segmentation.labels, indices)
+    walls = frame.mean(wall(segmentation)) >= 0.5
     layers = [
-        *(_image(segmentation, frame, name) for name in segmentation.images),
+        *(_image(segmentation, frame, name, walls) for name in segmentation.images),
         {"kind": "labels", "name": "labels", "png": _png(numbers + MASK_BIT * inside.astype(np.uint8))},
         {"kind": "entropy", "name": "uncertainty", "png": _png(_unsure(segmentation, frame))},
     ]
@@ -149,10 +150,9 @@ def _brain(segmentation: Segmentation) -> Frame:
     return Frame(turned, flipped, slices, rows, columns, (steps[0], steps[1], steps[2]))
 
 
-def _image(segmentation: Segmentation, frame: Frame, name: str) -> dict[str, Any]:
+def _image(segmentation: Segmentation, frame: Frame, name: str, walls: NDArray[np.bool_]) -> dict[str, Any]:
     """A sequence in grey codes, with the intensities of ``KNOT_CODES`` in each slice."""
     planes = np.nan_to_num(frame.mean(segmentation.images[name]), posinf=0.0, neginf=0.0)
-    walls = frame.mean(wall(segmentation)) >= 0.5
     ranges = wall_ranges(segmentation, planes, walls)
     whole = [np.percentile(planes, (0.1, 99.9))] * len(planes)
     if segmentation.protocol.unit == "slice":
@@ -205,5 +205,5 @@ def _ends(inside: NDArray[np.bool_]) -> list[str] | None:
 def _png(planes: NDArray[np.uint8]) -> str:
     """Slices (n, rows, columns) one below the other, as base64."""
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(planes).reshape(-1, planes.shape[2])).save(file, "PNG", compress_level=6)
+    Image.fromarray(np.ascontiguousarray(planes).reshape(-1, planes.shape[2])).save(file, "PNG", compress_level=4)
     return base64.b64encode(file.getvalue()).decode("ascii")

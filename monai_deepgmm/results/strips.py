@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from monai_deepgmm.results.markup import is_number
 
 WIDTH, HEIGHT = 200.0, 16.0
+CROWD = 60
 
 
 class Strip(NamedTuple):
@@ -23,6 +24,7 @@ class Strip(NamedTuple):
         median_x: where the median lies.
         x: where this patient lies; None for a patient without the value, or where none is marked.
         value: this patient's.
+        crowded: whether the dots have to be small.
     """
 
     tissue: str
@@ -33,6 +35,7 @@ class Strip(NamedTuple):
     median_x: float
     x: float | None
     value: float | None
+    crowded: bool
 
 
 def values_by_tissue(measurements: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -58,7 +61,7 @@ def _strip(tissue: str, values: Mapping[str, float], patient: str | None) -> Str
 
     # Dots that would cover each other are moved up and down in turn.
     places = sorted(x(v) for v in values.values())
-    dots = "".join(f"M{place:g} {HEIGHT / 2 + (k % 3 - 1) * 3:g}h0" for k, place in enumerate(places))
+    dots = "".join(f"M{place:g} {HEIGHT / 2 + (k % 5 - 2) * 2.4:g}h0" for k, place in enumerate(places))
     mine = values.get(patient) if patient is not None else None
     middle = x(statistics.median(values.values()))
-    return Strip(tissue, "ml", dots, low, high, middle, None if mine is None else x(mine), mine)
+    return Strip(tissue, "ml", dots, low, high, middle, None if mine is None else x(mine), mine, len(values) > CROWD)
