@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ class Browser:
 
     def __init__(self, folder: Path) -> None:
         (theirs, ours_w), (ours_r, theirs_w) = os.pipe(), os.pipe()
-        command = shlex.join([str(program()), *OPTIONS, f"--user-data-dir={folder / 'profile'}"])
-        redirected = ["sh", "-c", f"exec {command} 3<&{theirs} 4>&{theirs_w}"]
+        # The browser wants its pipe as file descriptors 3 and 4.
+        become = f"import os, sys; os.dup2({theirs}, 3); os.dup2({theirs_w}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, "-c", become, str(program()), *OPTIONS, f"--user-data-dir={folder / 'profile'}"]
         quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(redirected, pass_fds=(theirs, theirs_w), stdout=quiet, stderr=quiet)
+        self.process = subprocess.Popen(command, pass_fds=(theirs, theirs_w), stdout=quiet, stderr=quiet)
         os.close(theirs), os.close(theirs_w)
         self.write, self.read = os.fdopen(ours_w, "wb", 0), os.fdopen(ours_r, "rb")
         self.count, self.session, self.rest = 0, None, b""

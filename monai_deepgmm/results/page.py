@@ -101,7 +101,7 @@ def page(
             mixture=[u for u in as_list(as_map(facts.get("mixture")).get("units")) if isinstance(u, Mapping)],
             around=around,
             strips=strips(around.values, patient),
-            result=result_of(facts.get("fingerprint")),
+            result=result_of(row.get("fingerprint")),
             files=_files(patient, facts),
         )
     )
