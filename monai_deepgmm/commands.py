@@ -127,6 +127,7 @@ def means(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Compares results with reference labels."""
+    from monai_deepgmm.results import agreement_page
     from monai_deepgmm.results import evaluate as agreement
 
     if not arguments.out.is_dir():
@@ -135,6 +136,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     found = _find(arguments)
     result = agreement.evaluate(arguments.out, found, protocol, slices=arguments.slices, unit=arguments.unit)
     agreement.write(arguments.out, result)
+    agreement_page.write(arguments.out, result, protocol)
     print(agreement.summary(result))
     return _exit_code(len(result.problems), len(found.studies))
 

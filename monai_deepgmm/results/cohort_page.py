@@ -22,6 +22,8 @@ def index(
     title: str,
     colors: Mapping[str, str] | None = None,
     reviews: Mapping[str, Review] | None = None,
+    *,
+    compared: bool = False,
 ) -> str:
     """The cohort's page: how many are done, who is flagged, who failed and what to do, and everyone's volumes.
 
@@ -31,6 +33,7 @@ def index(
         title: of the page.
         colors: tissue → colour, where another than the protocols' own was used.
         reviews: patient → what a reader decided.
+        compared: whether a page of agreement with reference labels lies beside.
     """
     tissues = list(dict.fromkeys(str(m["tissue"]) for m in measurements))
     volumes = _volumes(measurements)
@@ -43,6 +46,7 @@ def index(
         .get_template("index.html.j2")
         .render(
             title=title,
+            compared=compared,
             patients=patients,
             counts={status: sum(row.get("status") == status for row in rows) for status in STATUSES},
             warned=sum(bool(p["warnings"]) for p in patients),

@@ -81,12 +81,14 @@ class Evaluated:
         tissues: those that these sequences can show; the reference's other tissues were merged.
         rows: by unit and tissue; empty when no unit was kept.
         warnings: each begins with its code.
+        voxel_ml: of the grid that was compared on.
     """
 
     sequences: tuple[str, ...]
     tissues: tuple[str, ...]
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
+    voxel_ml: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, uni
         if slices == "all" or np.isin([t.index for t in tissues], true).all()
         for row in _rows(study.patient, number, predicted, true, tissues=tissues, spacing_mm=spacing_mm)
     ]
-    return Evaluated(sequences, tuple(t.name for t in tissues), tuple(rows), warnings)
+    return Evaluated(sequences, tuple(t.name for t in tissues), tuple(rows), warnings, float(prediction.voxel_ml))
 
 
 def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images.atomic_files import shown, write_whole
-from monai_deepgmm.results import review
+from monai_deepgmm.results import agreement_page, review
 from monai_deepgmm.results.cohort_page import index, link, ordered
 from monai_deepgmm.results.markup import as_list, as_map, encoded, quoted
 from monai_deepgmm.results.mosaic import preview
@@ -68,7 +68,8 @@ def rebuild_index(out: Path, title: str | None = None) -> None:
     """Writes ``index.html`` from the patients' rows; the title is the data set's name if none is given."""
     rows, measurements = _cohort(out)
     name = as_map(_read(out / "dataset_description.json")).get("Name")
-    html = index(rows, measurements, title or str(name or "Segmentations"), _written_colors(out), _reviews(out))
+    title, compared = title or str(name or "Segmentations"), (out / agreement_page.FILE).is_file()
+    html = index(rows, measurements, title, _written_colors(out), _reviews(out), compared=compared)
     write_whole(out / "index.html", encoded(html))
 
 

@@ -241,7 +241,7 @@ def test_a_second_run_leaves_every_file_untouched(cohort_dir, tmp_path):
     out = tmp_path / "out"
     assert segment(cohort_dir, out) == 0
     first = stamps(out)
-    assert len(first) == 15
+    assert len(first) == 21
     assert segment(cohort_dir, out, "--jobs", 1, "--device", "cpu") == 0
     assert stamps(out) == first
     assert segment(cohort_dir, out, "--overwrite") == 0
