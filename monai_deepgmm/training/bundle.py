@@ -110,7 +110,7 @@ def begin(
     for name in CONFIGS:
         shutil.copyfile(configs() / name, place / "configs" / name)
     _adapt(place / "configs" / "train.json", _training_keys(prepared, plan))
-    _adapt(place / "configs" / "inference.json", _inference_keys(prepared))
+    _adapt(place / "configs" / "inference.json", _inference_keys(prepared, plan))
     _adapt(place / "configs" / "metadata.json", _metadata_keys(prepared))
 
 
@@ -232,6 +232,7 @@ def _training_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, An
         "epochs": plan.epochs,
         "set": settings,
         "seed": plan.seed,
+        "trust_code": plan.trusted,
         "frame": plan.training.preprocessing.frame,
         # A network that can be made without the patients, for whoever loads the bundle.
         "network_def": {
@@ -243,9 +244,10 @@ def _training_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, An
     }
 
 
-def _inference_keys(prepared: PreparedCohort) -> dict[str, Any]:
+def _inference_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, Any]:
     spec = prepared.spec
     return {
+        "trust_code": plan.trusted,
         "protocol": "$@bundle_root + '/" + PROTOCOL + "'",
         "method": "network",
         "model": "@bundle_root",
