@@ -59,7 +59,7 @@ def fixed(value: Any, digits: int = 1) -> str:
     """A number for people; a dash where there is none."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         return "–"
-    return f"{value:,.{digits}f}"
+    return f"{round(value, digits) + 0.0:,.{digits}f}"  # never -0.0
 
 
 def number(value: Any) -> float:
