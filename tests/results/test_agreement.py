@@ -42,7 +42,7 @@ def evaluation(**voxels: tuple[int, int]) -> Evaluation:
     for name, (predicted, true) in voxels.items():
         dice = min(predicted, true) / max(predicted, true)
         row = Row(name, 0, "blood", dice, dice, dice, dice, dice, 1.0, 0.5, predicted, true)
-        patients[name] = Evaluated(SEQUENCES, tissues, (row,), (), 0.1)
+        patients[name] = Evaluated(SEQUENCES, tissues, (row,), (), np.zeros((5, 5)), ("the layout", ()), 0.1)
     problems = {HOSTILE: Problem("E_TRUTH", HOSTILE, "Add a file")}
     return Evaluation("infarct", tissues, "all", "slice", patients, problems)
 
