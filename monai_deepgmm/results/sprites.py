@@ -24,7 +24,7 @@ KNOT_CODES = (0, 40, 215, 255)
 MASK_BIT = 128
 
 _MARGINS_MM = (28.0, 20.0, 14.0, 8.0)  # the first with which all sequences fit into the pixels below
-_MOST_PIXELS = 450_000  # of all sequences together: about 0.6 MB of page
+_MOST_PIXELS = 640_000  # of all sequences together: about half a MB of page
 _BESIDE = 2  # slices shown beyond either end of the mask
 _BRAIN_MM = 2.0
 _BRAIN_MARGIN_MM = 6.0

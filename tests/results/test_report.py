@@ -135,6 +135,11 @@ def test_a_page_shows_a_dash_for_what_no_fit_told(unit, shown):
     assert "None" not in told
 
 
+def test_myocardium_is_called_healthy_where_edema_is_told_apart():
+    assert "healthy myocardium" in words(page_of(hearts()))
+    assert "healthy" not in words(page_of(hearts(sequences=("LGE",))))
+
+
 def test_a_failed_patients_page_says_what_to_do():
     html = report.page(failed("p"), None, [], None)
     assert "E_GZIP" in html
