@@ -21,6 +21,7 @@ KNOWN |= {"low_ml", "high_ml", "slice"}
 VENTRICLE = {
     "lv_mass_g": ("LV mass", "g"),
     "cavity_ml": ("cavity", "ml"),
+    "scar_edema_ml": ("scar + edema", "ml"),
     "scar_edema_g": ("scar + edema", "g"),
     "scar_edema_percent": ("scar + edema", "% of the wall"),
     "thickness_mean_mm": ("wall thickness, mean", "mm"),
