@@ -17,7 +17,7 @@ _EXPORTS = {
     "Config": "methods.config",
     "configure": "methods.config:build",
     "segment": "results.segment",
-    "Segmentation": "results.segment",
+    "Segmentation": "results.segmentation",
     "evaluate": "results.evaluate",
     "Mixture": "mixture.gaussian",
     "Fit": "mixture.fit",

@@ -11,7 +11,7 @@ import outcomes
 
 from monai_deepgmm import protocol
 from monai_deepgmm.results import measure, mosaic, report, sprites
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results.segmentation import Segmentation
 
 FINGERPRINT = "0123456789abcdef" * 4
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results.segmentation import Segmentation
 
 
 def wall(segmentation: Segmentation) -> np.ndarray:

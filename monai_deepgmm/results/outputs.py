@@ -18,9 +18,11 @@ from monai_deepgmm.images import labels as truth
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.results import measure, mosaic, report, sprites, uncertainty
+from monai_deepgmm.results import mosaic, outliers, report, sprites, uncertainty
+from monai_deepgmm.results.measure import Measurement, SliceMeasurement
 from monai_deepgmm.results.provenance import DISCLAIMER, versions
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results.segmentation import Segmentation
+from monai_deepgmm.results.ventricle import Ventricle
 
 try:
     import fcntl
@@ -28,6 +30,8 @@ except ImportError:  # Windows has no such locks; there, two runs must not share
     fcntl = None  # type: ignore[assignment]
 
 SUMMARY = ("patient", "status", "code", "message", "seconds", "method", "warnings")
+MEASUREMENTS = (*Measurement._fields, *Ventricle._fields)
+SLICES = ("patient", *SliceMeasurement._fields)
 #: For print, for the viewer, for the index.
 PICTURES = ("_preview.png", "_viewer.json", "_thumb.png")
 #: A sequence's bias field, and the image without it.
@@ -204,8 +208,7 @@ def write(
         "date": datetime.now(UTC).date().isoformat(),
         "fingerprint": made_from,
         "warnings": list(segmentation.warnings),
-        "measurements": [m._asdict() for m in measure.measure(segmentation)],
-        "slices": [s._asdict() for s in measure.measure_slices(segmentation)],
+        **segmentation.measured,
     }
     atomic_files.write_whole(place / f"{name}_row.json", _json(row))
     report.rebuild_patient(place)
@@ -319,16 +322,24 @@ def rebuild_tables(out: Path) -> list[Row]:
     """Rebuilds summary, measurements and index from the patients' rows, so that parts and resumed runs agree."""
     with lock(out, "tables"):
         found = rows(out)
-        summary = [{**row, "message": _sentence(row), "warnings": " | ".join(row.get("warnings", ()))} for row in found]
+        beside = outliers.warnings(found)
+        summary = [{**row, "message": _sentence(row), "warnings": _joined(row, beside)} for row in found]
         atomic_files.write_whole(out / "summary.tsv", _tsv(summary, SUMMARY))
-        measured = [m for row in found for m in row.get("measurements", ())]
-        atomic_files.write_whole(out / "measurements.tsv", _tsv(measured, measure.Measurement._fields))
+        measured = [{**(row.get("ventricle") or {}), **m} for row in found for m in row.get("measurements", ())]
+        atomic_files.write_whole(out / "measurements.tsv", _tsv(measured, MEASUREMENTS))
+        slices = [{"patient": row["patient"], **s} for row in found for s in row.get("slices", ())]
+        atomic_files.write_whole(out / "measurements_slices.tsv", _tsv(slices, SLICES))
         report.rebuild_index(out)
     for place, around in report.surroundings(out):
         with lock(out, place.name, wait=False) as held:
             if held:  # whoever is at work on the patient rebuilds all pages at the end
                 report.rebuild_patient(place, around)
     return found
+
+
+def _joined(row: Mapping[str, Any], beside: Mapping[str, Sequence[str]]) -> str:
+    """A patient's own warnings, and those that only the others give rise to."""
+    return " | ".join([*row.get("warnings", ()), *beside.get(row["patient"], ())])
 
 
 def _sentence(row: Mapping[str, Any]) -> str:

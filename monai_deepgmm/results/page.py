@@ -10,13 +10,35 @@ from typing import Any, NamedTuple
 from monai_deepgmm.errors import CODES
 from monai_deepgmm.results import markup
 from monai_deepgmm.results.markup import as_list, as_map, is_number
-from monai_deepgmm.results.mosaic import UNCERTAINTY_COLORS
+from monai_deepgmm.results.mosaic import UNCERTAINTY_COLORS, omitted
 from monai_deepgmm.results.review import Review, result_of
 from monai_deepgmm.results.strips import strips
 
 #: Columns of the measurements that have a place of their own; others are shown as they come.
 KNOWN = {"patient", "tissue", "voxels", "volume_ml", "mass_g", "percent", "percent_of", "expected_ml"}
 KNOWN |= {"low_ml", "high_ml", "slice"}
+#: Numbers of the left ventricle that the page shows: what they are called, and their unit.
+VENTRICLE = {
+    "lv_mass_g": ("LV mass", "g"),
+    "cavity_ml": ("cavity", "ml"),
+    "scar_edema_ml": ("scar + edema", "ml"),
+    "scar_edema_g": ("scar + edema", "g"),
+    "scar_edema_percent": ("scar + edema", "% of the wall"),
+    "thickness_mean_mm": ("wall thickness, mean", "mm"),
+    "thickness_min_mm": ("thinnest 30°", "mm"),
+    "thickness_max_mm": ("thickest 30°", "mm"),
+    "transmural_25_percent": ("scar deeper than 25 % of the wall", "% of rays"),
+    "transmural_50_percent": ("deeper than 50 %", "% of rays"),
+    "transmural_75_percent": ("deeper than 75 %", "% of rays"),
+    "scar_2sd_percent": ("scar by 2 SD", "% of the wall"),
+    "scar_3sd_percent": ("by 3 SD", "% of the wall"),
+    "scar_5sd_percent": ("by 5 SD", "% of the wall"),
+    "scar_6sd_percent": ("by 6 SD", "% of the wall"),
+    "scar_fwhm_percent": ("by FWHM", "% of the wall"),
+    "scar_otsu_percent": ("by Otsu", "% of the wall"),
+    "no_reflow_ml": ("no-reflow within scar", "ml"),
+    "segments": ("AHA segments", ""),
+}
 UNITS = {"ml": "ml", "g": "g", "mm": "mm", "percent": "%", "sd": "SD", "mm2": "mm²"}
 
 
@@ -69,6 +91,7 @@ def page(
     """
     facts = dict(sidecar or {})
     slices = [s for s in as_list(row.get("slices")) if isinstance(s, Mapping)]
+    units = _units(facts, slices)
     shown = {**row, "warnings": [*as_list(row.get("warnings")), *around.warnings]}
     patient = str(row.get("patient", ""))
     return (
@@ -94,7 +117,9 @@ def page(
                 str(t.get("name")): t.get("index") for t in as_list(facts.get("tissues")) if isinstance(t, Mapping)
             },
             bar=markup.bar([m for m in measurements if m.get("percent") not in (None, "")], "percent", 100.0),
-            units=_units(facts, slices),
+            units=units,
+            guessed=any(is_number(as_map(u.get("naming")).get("certainty")) for u in units),
+            omitted=omitted(as_map(facts.get("coverage")).get("slices"), [u["slice"] for u in units]),
             slice_tissues=list(dict.fromkeys(s.get("tissue") for s in slices)),
             slice_more=_columns(slices),
             naming=as_map(facts.get("naming")),
@@ -143,13 +168,12 @@ def _named(key: str) -> tuple[str, str]:
 
 def _numbers(found: Mapping[str, Any]) -> list[Number]:
     """Whatever is measured of the organ as a whole; what could not be is left out, but for words that say why."""
-    rows = []
-    for key, value in found.items():
-        if is_number(value):
-            rows.append(Number(*_named(key)[:1], markup.fixed(value), _named(key)[1]))
-        elif isinstance(value, str) and value:
-            rows.append(Number(_named(key)[0], value, ""))
-    return rows
+    named = {key: VENTRICLE.get(key) or _named(key) for key in found}
+    return [
+        Number(name, value if isinstance(value, str) else markup.fixed(value), "" if isinstance(value, str) else unit)
+        for key, (name, unit) in named.items()
+        if is_number(value := found[key]) or (isinstance(value, str) and value)
+    ]
 
 
 def _units(facts: Mapping[str, Any], slices: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -160,12 +184,9 @@ def _units(facts: Mapping[str, Any], slices: Sequence[Mapping[str, Any]]) -> lis
             if isinstance(unit, Mapping):
                 units.setdefault(unit.get("slice"), {"volumes": {}})[part] = unit
     for unit in units.values():
-        fit = as_map(unit.get("fit"))
-        trace = [float(v) for v in as_list(fit.get("trace")) if is_number(v)]
+        trace = [float(v) for v in as_list(as_map(unit.get("fit")).get("trace")) if is_number(v)]
         unit["sparkline"] = sparkline(trace)
-        # The last step's, so that the number and the end of the curve agree.
-        unit["nll"] = trace[-1] if trace else fit.get("nll")
-        unit["falls"] = bool(trace) and trace[-1] < trace[0]
+        unit["ends"] = (trace[0], trace[-1]) if len(trace) > 1 else None
     for s in slices:
         unit = units.setdefault(s.get("slice"), {"volumes": {}})
         unit["volumes"][s.get("tissue")] = s.get("volume_ml")
@@ -189,5 +210,6 @@ def _files(patient: str, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not facts:
         return []
     name = markup.quoted(patient)
+    tables = ("measurements.tsv", "measurements_slices.tsv", "summary.tsv")
     beside = [("label map", f"{name}_dseg.nii.gz"), ("sidecar", f"{name}_dseg.json")]
-    return [*beside, ("measurements.tsv", "../measurements.tsv"), ("summary.tsv", "../summary.tsv")]
+    return [*beside, *((table, f"../{table}") for table in tables)]

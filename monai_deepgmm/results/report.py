@@ -9,7 +9,7 @@ from typing import Any
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images.atomic_files import shown, write_whole
-from monai_deepgmm.results import agreement_page, review
+from monai_deepgmm.results import agreement_page, outliers, review
 from monai_deepgmm.results.cohort_page import index, link, ordered
 from monai_deepgmm.results.markup import as_list, as_map, encoded, quoted
 from monai_deepgmm.results.mosaic import preview
@@ -78,6 +78,9 @@ def _cohort(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     rows = [_read_row(folder / f"{folder.name}_row.json", folder.name) for folder in _folders(out)]
     refused = [_read_row(file, file.stem) for file in sorted((out / ".refused").glob("*.json"))]
     measurements = [m for row in rows for m in as_list(row.get("measurements"))]
+    beside = outliers.warnings(rows)
+    rows = [{**row, "beside": beside.get(row["patient"], [])} for row in rows]
+    rows = [{**row, "warnings": [*as_list(row.get("warnings")), *row["beside"]]} for row in rows]
     return [*rows, *({**row, "page": False} for row in refused)], measurements
 
 
@@ -87,6 +90,7 @@ def surroundings(out: Path) -> Iterator[tuple[Path, Surroundings]]:
     rows = [row for row in rows if row.get("page") is not False]
     links = [f"../{link(row)}" for row in ordered(rows, measurements)]
     place = {target: k for k, target in enumerate(links)}
+    beside = {row["patient"]: row["beside"] for row in rows}
     values, reviews = values_by_tissue(measurements), _reviews(out)
     for folder in _folders(out):
         k = place.get(f"../{quoted(folder.name)}/{quoted(folder.name)}_report.html")
@@ -100,6 +104,7 @@ def surroundings(out: Path) -> Iterator[tuple[Path, Surroundings]]:
                 place=f"{k + 1} of {len(links)}",
                 values=values,
                 review=reviews.get(folder.name),
+                warnings=beside.get(folder.name, ()),
             ),
         )
 

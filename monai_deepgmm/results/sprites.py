@@ -15,7 +15,7 @@ from PIL import Image
 from monai_deepgmm.results import uncertainty
 from monai_deepgmm.results.greys import wall, wall_ranges
 from monai_deepgmm.results.mosaic import MosaicView, shown_box, view
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results.segmentation import Segmentation
 
 #: Grey codes of the lowest value, the wall's range, and the highest value of a slice: the wall has most of the codes,
 #: whatever fat or stomach beside it measure.

@@ -140,6 +140,27 @@ def test_myocardium_is_called_healthy_where_edema_is_told_apart():
     assert "healthy" not in words(page_of(hearts(sequences=("LGE",))))
 
 
+def test_a_page_tells_the_ends_of_the_curve_and_how_sure_guessed_names_are():
+    heart = hearts()
+    heart.sidecar["fit"] = {"units": [{"slice": 1, "nll": 2.5, "trace": [2.75, 2.5, 2.625]}]}
+    told = words(page_of(heart))
+    assert "2.750 to 2.625" in told  # it rises in the end, and says so
+    assert "Certainty of the names: 90 %" in told
+    heart.sidecar["naming"] = {"rule": "fixed", "certainty": None, "units": [{"slice": 1, "certainty": None}]}
+    assert "Certainty" not in words(page_of(heart))
+
+
+def test_slices_that_the_picture_leaves_out_are_said():
+    heart = hearts()
+    assert "not shown" not in words(page_of(heart))
+    heart.sidecar["coverage"] = {"slices": 30}
+    assert "24 of 30 slices with mask, evenly spaced; the others are not shown" in words(page_of(heart))
+    heart.sidecar["fit"] = {"units": [{"slice": None, "nll": 2.5}]}
+    heart.sidecar["naming"] = {}
+    told = words(page_of(heart, slices=[]))
+    assert "8 evenly spaced slices in each of three orientations" in told
+
+
 def test_a_failed_patients_page_says_what_to_do():
     html = report.page(failed("p"), None, [], None)
     assert "E_GZIP" in html
