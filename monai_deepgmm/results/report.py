@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images.atomic_files import shown, write_whole
-from monai_deepgmm.results import agreement_page, outliers, review
+from monai_deepgmm.results import agreement_page, outliers, review, row_files
 from monai_deepgmm.results.cohort_page import index, link, ordered
 from monai_deepgmm.results.markup import as_list, as_map, encoded, quoted
 from monai_deepgmm.results.mosaic import preview
@@ -33,8 +34,8 @@ def rebuild(out: Path, reviews: Sequence[Path] = ()) -> int:
     Raises:
         UsageError: OUT holds no results, or a review cannot be read.
     """
-    folders = _folders(out)
-    if not folders and not any((out / ".refused").glob("*.json")):
+    folders = row_files.folders(out)
+    if not folders and not any((out / row_files.REFUSED).glob("*.json")):
         raise UsageError(f"{shown(out)}: no results here; give the folder that deepgmm segment wrote to")
     if reviews:
         kept = [file for file in [out / review.FILE] if file.is_file()]
@@ -47,18 +48,21 @@ def rebuild(out: Path, reviews: Sequence[Path] = ()) -> int:
 
 def rebuild_patient(folder: Path, around: Surroundings | None = None) -> None:
     """Writes ``<patient>_report.html`` from the row, sidecar and pictures beside it; one that is so already stays."""
-    name = folder.name
-    row = _read_row(folder / f"{name}_row.json", name)
-    done = row.get("status") == "ok"
-    picture = folder / f"{name}_preview.png"
-    html = page(
-        row,
-        _read(folder / f"{name}_dseg.json") if done else None,
-        as_list(row.get("measurements")),
-        picture.read_bytes() if done and picture.is_file() else None,
-        _read(folder / f"{name}_viewer.json") if done else None,
-        around or Surroundings(),
-    )
+    name, around = folder.name, around or Surroundings()
+    row = row_files.read_row(folder / f"{name}_row.json", name)
+    done, measurements = row["status"] == "ok", as_list(row.get("measurements"))
+    drawn, sidecar = folder / f"{name}_preview.png", folder / f"{name}_dseg.json"
+    picture = drawn.read_bytes() if done and drawn.is_file() else None
+    facts = row_files.read_json(sidecar) if done else None
+    try:
+        if done and facts is None:
+            raise ValueError("no JSON object")
+        sprites = row_files.read_json(folder / f"{name}_viewer.json") if done else None
+        html = page(row, facts, measurements, picture, sprites, around)
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        note = f"W_SIDECAR: {shown(sidecar)} is missing or damaged; run deepgmm segment again"
+        kept = {**row, "slices": [], "warnings": [*as_list(row.get("warnings")), note]}
+        html = page(kept, None, measurements, picture, None, around)
     file, content = folder / f"{name}_report.html", encoded(html)
     if not file.is_file() or file.read_bytes() != content:
         write_whole(file, content)
@@ -67,7 +71,7 @@ def rebuild_patient(folder: Path, around: Surroundings | None = None) -> None:
 def rebuild_index(out: Path, title: str | None = None) -> None:
     """Writes ``index.html`` from the patients' rows; the title is the data set's name if none is given."""
     rows, measurements = _cohort(out)
-    name = as_map(_read(out / "dataset_description.json")).get("Name")
+    name = as_map(row_files.read_json(out / "dataset_description.json")).get("Name")
     title, compared = title or str(name or "Segmentations"), (out / agreement_page.FILE).is_file()
     html = index(rows, measurements, title, _written_colors(out), _reviews(out), compared=compared)
     write_whole(out / "index.html", encoded(html))
@@ -75,13 +79,12 @@ def rebuild_index(out: Path, title: str | None = None) -> None:
 
 def _cohort(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Every patient's row, and all lines of the measurements."""
-    rows = [_read_row(folder / f"{folder.name}_row.json", folder.name) for folder in _folders(out)]
-    refused = [_read_row(file, file.stem) for file in sorted((out / ".refused").glob("*.json"))]
+    rows = row_files.read_all(out)
     measurements = [m for row in rows for m in as_list(row.get("measurements"))]
     beside = outliers.warnings(rows)
     rows = [{**row, "beside": beside.get(row["patient"], [])} for row in rows]
     rows = [{**row, "warnings": [*as_list(row.get("warnings")), *row["beside"]]} for row in rows]
-    return [*rows, *({**row, "page": False} for row in refused)], measurements
+    return rows, measurements
 
 
 def surroundings(out: Path) -> Iterator[tuple[Path, Surroundings]]:
@@ -92,7 +95,7 @@ def surroundings(out: Path) -> Iterator[tuple[Path, Surroundings]]:
     place = {target: k for k, target in enumerate(links)}
     beside = {row["patient"]: row["beside"] for row in rows}
     values, reviews = values_by_tissue(measurements), _reviews(out)
-    for folder in _folders(out):
+    for folder in (out / name for name in row_files.folders(out)):
         k = place.get(f"../{quoted(folder.name)}/{quoted(folder.name)}_report.html")
         if k is None:
             continue
@@ -115,32 +118,6 @@ def _reviews(out: Path) -> Mapping[str, Review]:
         return review.read([out / review.FILE]) if (out / review.FILE).is_file() else {}
     except UsageError:
         return {}
-
-
-def _folders(out: Path) -> list[Path]:
-    """The patients' folders: those that hold a row."""
-    if not out.is_dir():
-        return []
-    return sorted(f for f in out.iterdir() if (f / f"{f.name}_row.json").is_file())
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is none that can be read."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _read_row(file: Path, patient: str) -> dict[str, Any]:
-    """A patient's row; one that cannot be read becomes a failed row, so that one file does not hide the others."""
-    row = _read(file)
-    if row is not None:
-        return {"patient": patient, **row}
-    remedy = "delete this patient's folder and run deepgmm segment again"
-    message = f"{shown(file)}: the row is not a JSON object"
-    return {"patient": patient, "status": "failed", "code": "E_FILE", "message": message, "remedy": remedy}
 
 
 def _written_colors(out: Path) -> dict[str, str]:
