@@ -21,7 +21,10 @@ from monai_deepgmm import protocol
 #: For tissues whose colour no protocol or sidecar tells; the first four differ in grey print too.
 PALETTE = ("#8c1c3a", "#2f7fc4", "#58c98b", "#ffe94a", "#cc79a7", "#c05a35", "#79b8dd")
 #: Warnings that a reader has to look at before any number is used; the others tell how a file was read.
-SERIOUS = ("W_IMPLAUSIBLE", "W_COVERAGE", "W_OUTLIER", "W_SWAPPED", "W_NAMES", "W_SPACING")
+SERIOUS = (
+    *("W_IMPLAUSIBLE", "W_COVERAGE", "W_OUTLIER", "W_SWAPPED", "W_NAMES", "W_SPACING", "W_SIDECAR"),
+    *("W_MASK_SIZE", "W_MASK_SHAPE", "W_MASK_PART", "W_MASK_EDGE", "W_MASK_LOST", "W_MASK_NAME"),
+)
 
 
 @functools.cache

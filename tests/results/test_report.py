@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pages import LPS, OBLIQUE, failed, hearts, page_of, row_of, write
 from PIL import Image, ImageColor
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.results import measure, mosaic, report
+from monai_deepgmm.results import markup, measure, mosaic, report
 
 HOSTILE = "<script>alert('owned')</script>\"&"
 
@@ -159,6 +160,11 @@ def test_slices_that_the_picture_leaves_out_are_said():
     heart.sidecar["naming"] = {}
     told = words(page_of(heart, slices=[]))
     assert "8 evenly spaced slices in each of three orientations" in told
+
+
+def test_what_is_flagged_is_in_the_table_of_codes():
+    table = (Path(__file__).parents[2] / "bundle" / "docs" / "codes.md").read_text(encoding="utf-8")
+    assert [code for code in markup.SERIOUS if f"`{code}`" not in table] == []
 
 
 def test_a_failed_patients_page_says_what_to_do():
