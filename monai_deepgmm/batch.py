@@ -343,6 +343,11 @@ def _row(study: Study, config: Config) -> Row:
     }
 
 
+def failure(error: Exception) -> Row:
+    """What a row says of a patient's error, foreseen or not: status, code, message, remedy."""
+    return _failure(error) if isinstance(error, StudyError) else _surprise(error)
+
+
 def _failure(error: StudyError) -> Row:
     return {"status": "failed", "code": error.code, "message": error.message, "remedy": error.remedy}
 

@@ -28,7 +28,7 @@ from monai_deepgmm.errors import (
     UsageError,
 )
 from monai_deepgmm.methods import METHODS
-from monai_deepgmm.patients import layout
+from monai_deepgmm.patients import discovery, layout
 
 __all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOFTWARE", "SOME_FAILED", "USAGE", "main", "parser"]
 
@@ -174,6 +174,7 @@ def parser() -> Parser:
     root.commands = made = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_scan(made)
     _add_segment(made)
+    _add_mask(made)
     _add_means(made)
     _add_train(made)
     _add_evaluate(made)
@@ -207,7 +208,9 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     made.set_defaults(asked=False)
     group.add_argument("--layout", help=f"{', '.join(layout.ORDER)}, or a YAML file; tried in this order if absent")
     group.add_argument("--manifest", type=Path, metavar="FILE", help="CSV or TSV that lists patients and their files")
-    group.add_argument("--mask", choices=["nonzero"], help="take the voxels that are not 0, for skull-stripped images")
+    rule = "a file; auto: find it in the images; nonzero: voxels that are not 0; else a file, or found if none is there"
+    group.add_argument("--mask", choices=list(discovery.MASK_RULES), help=rule)
+    group.add_argument("--masks", type=Path, metavar="DIR", help="masks of deepgmm mask, corrected or as they are")
     group.add_argument("--mask-labels", type=float, nargs="+", default=(), metavar="VALUE", help="mask values to keep")
     group.add_argument(
         "--truth-labels", nargs="+", default=(), metavar="TISSUE=VALUE", help="what reference labels mean: blood=500 …"
@@ -265,6 +268,12 @@ def _add_segment(parsers: Any) -> None:
 def _add_trust(group: Any) -> None:
     text = "run the code of a network that this software does not know, if you trust whoever wrote it"
     group.add_argument("--trust-code", action="store_true", help=text)
+
+
+def _add_mask(parsers: Any) -> None:
+    made = _command(parsers, commands.mask, "find the organ in every patient of DIR and write its mask into OUT")
+    _add_cohort(made)
+    made.add_argument("out", metavar="OUT", type=Path, help="the folder for the masks")
 
 
 def _add_means(parsers: Any) -> None:

@@ -94,6 +94,19 @@ def _only_redone(arguments: argparse.Namespace) -> None:
     arguments.overwrite = True
 
 
+def mask(arguments: argparse.Namespace) -> int:
+    """Finds the organ in every patient and writes its mask."""
+    from monai_deepgmm import masking
+
+    if arguments.mask not in (None, "auto") or arguments.masks is not None or arguments.mask_labels:
+        raise UsageError("deepgmm mask finds the masks: leave --mask, --masks and --mask-labels out")
+    arguments.mask = "auto"
+    wanted, found = protocols.load(arguments.protocol), _find(arguments)
+    code = masking.run(found, arguments.out, wanted, frame=arguments.frame, max_voxels=arguments.max_voxels)
+    print(f"{len(found.studies)} patients; how surely each mask was found: {arguments.out / masking.TABLE}")
+    return code
+
+
 def train(arguments: argparse.Namespace) -> int:
     """Trains a network on a cohort without labels."""
     from monai_deepgmm.training import bundle
@@ -107,6 +120,7 @@ def train(arguments: argparse.Namespace) -> int:
             "model_dir": str(arguments.model_dir),
             "manifest": None if arguments.manifest is None else str(arguments.manifest),
             "means": None if arguments.means is None else str(arguments.means),
+            "masks": None if arguments.masks is None else str(arguments.masks),
             "mask_labels": list(arguments.mask_labels),
             "truth_labels": list(arguments.truth_labels),
             "filter": list(arguments.filter),
@@ -248,6 +262,7 @@ def _find(arguments: argparse.Namespace) -> Cohort:
         layout=arguments.layout,
         manifest=arguments.manifest,
         mask=arguments.mask,
+        masks=arguments.masks,
         mask_labels=arguments.mask_labels,
         truth_labels=arguments.truth_labels,
         filters=arguments.filter,

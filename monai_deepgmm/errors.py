@@ -34,6 +34,7 @@ CODES: dict[str, str] = {
     "E_GRID": "a sequence, mask or reference labels do not overlap the reference grid",
     "E_IDENTICAL": "two sequences are the same data, byte for byte",
     "E_MASK_NONE": "no mask was found",
+    "E_MASK_UNSURE": "no mask was given, and the organ was not found surely in the images",
     "E_MASK_EMPTY": "the mask holds no voxel",
     "E_MASK_FRACTIONAL": "the mask holds values that are not whole numbers",
     "E_MASK_LABELS": "the mask holds several values, and nobody has said which of them count",

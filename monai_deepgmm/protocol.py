@@ -42,6 +42,7 @@ class Protocol:
         percent_name: what ``percent`` in the measurements is a percentage of.
         percent_of: the tissues that make up that denominator.
         anatomy: where tissues can be; None: anywhere in the mask.
+        mask_finder: how the mask is found where none is given (``ventricle``); None: it must be given.
         borders: pairs of tissues that touch, so that a voxel may hold both; empty: voxels are of one tissue.
         deeper: pairs of tissues of which the first lies deeper in the mask than the second, on average; a result in
             which it does not is flagged (``W_NAMES``).
@@ -64,6 +65,7 @@ class Protocol:
     percent_name: str
     percent_of: tuple[str, ...]
     anatomy: Anatomy | None = None
+    mask_finder: str | None = None
     borders: tuple[tuple[str, str], ...] = ()
     deeper: tuple[tuple[str, str], ...] = ()
     anchored: tuple[str, ...] = ()
@@ -158,6 +160,7 @@ def as_yaml(protocol: Protocol) -> str:
         "title": protocol.title,
         "unit": protocol.unit,
         "mask": protocol.mask,
+        "mask_finder": protocol.mask_finder,
         "sequences": list(protocol.sequences),
         "required": list(protocol.required),
         "normalisation": {"crop_mm": protocol.crop_mm},
@@ -200,6 +203,7 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         title=raw["title"],
         unit=raw["unit"],
         mask=raw["mask"],
+        mask_finder=raw.get("mask_finder"),
         sequences=sequences,
         required=tuple(raw.get("required") or ()),
         crop_mm=raw["normalisation"]["crop_mm"],

@@ -27,7 +27,7 @@ import measure_sets
 import numpy as np
 import runner
 import torch
-from measure_sets import Facts, brains, hearts
+from measure_sets import Facts, brains, found_masks, hearts
 from measure_sets.hearts import OURS, SCAR, Run
 
 import monai_deepgmm
@@ -39,7 +39,7 @@ from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.results.thresholds import THRESHOLDS, Labels, labelled
 
-SETS: Mapping[str, measure_sets.Set] = {**hearts.SETS, **brains.SETS}
+SETS: Mapping[str, measure_sets.Set] = {**hearts.SETS, **found_masks.SETS, **brains.SETS}
 NOTE = """Figures of the default methods; *in view* says whether a set's reference labels were looked at when constants
 were chosen. Thresholds are taken slice by slice on LGE, in the wall that our method found, nSD above its darker half.
 Dice is named, without reference labels. Research use only, not a medical device."""
@@ -52,7 +52,7 @@ def measured(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Facts
     """Each set that is at hand: its name, what was measured of each patient, and how many were left out."""
     code = code_digest()
     for name, one in SETS.items():
-        folder = options.ROOT / name
+        folder = options.ROOT / (one.folder or name)
         if not folder.is_dir():
             if not one.phantom:
                 print(f"left out: {name}: there is no folder {name} in ROOT", file=sys.stderr)

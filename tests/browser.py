@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,15 @@ class Browser:
             " !document.querySelector('#viewer[hidden]') ? requestAnimationFrame(() => requestAnimationFrame(done))"
             " : setTimeout(look, 20); look(); })"
         )
+
+    def arrive(self, end: str) -> None:
+        """Waits until the address ends (but for its hash) like this and the page has settled."""
+        for _ in range(400):
+            with contextlib.suppress(RuntimeError):  # between two pages there is none to ask
+                if str(self.run("location.pathname")).endswith(end):
+                    return self.settle()
+            time.sleep(0.05)
+        raise RuntimeError(f"never arrived at {end}")
 
     def run(self, expression: str) -> Any:
         """Evaluates JavaScript and returns its value."""

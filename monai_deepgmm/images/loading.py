@@ -71,7 +71,7 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
     placed = {s: grid.on_grid(volume, reference, nearest=False) for s, volume in volumes.items()}
     inputs = {s: grid.facts(volume, resampled=bool(placed[s].note or placed[s].taken)) for s, volume in volumes.items()}
     image = np.stack([one.data for one in placed.values()])
-    found = masks.read(study, protocol, volumes, frame=frame, max_voxels=max_voxels)
+    found = masks.read(study, protocol, volumes, image, frame=frame, max_voxels=max_voxels)
     inputs["mask"] = found.facts
     for one in placed.values():
         share = one.inside[found.voxels].mean()

@@ -14,9 +14,13 @@ from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import background, grid, mask_examination, nifti
 from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.volume import Volume
+from monai_deepgmm.localisation import ventricle
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
 
+#: How the mask is found, by the protocol's ``mask_finder``; and the least confidence that is taken.
+FINDERS = {"ventricle": ventricle.find_by}
+LEAST_CONFIDENCE = 0.6
 #: A mask needs at least this many voxels for each tissue.
 MIN_VOXELS_PER_TISSUE = 10
 
@@ -39,6 +43,7 @@ def read(
     study: Study,
     protocol: Protocol,
     volumes: Mapping[str, Volume],
+    image: NDArray[np.floating[Any]],
     *,
     frame: int | None,
     max_voxels: int,
@@ -49,6 +54,7 @@ def read(
         study: its mask's file, labels and rule.
         protocol: the tissues that the mask must have room for, and what it looks like.
         volumes: the images by sequence; the first is the reference.
+        image: all of them, on its grid (M, X, Y, Z).
         frame: which frame of a 4-D mask.
         max_voxels: a larger file is refused before it is read.
 
@@ -60,6 +66,8 @@ def read(
     if study.mask_rule == "nonzero":
         found = background.foreground(reference, sequences[0], protocol)
         mask, facts, name, notes = found.mask, {"rule": found.rule}, reference.name, list(found.warnings)
+    elif study.mask_rule == "auto":
+        mask, facts, notes, name = _found(protocol, sequences, reference, image)
     else:
         mask, facts, notes, name = _from_file(study, protocol, volumes, frame=frame, max_voxels=max_voxels)
     if not mask.any():
@@ -75,6 +83,20 @@ def read(
         background.refuse_head(reference.data, examined.mask, reference, protocol)
         notes += background.about_rest(reference, examined.mask, protocol)
     return Mask(examined.mask, facts, (*notes, *examined.warnings))
+
+
+def _found(
+    protocol: Protocol, sequences: tuple[str, ...], reference: Volume, image: NDArray[np.floating[Any]]
+) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
+    found = FINDERS[protocol.mask_finder or ""](image, protocol, sequences, reference.spacing_mm)
+    sure = f"{found.confidence:.2f}"
+    if found.confidence < LEAST_CONFIDENCE:
+        message = f"no mask was given, and the {protocol.mask} was not found surely enough ({sure} of 1)"
+        remedy = "Draw the mask and give it as a file; add the sequences that are missing, if there are any"
+        raise StudyError("E_MASK_UNSURE", message, remedy)
+    note = f"W_MASK_AUTO: the {protocol.mask} was found from the images, with confidence {sure}; look at its outline"
+    facts = {"rule": "found from the images", "confidence": round(found.confidence, 4)}
+    return found.mask, facts, [note], "found from the images"
 
 
 def _from_file(

@@ -155,19 +155,19 @@ def examine(mask: Bools, grid: Volume, protocol: Protocol) -> Examined:
     Args:
         mask: (X, Y, Z), not empty.
         grid: where it lies.
-        protocol: its ``mask_shape``; without one, only pieces are looked at.
+        protocol: its ``mask_shape``; without one, a mask may be anything.
 
     Raises:
         StudyError: ``E_MASK_CAVITY``, ``E_MASK_SIZE``.
     """
-    flat = protocol.unit == "slice"
+    flat, shape = protocol.unit == "slice", protocol.mask_shape
+    if shape is None:
+        return Examined(mask, ())
     axis = slice_axis(grid.spacing_mm)
     kept, notes = _pieces(mask, axis if flat else None, grid.voxel_ml)
-    shape = protocol.mask_shape
-    if shape is not None:
-        notes += [*_cavity(kept, axis if flat else None, protocol.mask), *_size(kept, grid, axis, shape, protocol.mask)]
-        notes += _outline(kept, axis, protocol.mask) if shape.ellipses else []
-        notes += [] if flat else _cuts(kept, protocol.mask)
+    notes += [*_cavity(kept, axis if flat else None, protocol.mask), *_size(kept, grid, axis, shape, protocol.mask)]
+    notes += _outline(kept, axis, protocol.mask) if shape.ellipses else []
+    notes += [] if flat else _cuts(kept, protocol.mask)
     return Examined(kept, tuple(notes))
 
 

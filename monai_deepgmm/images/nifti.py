@@ -197,7 +197,7 @@ def _refuse_nearly_empty(path: Path, file: BinaryIO, plan: header.ReadPlan, max_
     """Refuses a small file that unpacks to a large image of nothing, which no scanner makes."""
     found, size = math.prod(plan.shape), os.fstat(file.fileno()).st_size
     full = _VOXELS_PER_BYTE * size if size >= _SMALL_BYTES else 0
-    if found > max(max_voxels // _NEARLY_EMPTY, full, 2 * beside):
+    if found > max(max(max_voxels, DEFAULT_MAX_VOXELS) // _NEARLY_EMPTY, full, 2 * beside):
         message = f"{size} bytes unpack to {found} voxels, so the image is nearly empty"
         remedy = f"Crop it, or raise --max-voxels to {_NEARLY_EMPTY * found} if it is right"
         raise refused(path, "E_SIZE", message, remedy)

@@ -23,6 +23,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.special import expit
 from torch import Tensor
 
+from monai_deepgmm.localisation.closed_path import smoothest
 from monai_deepgmm.methods import blood_pool_scale, polar
 from monai_deepgmm.methods.naming import standardise
 from monai_deepgmm.methods.polar import ANGLES, ENDS, MIDDLES, RADII, PolarView
@@ -146,7 +147,7 @@ def _sampled(views: Sequence[PolarView], images: Array) -> Array:
 def _border(gain: Array, usual: Array, sd: float) -> Array:
     """The inner border's relative radius at each angle ``(B, ANGLES)``."""
     penalty = ((ENDS - usual[..., None]) / sd) ** 2 / 2
-    return ENDS[polar.smoothest(EVIDENCE * gain - penalty, 1 / (2 * (SMOOTHNESS * RADII) ** 2))]
+    return ENDS[smoothest(EVIDENCE * gain - penalty, 1 / (2 * (SMOOTHNESS * RADII) ** 2))]
 
 
 def _usual(borders: Array, anatomy: Anatomy, slices: tuple[int, ...]) -> Array:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import NobodyError, UsageError
-from monai_deepgmm.patients import bids, dataset_json, label_meanings, task_check
+from monai_deepgmm.patients import bids, dataset_json, given_masks, label_meanings, task_check
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients import manifest as manifests
 from monai_deepgmm.patients import spacing as spacings
@@ -28,13 +28,16 @@ __all__ = ["MAX_ID_BYTES", "Cohort", "Problem", "Study", "find"]
 
 #: The longest id, in bytes: 255 less what is appended to it in the names of results.
 MAX_ID_BYTES = 200
+#: Where a mask comes from; without one of these, from a file, or else from the images where the protocol can.
+MASK_RULES = ("file", "auto", "nonzero")
 #: What lies beside the patients' folders in a run's results.
 RESERVED = {
     *("summary.tsv", "measurements.tsv", "dseg.tsv", "dataset_description.json", "index.html", "deepgmm.log"),
-    "measurements_slices.tsv",
+    *("measurements_slices.tsv", "masks.tsv"),
     *("evaluation.tsv", "evaluation.json", ".locks", ".refused", "model", ".cohort"),
 }
-#: What Windows takes for a device, whatever follows a dot.
+#: Where names of files must be such as Windows takes, and what it takes for a device, whatever follows a dot.
+WINDOWS = os.name == "nt"
 DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
 
@@ -45,6 +48,7 @@ def find(
     layout: str | Path | None = None,
     manifest: Path | None = None,
     mask: str | None = None,
+    masks: Path | None = None,
     mask_labels: Sequence[float] = (),
     truth_labels: Sequence[str] = (),
     filters: Sequence[str] = (),
@@ -60,7 +64,9 @@ def find(
         layout: one of ``layout.ORDER``, or a YAML file; None tries them in turn and takes the first that matches
             without a conflict: no file matched twice, no id shared, nothing left out that another layout finds.
         manifest: a table of the patients' files, instead of a layout.
-        mask: None for the mask's file, "nonzero" for the voxels of the reference sequence that are not 0.
+        mask: "file", "auto" to find it in the images, "nonzero" for the voxels of the reference sequence that are not
+            0; None for its file, or, where there is none and the protocol can, "auto".
+        masks: a folder that ``deepgmm mask`` wrote to; its masks are used, and no other.
         mask_labels: which values of the mask's file count; empty: those that the layout says.
         truth_labels: what the values of the reference labels mean (``blood=500``); empty: what stands beside them, or
             the layout says, or else the protocol's indices.
@@ -77,16 +83,20 @@ def find(
     """
     root = Path(root)
     _check_options(root, layout, manifest, mask, mask_labels)
+    _check_mask(protocol, mask, masks)
     wanted = bids.filters([filters] if isinstance(filters, str) else filters)
     typed = "; ".join([truth_labels] if isinstance(truth_labels, str) else truth_labels)
     meanings = label_meanings.pairs(typed, protocol, "--truth-labels", strict=True) if typed else None
-    given = Asked(mask, tuple(float(value) for value in mask_labels), meanings)
+    labels = tuple(float(value) for value in mask_labels)
+    given = Asked(mask if masks is None else "auto", labels, meanings)
     if manifest is not None:
         if wanted:
             raise UsageError("--filter chooses between files by their BIDS names, but --manifest names each of them")
         cohort = _from_manifest(root, Path(manifest), protocol, given, asked=asked)
     else:
         cohort = _from_layout(root, layout, protocol, given, wanted, asked=asked)
+    if masks is not None:
+        cohort = replace(cohort, studies=tuple(given_masks.use(s, masks, labels) for s in cohort.studies))
     rule = spacings.parse(spacing)
     studies = _unique(replace(_with_usable_id(study), spacing=rule) for study in cohort.studies)
     return replace(cohort, studies=_selected(studies, (patients,) if isinstance(patients, str) else patients))
@@ -101,10 +111,23 @@ def _check_options(
         raise UsageError(f"{shown(root.name or '.')} is a file; expected the folder that holds the patients")
     if layout is not None and manifest is not None:
         raise UsageError("--layout and --manifest both say where the files are: give one of them")
-    if mask not in (None, "nonzero"):
-        raise UsageError(f"--mask {mask}: the only choice is nonzero; a mask's file is found by its name or a manifest")
-    if mask is not None and len(mask_labels):
-        raise UsageError("--mask-labels choose values of a mask's file, --mask nonzero uses none: give one of them")
+    if mask not in (None, *MASK_RULES):
+        raise UsageError(f"--mask {mask}: choose {', '.join(MASK_RULES)}; a file is found by its name or a manifest")
+    if mask not in (None, "file") and len(mask_labels):
+        raise UsageError(f"--mask-labels choose values of a mask's file, --mask {mask} uses none: give one of them")
+
+
+def _check_mask(protocol: Protocol, mask: str | None, masks: Path | None) -> None:
+    if mask == "auto" and protocol.mask_finder is None:
+        raise UsageError(
+            f"--mask auto: protocol {protocol.name} cannot find the {protocol.mask}; give a file, or --mask nonzero"
+        )
+    if masks is None:
+        return
+    if mask in ("auto", "nonzero"):
+        raise UsageError(f"--masks and --mask {mask} both say where the masks are: give one of them")
+    if not masks.is_dir():
+        raise UsageError(f"--masks: there is no folder {masks}; give the folder that deepgmm mask wrote to")
 
 
 def _from_manifest(root: Path, manifest: Path, protocol: Protocol, given: Asked, *, asked: bool) -> Cohort:
@@ -116,7 +139,7 @@ def _from_manifest(root: Path, manifest: Path, protocol: Protocol, given: Asked,
         missing = {name: manifests.absent(here, name, manifest.name) for name in found.files()}
         near = given._replace(tables=bids.tables_near(here / name for name in found.truth))
         study = judge(found, Tree(here, (), (), frozenset(), frozenset()), None, protocol, near)
-        used = {n for group in (*found.images.values(), () if given.mask else found.mask) for n in group}
+        used = {n for group in (*found.images.values(), () if given.ruled else found.mask) for n in group}
         problems = tuple(problem for name, problem in missing.items() if problem and name in used)
         of_labels = tuple(problem for name, problem in missing.items() if problem and name in found.truth)
         studies.append(
@@ -243,8 +266,8 @@ def _with_usable_id(study: Study) -> Study:
     elif (size := len(os.fsencode(name))) > MAX_ID_BYTES:
         message = f"the id begins with {shown(name[:20])!r} and has {size} bytes; {MAX_ID_BYTES} are possible"
         problem = Problem("E_NAME", message, "Shorten it")
-    elif name.partition(".")[0].strip().upper() in DEVICES or name[-1] in ". " or ":" in name:
-        message = f"the id {name!r} cannot be a folder's name on Windows and on shares that it reads"
+    elif WINDOWS and (name.partition(".")[0].strip().upper() in DEVICES or name[-1] in ". " or ":" in name):
+        message = f"the id {name!r} cannot be a folder's name on Windows"
         problem = Problem("E_NAME", message, "Use an id that is no device, without a colon, a last dot or a last space")
     return replace(study, problems=(problem, *study.problems)) if problem else study
 

@@ -21,7 +21,7 @@ class Asked(NamedTuple):
     """What the user says of the files, beside where they lie.
 
     Attributes:
-        mask: None for the mask's file, or "nonzero".
+        mask: "file", "auto" or "nonzero"; None for a file, or "auto" where there is none and the protocol can.
         mask_labels: the values of the mask's file that count; empty: those that the layout says.
         meanings: of the values in all reference labels; None: what stands beside each, or the layout's or protocol's
             own.
@@ -32,6 +32,11 @@ class Asked(NamedTuple):
     mask_labels: tuple[float, ...] = ()
     meanings: Meanings | None = None
     tables: Mapping[str, Sequence[str]] = MappingProxyType({})
+
+    @property
+    def ruled(self) -> bool:
+        """Whether no file is to be looked for."""
+        return self.mask in ("auto", "nonzero")
 
 
 def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, asked: Asked) -> Study:
@@ -49,21 +54,26 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
     for sequence, names in present.items():
         problems += _file_problems(found, tree, sequence, names)
     known = layout.mask_labels if layout else ()
-    from_truth = bool(known) and not found.mask and not asked.mask
+    from_truth = bool(known) and not found.mask and not asked.ruled
     chosen = found.truth if from_truth else found.mask
-    if not asked.mask:
-        role = "truth" if from_truth else "mask"
-        problems += _mask_problems(found, tree, role, chosen) or ([] if chosen else [_no_mask(found, layout, protocol)])
+    rule = str(asked.mask) if asked.ruled else "file"
+    if not asked.ruled:
+        wrong = _mask_problems(found, tree, "truth" if from_truth else "mask", chosen)
+        if not chosen and not wrong and asked.mask is None and protocol.mask_finder is not None:
+            rule = "auto"
+        elif not chosen and not wrong:
+            wrong = [_no_mask(found, layout, protocol)]
+        problems += wrong
     truth = _only(found.truth)
     meanings = _meanings(found, truth, tree, protocol, asked)
-    mask_file = None if asked.mask else _only(chosen)
+    mask_file = None if asked.ruled else _only(chosen)
     own = layout.truth_labels(protocol) if layout else None
     return Study(
         patient=found.patient,
         images={s: tree.path(names[0]) for s, names in present.items() if len(names) == 1},
         mask=tree.path(mask_file) if mask_file else None,
-        mask_labels=() if asked.mask else asked.mask_labels or (known if from_truth else ()),
-        mask_rule="nonzero" if asked.mask else "file",
+        mask_labels=() if rule != "file" else asked.mask_labels or (known if from_truth else ()),
+        mask_rule=rule,
         mask_named=layout is None,
         truth=tree.path(truth) if truth else None,
         truth_labels=own if meanings is None or meanings.problem else dict(meanings.tissues),
@@ -154,6 +164,7 @@ def _no_mask(found: Found, layout: Layout | None, protocol: Protocol) -> Problem
         *([f"add {' or '.join(names)}"] if names else []),
         "name the mask's file in the column mask of a table (--manifest)",
         "use the voxels that are not 0 (--mask nonzero)",
+        *(["have it found (--mask auto)"] if protocol.mask_finder else []),
     ]
     remedy = f"Either {', or '.join(ways)}; of a file, --mask-labels says which values count (else all but 0)"
     why = f"; {found.hints['mask']}" if found.hints.get("mask") else ""

@@ -51,9 +51,10 @@ class Study:
     Attributes:
         patient: the id, byte for byte as found.
         images: sequence → file, in the protocol's order of reference.
-        mask: the mask's file; None with ``mask_rule`` "nonzero", or when there is none.
+        mask: the mask's file; None with another ``mask_rule``, or when there is none.
         mask_labels: which values of the mask's file count; empty: every value but 0.
-        mask_rule: "file", or "nonzero" for the voxels of the reference sequence that are not 0.
+        mask_rule: "file"; "nonzero" for the voxels of the reference sequence that are not 0; "auto" for what is found
+            from the images.
         mask_named: whether the user named this very file.
         truth: the file with the reference labels, for evaluation and means only.
         truth_labels: value in the truth's file → index of the protocol's tissue; empty: values are the indices.

@@ -107,7 +107,7 @@ def assemble(prepared: Prepared, config: Config, *, wall: Images | None = None) 
     )
     if wall is not None:
         images = _with_wall_of(images, wall)
-    elif config.presence and images.slices:
+    elif images.slices:
         images = images.with_wall()
     return Assembly(images, large, image, mask)
 

@@ -66,7 +66,7 @@ def with_numbers(segmentation: Segmentation) -> Segmentation:
     told = {
         "warnings": warnings,
         "plausibility": plausibility.facts(against),
-        "coverage": coverage.facts(segmentation) | {"sequences": segmentation.sidecar["coverage"]},
+        "coverage": coverage.facts(segmentation) | {"sequences": segmentation.sidecar.get("coverage")},
     }
     sidecar = segmentation.sidecar | told
     return dataclasses.replace(segmentation, measured=found.as_row(), sidecar=sidecar, warnings=tuple(warnings))

@@ -37,6 +37,7 @@ class Set:
         studies: folder → the patients.
         measure: patient → everything that the figures need, ready for JSON.
         figures: what was measured, by patient → the lines of the table.
+        folder: where the patients lie, if not in the folder of the set's name.
         phantom: the options of ``deepgmm phantom`` that make the set, where it can be made.
     """
 
@@ -46,6 +47,7 @@ class Set:
     measure: Callable[[Study], Facts]
     figures: Callable[[Mapping[str, Facts]], Iterable[Figure]]
     phantom: tuple[str, ...] = ()
+    folder: str | None = None
 
 
 def files(study: Study) -> Iterator[Path]:

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from scenes import INFARCT
+from scenes import INFARCT as CARDIAC
 from scipy.spatial.transform import Rotation
 
 from monai_deepgmm.images import nifti
@@ -14,6 +14,9 @@ from monai_deepgmm.images.cropping import crops
 from monai_deepgmm.images.loading import load
 from monai_deepgmm.methods.naming import name, signature_map
 from monai_deepgmm.patients.study import Study
+
+#: Masks of any shape.
+INFARCT = dataclasses.replace(CARDIAC, mask_shape=None)
 
 
 def random_patient(folder, rng):

@@ -155,8 +155,14 @@ def test_the_words_of_a_patients_id_do_not_count(tmp_path, capsys):
 
 
 def test_the_same_voxels_in_another_place_are_told_as_such(tmp_path, capsys):
-    patient(tmp_path / "in" / "p", organ(), affine=np.eye(4))
+    patient(tmp_path / "in" / "p", organ(), affine=np.eye(4))  # which says nothing of where it lies
     line = looked_at(tmp_path / "in", capsys)["p"]
+    assert "W_MASK_PLACE" in line
+    assert " mm apart" in line
+    moved = AFFINE.copy()
+    moved[:3, 3] += 40
+    patient(tmp_path / "in" / "q", organ(), affine=moved)
+    line = looked_at(tmp_path / "in", capsys)["q"]
     assert "E_MASK_GRID" in line
     assert "same shape" in line
     assert " mm apart" in line

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from monai_deepgmm import protocol
+from monai_deepgmm.localisation.closed_path import MAX_STEP, smoothest
 from monai_deepgmm.methods import endocardium
 from monai_deepgmm.methods.endocardium import Ring, ring
-from monai_deepgmm.methods.polar import ANGLES, MAX_STEP, RADII, smoothest
+from monai_deepgmm.methods.polar import ANGLES, RADII
 from monai_deepgmm.protocol import Anatomy
 
 SEQUENCES = ("LGE", "T2", "bSSFP")

@@ -131,7 +131,8 @@ class TestNnunet:
     def test_labels_are_not_taken_for_a_mask(self, dataset):
         touch(dataset, "dataset.json", content=b'{"channel_names": {"0": "LGE"}}')
         (dataset / "masksTr/a_b.nii.gz").unlink()
-        study = one(dataset)
+        assert one(dataset).mask_rule == "auto"
+        study = one(dataset, mask="file")
         assert codes(study) == ["E_MASK_NONE"]
         assert "masksTr/a_b.nii.gz" in study.problems[0].remedy
 
@@ -166,7 +167,7 @@ class TestBids:
         assert second.mask.name == "sub-01_ses-B_space-LGE_desc-lv_mask.nii.gz"
         assert files(tmp_path, third) == {"bSSFP": "sub-02/cardiac/sub-02_cine.nii.gz"}
         assert third.truth == tmp_path / "derivatives/manual/sub-02/sub-02_dseg.nii.gz"
-        assert all_codes(found) == [[], [], ["E_MASK_NONE"]]
+        assert (all_codes(found), [s.mask_rule for s in found.studies]) == ([[], [], []], ["file", "file", "auto"])
 
     def test_brain(self, tmp_path):
         study = one(tmp_path, "sub-1/anat/sub-1_{T1w,T2w,FLAIR,desc-brain_mask,PD}.nii.gz", protocol=BRAIN)
@@ -222,7 +223,7 @@ class TestFolder:
     def test_masks_and_reference_labels_which_are_no_mask(self, tmp_path, mask, seg):
         study = one(tmp_path, "p1/T2.nii", f"p1/{seg}.nii.gz")
         assert (study.truth, study.truth_labels) == (tmp_path / f"p1/{seg}.nii.gz", None)
-        assert codes(study) == ["E_MASK_NONE"]
+        assert (codes(study), study.mask, study.mask_rule) == ([], None, "auto")
         study = one(tmp_path, f"p1/{mask}.nii.gz")
         assert files(tmp_path, study) == {"T2": "p1/T2.nii"}
         assert (study.mask, study.mask_labels, study.mask_rule) == (tmp_path / f"p1/{mask}.nii.gz", (), "file")
@@ -281,9 +282,9 @@ class TestProblems:
         study = one(tmp_path / "brain", "p1/{T2,mask}.nii.gz", protocol=BRAIN)
         assert codes(study) == ["E_NO_SEQUENCE"]
         assert all(sequence in study.problems[0].message for sequence in ("T1", "T2"))
-        study = one(tmp_path / "heart", "p1/LGE.nii.gz")
+        study = one(tmp_path / "heart", "p1/LGE.nii.gz", mask="file")
         assert (codes(study), study.mask, study.mask_rule) == (["E_MASK_NONE"], None, "file")
-        ways = ("p1/mask.nii.gz", "--mask-labels", "--mask nonzero", "--manifest")
+        ways = ("p1/mask.nii.gz", "--mask-labels", "--mask nonzero", "--mask auto", "--manifest")
         assert all(way in study.problems[0].remedy for way in ways)
 
     @pytest.mark.parametrize("other", ["PAT1", unicodedata.normalize("NFD", "Zoë")])
@@ -493,8 +494,10 @@ class TestManifest:
         found = table(text, name=f"data/{name}", encoding=encoding, mask_labels=(3,))
         assert (found.layout, ids(found)) == ("manifest", ["A", "Zoë 1"])
         a, zoe = found.studies
-        assert codes(a) == ["E_MASK_NONE"]
-        assert "column mask" in a.problems[0].remedy
+        assert (codes(a), a.mask_rule) == ([], "auto")
+        (without,) = table(text, name=f"data/{name}", encoding=encoding, mask="file", patients=["A"]).studies
+        assert codes(without) == ["E_MASK_NONE"]
+        assert "column mask" in without.problems[0].remedy
         assert list(zoe.images) == ["LGE", "bSSFP"]
         assert zoe.images["LGE"].resolve() == tmp_path / "Zoë.nii"
         assert zoe.images["bSSFP"] == tmp_path / "data/a b.nii.gz"

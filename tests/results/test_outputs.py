@@ -53,7 +53,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, make_patient) -> tuple[Path, P
     for field, value in (("descrip", SECRET), ("db_name", SECRET), ("intent_name", SECRET), ("aux_file", SECRET)):
         image.header[field] = value
     nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header), lge)
-    assert segment(base / "in", base / "out", "--probabilities", "--seed", 7, "--set", "tol=1e-5") == 1
+    assert (
+        segment(base / "in", base / "out", "--probabilities", "--mask", "file", "--seed", 7, "--set", "tol=1e-5") == 1
+    )
     return base / "in", base / "out"
 
 

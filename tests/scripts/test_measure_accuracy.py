@@ -196,8 +196,16 @@ def test_all_sets_make_one_table_and_are_measured_once(root, tmp_path, monkeypat
     first = capsys.readouterr()
     assert "left out: elsewhere: there is no folder elsewhere in ROOT" in first.err
     content = json.loads((out / "accuracy.json").read_text())
-    assert [one["set"] for one in content["sets"]] == ["myops", "emidec", "openms", "oasis"]
+    assert [one["set"] for one in content["sets"]] == [
+        "myops",
+        "emidec",
+        "myops_found",
+        "emidec_found",
+        "openms",
+        "oasis",
+    ]
     figures = {one["set"]: {f["figure"]: f for f in one["figures"]} for one in content["sets"]}
+    assert {f"{s}: size" for s in ("LGE+T2+bSSFP", "bSSFP", "LGE")} <= set(figures["myops_found"])
     test = figures["myops"]["Dice on 2 complete slices of the papers' test patients: scar"]
     assert test["ours"] > 0.6
     assert set(test["others"]) == {"Otsu", "2SD", "3SD", "5SD", "6SD", "FWHM"}

@@ -1,0 +1,1 @@
+"""Where the organ lies: the left ventricle found in short-axis slices, from their intensities alone."""

@@ -1,0 +1,131 @@
+"""Which voxels are ventricle: two closed contours, alternating with what blood, wall and surroundings look like."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
+
+from monai_deepgmm.localisation import polar_grid
+from monai_deepgmm.localisation.annulus import Candidate
+from monai_deepgmm.localisation.appearance import densities
+from monai_deepgmm.localisation.closed_path import smoothest
+from monai_deepgmm.localisation.polar_grid import ENDS_MM, MIDDLES_MM, STEP_MM
+
+Array = NDArray[np.floating[Any]]
+
+#: Standard deviation of the Gaussian that takes the noise off the image, in mm.
+DENOISE_MM = 0.7
+#: How often contours and appearance alternate; before these rounds the centre moves to the outer contour's.
+ROUNDS, RECENTRED = 6, (2, 4)
+#: The first contours: the inner one, and the wall at radius 0 in mm, and how much of the radius is added. The outer
+#: one begins outside, and is drawn in.
+INNER_SCALE, INNER_ADD_MM, WALL_MM, WALL_SHARE = 1.12, 1.0, 12.5, 0.08
+#: How many independent cells a ray of 1 mm cells is worth, and the most that one cell can say.
+EVIDENCE, CLIP = 0.15, 3.0
+#: The usual wall in mm at radius 0 and how much of the radius is added; the standard deviation at an angle in mm;
+#: the least wall.
+USUAL_WALL_MM, USUAL_SHARE, WALL_SD_MM, LEAST_WALL_MM = 8.0, 0.08, 3.0, 3.0
+#: Standard deviation of a contour's change from one angle to the next in mm; of its smoothing afterwards, in angles.
+INNER_CHANGE_MM, OUTER_CHANGE_MM, SMOOTHING = 2.0, 1.2, 1.0
+#: How far from a contour its fit is looked at, in mm.
+NEAR_MM = 8.0
+
+
+class Contours(NamedTuple):
+    """The two contours of Z slices.
+
+    Attributes:
+        centres: in voxels ``(Z, 2)``.
+        inner_mm: the endocardium ``(Z, ANGLES)``.
+        outer_mm: the epicardium ``(Z, ANGLES)``.
+        fit: of each slice: the mean log-likelihood ratios of each side of each contour, added ``(Z,)``.
+    """
+
+    centres: Array
+    inner_mm: Array
+    outer_mm: Array
+    fit: Array
+
+
+def around(image: Array, start: Candidate, even: NDArray[np.bool_]) -> Contours:
+    """Fits the two contours around a candidate.
+
+    Args:
+        image: ``(M, X, Y, Z)``.
+        start: where.
+        even: of the M sequences, those in which scar and edema look like the rest of the wall.
+    """
+    spacing, centres = start.spacing_mm, start.centres
+    inner: Array
+    outer: Array
+    image = gaussian_filter(image, (0, *(DENOISE_MM / spacing), 0), truncate=3)
+    inner = np.repeat(start.radii_mm[:, None] * INNER_SCALE + INNER_ADD_MM, polar_grid.ANGLES, 1)
+    outer = inner * (1 + WALL_SHARE) + WALL_MM
+    x, area = polar_grid.sample(image, centres, spacing)
+    for number in range(ROUNDS):
+        if number in RECENTRED:
+            shift = polar_grid.centroid(outer)
+            centres = centres + shift / spacing
+            inner, outer = polar_grid.around(inner, shift), polar_grid.around(outer, shift)
+            x, area = polar_grid.sample(image, centres, spacing)
+        inner, outer = _drawn(x, area, inner, outer, even)
+    return Contours(centres, inner, outer, _fit(x, area, inner, outer, even))
+
+
+def _drawn(x: Array, area: Array, inner: Array, outer: Array, even: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Both contours, drawn again by dynamic programming, the inner one first."""
+    look = densities(x, area, inner, outer, even)
+    wall = (_thickness(inner, outer) / 2 + _usual(inner) / 2)[:, None]
+    gain = _gain(look.blood - look.wall, area) - _penalty(outer - wall)
+    gain = gain - 50 * ((outer - LEAST_WALL_MM)[..., None] < ENDS_MM)
+    inner = _smooth(ENDS_MM[smoothest(gain, 1 / (2 * (INNER_CHANGE_MM / STEP_MM) ** 2))])
+    gain = _gain(look.wall - look.outside, area) - _penalty(inner + wall)
+    gain = gain - 50 * ((inner + LEAST_WALL_MM)[..., None] > ENDS_MM)
+    return inner, _smooth(ENDS_MM[smoothest(gain, 1 / (2 * (OUTER_CHANGE_MM / STEP_MM) ** 2))])
+
+
+def _gain(ratio: Array, area: Array) -> Array:
+    """What a contour at each radius gains: the log-likelihood ratios of the cells within it, added."""
+    gain: Array = np.cumsum(ratio.clip(-CLIP, CLIP) * area, 2) * EVIDENCE * STEP_MM
+    return gain
+
+
+def _penalty(expected_mm: Array) -> Array:
+    penalty: Array = ((ENDS_MM - expected_mm[..., None]) / WALL_SD_MM) ** 2 / 2
+    return penalty
+
+
+def _thickness(inner: Array, outer: Array) -> Array:
+    thickness: Array = (outer - inner).mean(1)
+    return thickness
+
+
+def _usual(inner: Array) -> Array:
+    usual: Array = USUAL_WALL_MM + USUAL_SHARE * inner.mean(1)
+    return usual
+
+
+def _smooth(contours: Array) -> Array:
+    smooth: Array = gaussian_filter1d(contours, SMOOTHING, axis=1, mode="wrap")
+    return smooth
+
+
+def _fit(x: Array, area: Array, inner: Array, outer: Array, even: NDArray[np.bool_]) -> Array:
+    """How well the contours part blood from wall, and wall from surroundings, in each slice ``(Z,)``."""
+    look = densities(x, area, inner, outer, even)
+    endo = (look.blood - look.wall).clip(-CLIP, CLIP)
+    epi = (look.wall - look.outside).clip(-CLIP, CLIP)
+    within, beyond = inner[..., None], outer[..., None]
+    wall = (within < MIDDLES_MM) & (beyond > MIDDLES_MM)
+    blood = (within > MIDDLES_MM) & (within - NEAR_MM < MIDDLES_MM)
+    outside = (beyond < MIDDLES_MM) & (beyond + NEAR_MM > MIDDLES_MM)
+
+    def mean(ratio: Array, where: NDArray[np.bool_]) -> Array:
+        weight = area * where
+        found: Array = (ratio * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), 1e-6)
+        return found
+
+    return mean(endo, blood) - mean(endo, wall) + mean(epi, wall) - mean(epi, outside)
