@@ -261,6 +261,7 @@ def _add_segment(parsers: Any) -> None:
     group.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="only the I-th of N parts")
     group.add_argument("--dry-run", action="store_true", help="load and check every patient, write nothing")
     group.add_argument("--overwrite", action="store_true", help="do again what is done")
+    group.add_argument("--redo", type=Path, nargs="+", metavar="FILE", help="do again what review.tsv marks with redo")
     group.add_argument("--fail-fast", action="store_true", help="stop at the first patient that fails")
 
 
@@ -309,6 +310,8 @@ def _add_evaluate(parsers: Any) -> None:
 def _add_report(parsers: Any) -> None:
     made = _command(parsers, commands.report, "build the pages and tables again")
     made.add_argument("out", metavar="OUT", type=Path, help="the folder that deepgmm segment wrote to")
+    reviews = "review.tsv as the pages export it; its decisions are kept and shown"
+    made.add_argument("--review", type=Path, nargs="+", default=(), metavar="FILE", help=reviews)
 
 
 def _add_init_manifest(parsers: Any) -> None:

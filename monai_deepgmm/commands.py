@@ -60,6 +60,8 @@ def segment(arguments: argparse.Namespace) -> int:
     """Segments every patient."""
     from monai_deepgmm import batch
 
+    if arguments.redo:
+        _only_redone(arguments)
     config, found = _config(arguments), _find(arguments)
     logger.debug("configuration: %s", json.dumps(config.as_json(), default=str))
     options = batch.BatchOptions(
@@ -79,6 +81,17 @@ def segment(arguments: argparse.Namespace) -> int:
         code = batch.run(found, arguments.out, config, options, progress=lambda row: bar.update())
     logger.log(logging.INFO if code == OK else logging.WARNING, "%s", terminal.closing_line(arguments.out, code))
     return code
+
+
+def _only_redone(arguments: argparse.Namespace) -> None:
+    """Narrows the run to what a reader wants to have done again, done or not."""
+    from monai_deepgmm.results import review
+
+    wanted = review.to_redo(arguments.redo)
+    arguments.patients = [p for p in wanted if not arguments.patients or p in arguments.patients]
+    if not arguments.patients:
+        raise UsageError("--redo: none of the patients that it marks is among --patients")
+    arguments.overwrite = True
 
 
 def mask(arguments: argparse.Namespace) -> int:
@@ -149,6 +162,7 @@ def means(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Compares results with reference labels."""
+    from monai_deepgmm.results import agreement_page
     from monai_deepgmm.results import evaluate as agreement
 
     if not arguments.out.is_dir():
@@ -157,6 +171,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     found = _find(arguments)
     result = agreement.evaluate(arguments.out, found, protocol, slices=arguments.slices, unit=arguments.unit)
     agreement.write(arguments.out, result)
+    agreement_page.write(arguments.out, result, protocol)
     print(agreement.summary(result))
     return _exit_code(len(result.problems), len(found.studies))
 
@@ -168,7 +183,7 @@ def report(arguments: argparse.Namespace) -> int:
 
     if not arguments.out.is_dir():
         raise UsageError(f"OUT: there is no folder {arguments.out}")
-    count = pages.rebuild(arguments.out)
+    count = pages.rebuild(arguments.out, arguments.review)
     outputs.rebuild_tables(arguments.out)
     print(f"{count} pages and {arguments.out / 'index.html'}")
     return OK

@@ -14,6 +14,7 @@ from monai_deepgmm.images import labels as reference_labels
 from monai_deepgmm.images import loading
 from monai_deepgmm.patients.study import Cohort
 from monai_deepgmm.results import metrics, mosaic
+from monai_deepgmm.results.greys import grey_range
 
 #: The longer side of a tile.
 TILE_PX = 300
@@ -41,7 +42,7 @@ def draw(out: Path, found: Cohort, place: tuple[str, int], runs: Sequence[tuple[
     sides = [(b.stop - b.start) * mm for b, mm in zip(box, (row_mm, column_mm), strict=True)]
     size = (round(sides[0] * TILE_PX / max(sides)), round(sides[1] * TILE_PX / max(sides)))
     cuts = [view.upright(volume)[index][box] for volume in (*scan.image, scan.mask, known)]
-    greys = [mosaic.grey_tile(cut, mosaic.grey_range(cut), size) for cut in cuts[:-2]]
+    greys = [mosaic.grey_tile(cut, grey_range(cut), size) for cut in cuts[:-2]]
     mask, indices = mosaic.resized(cuts[-2], size), [t.index for t in infarct.tissues]
 
     def tile(labels: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def left(out: Path) -> dict[str, object]:
             continue
         content: object = path.read_bytes()
         if name.endswith("_row.json"):
-            content = {**json.loads(path.read_text()), "seconds": 0}
+            content = {**json.loads(path.read_text()), "seconds": 0, "date": ""}
         elif name == "summary.tsv":
             rows = [line.split("\t") for line in path.read_text().splitlines()]
             content = [row[:4] + row[5:] for row in rows]

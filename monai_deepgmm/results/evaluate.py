@@ -84,6 +84,7 @@ class Evaluated:
         warnings: each begins with its code.
         counts: (K+1, K+1) of all units, see ``metrics.confusion``.
         meaning: what the values of the reference labels were said to mean, and who says so.
+        voxel_ml: of the grid that was compared on.
     """
 
     sequences: tuple[str, ...]
@@ -92,6 +93,7 @@ class Evaluated:
     warnings: tuple[str, ...]
     counts: metrics.Counts = field(compare=False)
     meaning: tuple[str, tuple[tuple[int, int], ...]]
+    voxel_ml: float
 
 
 @dataclass(frozen=True)
@@ -243,10 +245,11 @@ def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, uni
         if slices == "all" or np.isin([t.index for t in tissues], true).all()
         for row in _rows(study.patient, number, predicted, true, tissues=tissues, spacing_mm=spacing_mm)
     ]
+    voxel_ml = float(prediction.voxel_ml)
     counts = metrics.confusion(prediction.data.astype(np.int64), labels, [t.index for t in tissues])
     source = study.truth_names.source if study.truth_names else "the layout" if study.truth_labels else "the protocol"
     meaning = (source, tuple(sorted((study.truth_labels or {}).items())))
-    return Evaluated(sequences, tuple(t.name for t in tissues), tuple(rows), warnings, counts, meaning)
+    return Evaluated(sequences, tuple(t.name for t in tissues), tuple(rows), warnings, counts, meaning, voxel_ml)
 
 
 def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int]:

@@ -11,15 +11,21 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from monai_deepgmm.protocol import Tissue
+from monai_deepgmm.results import uncertainty
+from monai_deepgmm.results.greys import wall, wall_ranges
 from monai_deepgmm.results.segmentation import Segmentation
 
 #: From certain to unsure; the page's legend shows the same ramp.
 UNCERTAINTY_COLORS = ("#10131a", "#3b2a6b", "#a53a7a", "#f08a4b", "#fdf3b5")
 MASK_COLOR = (90, 225, 235)
 YELLOW = "#ffe27a"
+#: Opacity of a tissue over the image: with it, the protocols' colours differ on white and black, and in grey print.
+FILL = 0.55
 PLANE_NAMES = ("sagittal", "coronal", "axial")
 
-_WIDTH_PX = 1080  # the mosaic's width, shared by its columns
+_WIDTH_PX = 960  # the mosaic's width, shared by its columns
+_HEIGHT_PX = 1150  # what an A4 sheet holds below a heading at that width
+_HATCH_PX = 7  # between the lines that tell tissues apart in grey print
 _TILE_PX = 260  # a tile's longer side at most
 _MARGIN_MM = 14.0  # shown around the mask
 _MAX_SLICES = 24  # rows at most, evenly spaced
@@ -85,23 +91,85 @@ def view(affine: np.ndarray, slice_axis: int) -> MosaicView:
 
 
 def preview(segmentation: Segmentation) -> bytes:
-    """Draws the mosaic that a person checks, as a PNG.
+    """Draws the mosaic that is printed, or seen where no script runs, as a PNG.
 
     Slices that are images of their own get a row each: every sequence in grey with the mask's outline, then the
     tissues over the reference sequence, then the entropy of the probabilities. A volume that is one image gets
     evenly spaced slices in three orientations.
     """
     if segmentation.protocol.unit == "volume":
-        blocks = [_block(segmentation, axis, _ORTHOGONAL_SLICES) for axis in _by_plane(segmentation)]
+        drawn = stacked([_block(segmentation, axis, _ORTHOGONAL_SLICES) for axis in _by_plane(segmentation)])
     else:
-        block = _block(segmentation, segmentation.slice_axis, _MAX_SLICES)
-        tiles = [list(row) for row in zip(*block.tiles, strict=True)]
-        blocks = [block._replace(title="", row_names=block.column_names, column_names=block.row_names, tiles=tiles)]
-    # 256 colours are plenty for greys and a few tissues and halve the file; this method keeps rare colours exact.
-    picture = stacked(blocks).quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        drawn = _rows(_block(segmentation, segmentation.slice_axis, _MAX_SLICES))
+    return _png(drawn, segmentation.tissues)
+
+
+def _png(drawn: Image.Image, tissues: Sequence[Tissue]) -> bytes:
+    """One palette for all pictures of a protocol: ten times as fast as looking for the best one."""
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
+    drawn.quantize(palette=_palette(tissues), dither=Image.Dither.NONE).save(file, "PNG", compress_level=4)
     return file.getvalue()
+
+
+def thumbnail(segmentation: Segmentation, side_px: int = 96) -> bytes:
+    """The slice with most of the last tissue that is there (scar, lesion), as a small square PNG."""
+    axis = _by_plane(segmentation)[0] if segmentation.protocol.unit == "volume" else segmentation.slice_axis
+    turned = view(segmentation.reference.affine, axis)
+    mm = [float(segmentation.reference.spacing_mm[a]) for a in turned.axes[1:]]
+    rows, columns = shown_box(turned.upright(segmentation.mask), mm[0], mm[1], 5.0)
+    labels = turned.upright(segmentation.labels)
+    counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in labels[:, rows, columns]])
+    rare = max((t.index for t in segmentation.tissues if counts[:, t.index].any()), default=0)
+    k = int(counts[:, rare].argmax())
+    cut = np.s_[k : k + 1, rows, columns]
+    sides = [(s.stop - s.start) * step for s, step in zip((rows, columns), mm, strict=True)]
+    height, width = (max(1, round(side_px * s / max(sides))) for s in sides)
+    image = turned.upright(next(iter(segmentation.images.values())))[cut]
+    (window,) = wall_ranges(segmentation, image, turned.upright(wall(segmentation))[cut])
+    grey = grey_tile(image[0], window, (height, width))
+    drawn = Image.new("RGB", (side_px, side_px))
+    tile = painted(grey, resized(labels[cut][0], (height, width)), segmentation.tissues)
+    drawn.paste(Image.fromarray(tile), ((side_px - width) // 2, (side_px - height) // 2))
+    return _png(drawn, segmentation.tissues)
+
+
+def _palette(tissues: Sequence[Tissue]) -> Image.Image:
+    """64 greys, the ramp of entropy, and each tissue solid, over greys, and under a hatch."""
+    grey = np.linspace(0, 255, 64)[:, None].repeat(3, axis=1)
+    colors = np.array([_rgb(t.color) for t in tissues] + [MASK_COLOR], dtype=np.float64)
+    steps = max(1, (256 - 64 - 32) // len(colors) - 1)
+    under = np.linspace(0, 255, steps)[:, None, None]
+    mixed = (FILL * colors + (1 - FILL) * under).reshape(-1, 3)
+    content = np.concatenate([grey, _ramp(np.linspace(0, 255, 32)), colors, mixed]).round().astype(np.uint8)
+    held = Image.new("P", (1, 1))
+    held.putpalette(content.tobytes())
+    return held
+
+
+def _rows(block: Block) -> Image.Image:
+    """A row per slice; many slices stand in groups side by side, so that a sheet of paper holds them."""
+    tiles = [list(row) for row in zip(*block.tiles, strict=True)]
+    size = -(-len(tiles) // _groups(len(tiles), len(block.tiles)))
+    parts = [
+        _grid(Block("", block.column_names[k : k + size], block.row_names, tiles[k : k + size]))
+        for k in range(0, len(tiles), size)
+    ]
+    canvas = Image.new("RGB", (sum(p.width for p in parts), max(p.height for p in parts)), "white")
+    for k, part in enumerate(parts):
+        canvas.paste(part, (sum(p.width for p in parts[:k]), 0))
+    return canvas
+
+
+def _groups(slices: int, panels: int) -> int:
+    """How many groups side by side make the tiles largest."""
+    return max((1, 2, 3), key=lambda groups: _side_px(slices, panels, groups))
+
+
+def _side_px(slices: int, panels: int, groups: int) -> int:
+    """The longer side of a tile at most."""
+    across = (_WIDTH_PX // groups - _GUTTER_PX) // panels - _GAP_PX
+    down = (_HEIGHT_PX - _HEAD_PX) // -(-slices // groups) - _GAP_PX
+    return min(_TILE_PX, across, down)
 
 
 def omitted(slices: int | None, units: Sequence[int | None]) -> str:
@@ -132,26 +200,30 @@ def _block(segmentation: Segmentation, slice_axis: int, most: int) -> Block:
     spacing_mm = segmentation.reference.spacing_mm
     row_mm, column_mm = float(spacing_mm[turned.axes[1]]), float(spacing_mm[turned.axes[2]])
     rows, columns = shown_box(mask, row_mm, column_mm)
-    across = most if segmentation.protocol.unit == "volume" else len(segmentation.images) + 2
-    side_px = min(_TILE_PX, (_WIDTH_PX - _GUTTER_PX) // across - _GAP_PX)
+    panels_across = len(segmentation.images) + 2
+    if segmentation.protocol.unit == "volume":
+        side_px = _side_px(1, most, 1)
+    else:
+        side_px = _side_px(len(chosen), panels_across, _groups(len(chosen), panels_across))
     height_mm, width_mm = (rows.stop - rows.start) * row_mm, (columns.stop - columns.start) * column_mm
     scale = side_px / max(height_mm, width_mm)
     size = max(1, round(height_mm * scale)), max(1, round(width_mm * scale))
 
     cut = np.s_[chosen, rows, columns]
     masks = mask[cut]
+    walls = turned.upright(wall(segmentation))[cut]
     greys = {
-        name: [grey_tile(plane, window, size) for plane in cropped]
+        name: [grey_tile(p, w, size) for p, w in zip(cropped, wall_ranges(segmentation, cropped, walls), strict=True)]
         for name, image in segmentation.images.items()
         for cropped in [turned.upright(image)[cut]]
-        for window in [grey_range(cropped)]
     }
     outlines = [resized(m, size) for m in masks]
     labels = [resized(plane, size) for plane in turned.upright(segmentation.labels)[cut]]
-    unsure = [_entropy(segmentation.probabilities, turned, k)[rows, columns] for k in chosen]
+    chances = np.stack([turned.upright(p)[cut] for p in segmentation.probabilities])
+    unsure = uncertainty.entropy(chances)
     reference = next(iter(greys))
     panels = [[outlined(g, o) for g, o in zip(tiles, outlines, strict=True)] for tiles in greys.values()]
-    panels.append([painted(g, n, segmentation.tissues) for g, n in zip(greys[reference], labels, strict=True)])
+    panels.append([hatched(g, n, segmentation.tissues) for g, n in zip(greys[reference], labels, strict=True)])
     panels.append([_heated(u, g, o, size) for u, g, o in zip(unsure, greys[reference], outlines, strict=True)])
     panels[0][0] = _lettered(panels[0][0], turned.edges)
     panels[0][min(1, len(chosen) - 1)] = _scaled(panels[0][min(1, len(chosen) - 1)], scale)
@@ -176,22 +248,15 @@ def _evenly(indices: np.ndarray, most: int) -> np.ndarray:
     return np.asarray(indices[np.linspace(0, len(indices) - 1, most + 2)[1:-1].round().astype(int)])
 
 
-def shown_box(mask: np.ndarray, row_mm: float, column_mm: float) -> tuple[slice, slice]:
+def shown_box(mask: np.ndarray, row_mm: float, column_mm: float, margin_mm: float = _MARGIN_MM) -> tuple[slice, slice]:
     """The rows and columns that hold the mask in any slice, with a margin, within the image."""
     box = []
     for axes, step_mm in (((0, 2), row_mm), ((0, 1), column_mm)):
         held = np.flatnonzero(mask.any(axis=axes))
-        margin = int(np.ceil(_MARGIN_MM / step_mm))
+        margin = int(np.ceil(margin_mm / step_mm))
         size = mask.shape[3 - sum(axes)]
         box.append(slice(max(0, int(held[0]) - margin), min(size, int(held[-1]) + 1 + margin)))
     return box[0], box[1]
-
-
-def grey_range(image: np.ndarray) -> tuple[float, float]:
-    """The intensities shown as black and white, robust against a few bright or dark voxels."""
-    finite = image[np.isfinite(image)]
-    low, high = np.percentile(finite, [1.0, 99.5]) if finite.size else (0.0, 1.0)
-    return float(low), float(max(high, low + 1e-6 * max(1.0, abs(low))))
 
 
 def grey_tile(plane: np.ndarray, window: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
@@ -207,13 +272,6 @@ def resized(plane: np.ndarray, size: tuple[int, int], *, smooth: bool = False) -
     method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     picture = Image.fromarray(np.ascontiguousarray(plane, dtype=np.uint8)).resize((size[1], size[0]), method)
     return np.asarray(picture)
-
-
-def _entropy(probabilities: np.ndarray, turned: MosaicView, index: int) -> np.ndarray:
-    """How undecided each voxel of a slice is: 0 one tissue is certain, 1 all are equally likely (rows, columns)."""
-    p = np.stack([turned.upright(tissue)[index] for tissue in probabilities]).astype(np.float64)
-    # p log p is 0 at p = 0; the floor keeps the logarithm finite there.
-    return np.asarray(-(p * np.log(np.maximum(p, 1e-12))).sum(0) / np.log(max(2, len(p))))
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:
@@ -238,18 +296,33 @@ def painted(grey: np.ndarray, labels: np.ndarray, tissues: Sequence[Tissue]) -> 
     for tissue in tissues:
         color = np.array(_rgb(tissue.color), dtype=np.float32)
         here = labels == tissue.index
-        tile[here] = 0.4 * tile[here] + 0.6 * color  # strong enough to tell colours apart on white
+        tile[here] = (1 - FILL) * tile[here] + FILL * color
         tile[here & edge] = color
     return tile.astype(np.uint8)
 
 
+def hatched(grey: np.ndarray, labels: np.ndarray, tissues: Sequence[Tissue]) -> np.ndarray:
+    """As ``painted``, with lines whose direction tells the tissue's index, for print without colours."""
+    tile = painted(grey, labels, tissues)
+    y, x = np.indices(labels.shape)
+    lines = (x + y, x - y, np.where(x % _HATCH_PX == 0, 0, y))
+    for tissue in tissues:
+        if kind := (tissue.index - 1) % (len(lines) + 1):
+            tile[(labels == tissue.index) & (lines[kind - 1] % _HATCH_PX == 0) & ~_edges(labels)] //= 2
+    return tile
+
+
 def _heated(unsure: np.ndarray, grey: np.ndarray, outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The entropy inside the mask, over a faint image outside."""
-    level = resized((np.clip(unsure, 0, 1) * 255).astype(np.uint8), size)
+    heat = _ramp(resized((np.clip(unsure, 0, 1) * 255).astype(np.uint8), size))
+    return np.where(outline[..., None] > 0, heat, grey * 0.35).astype(np.uint8)
+
+
+def _ramp(level: np.ndarray) -> np.ndarray:
+    """Entropy from 0 to 255 as colours (…, 3)."""
     ramp = np.array([_rgb(color) for color in UNCERTAINTY_COLORS], dtype=np.float64)
     at = np.linspace(0, 255, len(ramp))
-    heat = np.stack([np.interp(level, at, ramp[:, channel]) for channel in range(3)], axis=-1)
-    return np.where(outline[..., None] > 0, heat, grey * 0.35).astype(np.uint8)
+    return np.stack([np.interp(level, at, ramp[:, channel]) for channel in range(3)], axis=-1)
 
 
 def _rgb(color: str) -> tuple[int, int, int]:

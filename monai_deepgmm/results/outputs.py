@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.results import outliers, report, row_files, uncertainty
 from monai_deepgmm.results.measure import Measurement, SliceMeasurement
+from monai_deepgmm.results.pictures import PICTURES, pictures
 from monai_deepgmm.results.provenance import DISCLAIMER, versions
 from monai_deepgmm.results.row_files import REFUSED, Row
 from monai_deepgmm.results.segmentation import Segmentation
@@ -160,7 +162,7 @@ def done(out: Path, study: Study, config: Config, steps: Mapping[str, Any] | Non
     row = row_files.read_json(place / f"{study.patient}_row.json") if not study.problems else None
     if not row or row.get("status") != "ok":
         return None
-    wanted = ["_dseg.nii.gz", "_dseg.json", "_preview.png"]
+    wanted = ["_dseg.nii.gz", "_dseg.json", *PICTURES]
     wanted += ["_probseg.nii.gz", "_entropy.nii.gz"] * config.probabilities
     if config.fields:
         present = [s for s in config.protocol.sequences if s in study.images]
@@ -216,13 +218,16 @@ def write(
             both = (field, segmentation.images[sequence] / field)
             for suffix, values in zip(SHADING, both, strict=True):
                 nifti.write_map(place / f"{name}_{sequence}{suffix}", values, like=segmentation.reference)
-    atomic_files.write_whole(place / f"{name}_preview.png", report.preview(segmentation))
+    for suffix, picture in pictures(study, segmentation).items():
+        atomic_files.write_whole(place / f"{name}{suffix}", picture)
     made_from = fingerprint(study, config, _hashes_read(segmentation.sidecar), steps)
     sidecar = {**segmentation.sidecar, "fingerprint": made_from}
     sidecar |= {} if steps is None else {"steps": dict(steps)}
     atomic_files.write_whole(place / f"{name}_dseg.json", row_files.as_bytes(sidecar))
     row = {
         **row,
+        "date": datetime.now(UTC).date().isoformat(),
+        "fingerprint": made_from,
         "warnings": list(segmentation.warnings),
         **segmentation.measured,
         "files": {path.name: atomic_files.sha256(path) for path in sorted(place.iterdir()) if _is_result(path, name)},
@@ -274,7 +279,7 @@ def clear(out: Path, study: Study) -> None:
         "_dseg.nii.gz",
         "_probseg.nii.gz",
         "_entropy.nii.gz",
-        "_preview.png",
+        *PICTURES,
         "_report.html",
     ):
         with contextlib.suppress(OSError):
@@ -356,6 +361,10 @@ def rebuild_tables(out: Path) -> list[Row]:
         slices = [{"patient": row["patient"], **s} for row in found for s in row.get("slices", ())]
         atomic_files.write_whole(out / "measurements_slices.tsv", _tsv(slices, SLICES))
         report.rebuild_index(out)
+    for place, around in report.surroundings(out):
+        with lock(out, place.name, wait_s=0) as held:
+            if held:  # whoever is at work on the patient rebuilds all pages at the end
+                report.rebuild_patient(place, around)
     return found
 
 

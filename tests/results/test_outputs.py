@@ -97,7 +97,7 @@ def test_a_tissue_that_cannot_be_seen_is_merged(run):
 
 def test_the_labels_are_explained_as_bids_wants(run):
     assert (run[1] / "dseg.tsv").read_text() == (
-        "index\tname\tcolor\n1\tblood\t#d55e00\n2\tmyocardium\t#0072b2\n3\tedema\t#f0e442\n4\tscar\t#009e73\n"
+        "index\tname\tcolor\n1\tblood\t#8c1c3a\n2\tmyocardium\t#2f7fc4\n3\tedema\t#58c98b\n4\tscar\t#ffe94a\n"
     )
     description = json.loads((run[1] / "dataset_description.json").read_text())
     assert description["DatasetType"] == "derivative"
@@ -244,7 +244,7 @@ def test_a_second_run_leaves_every_file_untouched(cohort_dir, tmp_path):
     out = tmp_path / "out"
     assert segment(cohort_dir, out) == 0
     first = stamps(out)
-    assert len(first) == 15
+    assert len(first) == 21
     assert segment(cohort_dir, out, "--jobs", 1, "--device", "cpu") == 0
     assert stamps(out) == first
     assert segment(cohort_dir, out, "--overwrite") == 0
