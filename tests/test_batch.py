@@ -50,7 +50,7 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def arguments(source: Path, out: Path, *more: object) -> list[str]:
-    return ["segment", str(source), str(out), "--probabilities", *map(str, more)]
+    return ["segment", str(source), str(out), "--mask", "file", "--probabilities", *map(str, more)]
 
 
 def left(out: Path) -> dict[str, object]:
