@@ -107,7 +107,7 @@ def _dask_client(address: str) -> Any:
     try:
         from distributed import Client
     except ImportError:
-        raise UsageError("--dask needs Dask: pip install 'monai-deepgmm[dask]'") from None
+        raise UsageError("--dask needs Dask: pip install distributed") from None
     try:
         return Client(address, timeout="30s")
     except (OSError, ValueError) as error:
