@@ -115,6 +115,8 @@ class Tissue:
         level: sequence → how bright the tissue is among those that share its place, in standard deviations from their
             median; what an anatomical mixture expects of its mean.
         share: of the voxels of that place, as expected.
+        depth: mean and standard deviation of its relative depth in the mask, 0 at the border and 1 at the deepest
+            point; where an anatomical mixture looks for it. None: anywhere in its place.
         criteria: what its regions must show (``evidence`` in YAML); None: the tissue is always there.
         hyperintense: how it is found beside the mixture; None: it is a component of the mixture.
     """
@@ -129,6 +131,7 @@ class Tissue:
     merges_into: str | None
     level: Mapping[str, float] = field(default_factory=dict)
     share: float = 1.0
+    depth: tuple[float, float] | None = None
     criteria: RegionCriteria | None = None
     hyperintense: Hyperintense | None = None
 
@@ -154,6 +157,8 @@ class Protocol:
             which it does not is flagged (``W_NAMES``).
         anchored: tissues whose levels and proportions the first sequence alone defines; others only add to it. Empty:
             all sequences are fitted together.
+        method: the method where none is asked for; None: by what the protocol tells.
+        settings: of that method, in place of its own defaults.
     """
 
     name: str
@@ -170,6 +175,8 @@ class Protocol:
     borders: tuple[tuple[str, str], ...] = ()
     deeper: tuple[tuple[str, str], ...] = ()
     anchored: tuple[str, ...] = ()
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def normalisation(self) -> str:
@@ -250,6 +257,7 @@ def as_yaml(protocol: Protocol) -> str:
     tissues = [dataclasses.asdict(t) | {"seen_in": list(t.seen_in)} for t in protocol.tissues]
     for tissue in tissues:
         tissue["evidence"] = tissue.pop("criteria")
+        tissue["depth"] = None if tissue["depth"] is None else list(tissue["depth"])
     content = {
         "name": protocol.name,
         "title": protocol.title,
@@ -264,6 +272,7 @@ def as_yaml(protocol: Protocol) -> str:
         "borders": [list(pair) for pair in protocol.borders],
         "deeper": [list(pair) for pair in protocol.deeper],
         "anchored": list(protocol.anchored),
+        "method": None if protocol.method is None else {"name": protocol.method, **protocol.settings},
         "tissues": tissues,
         "percent_of": {"name": protocol.percent_name, "tissues": list(protocol.percent_of)},
     }
@@ -278,6 +287,7 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
     if raw["unit"] not in ("slice", "volume"):
         raise ValueError(f"unit: {raw['unit']!r} (choose slice or volume)")
     denominator = raw["percent_of"]
+    settings = dict(raw.get("method") or {})
     anatomy = (
         None
         if raw.get("anatomy") is None
@@ -298,6 +308,8 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         borders=_pairs("borders", raw.get("borders") or (), [t.name for t in tissues]),
         deeper=_pairs("deeper", raw.get("deeper") or (), [t.name for t in tissues]),
         anchored=_anchored(raw.get("anchored") or (), tissues),
+        method=settings.pop("name", None),
+        settings=settings,
     )
 
 
@@ -362,6 +374,13 @@ def _hyperintense(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Hyperin
     return Hyperintense(raw["sequence"], raw["brighter_than"], raw["inside"], seed, least, share)
 
 
+def _depth(name: str, raw: Sequence[float]) -> tuple[float, float]:
+    mean, deviation = (float(value) for value in raw)
+    if not (0 <= mean <= 1 and 0 < deviation < math.inf):
+        raise ValueError(f"depth of {name}: {raw} (a mean from 0 to 1, and its standard deviation)")
+    return mean, deviation
+
+
 def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
     def level(value: str | float) -> float:
         return BRIGHTNESS[value] if isinstance(value, str) else float(value)
@@ -386,6 +405,7 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         merges_into=raw.get("merges_into"),
         level=levels,
         share=share,
+        depth=None if raw.get("depth") is None else _depth(raw["name"], raw["depth"]),
         criteria=None if raw.get("evidence") is None else _evidence(raw["evidence"], sequences),
         hyperintense=None if raw.get("hyperintense") is None else _hyperintense(raw["hyperintense"], sequences),
     )

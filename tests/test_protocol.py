@@ -167,11 +167,14 @@ def test_borders(load):
     assert load(OWN | {"borders": None}).borders == ()
 
 
-COMPLETE = own(*LESION, to=EVIDENT["tissues"][0] | {"level": {"ADC": 1.2}, "share": 0.3}, raw=SLICED) | {
+COMPLETE = own(
+    *LESION, to=EVIDENT["tissues"][0] | {"level": {"ADC": 1.2}, "share": 0.3, "depth": [0.5, 0.1]}, raw=SLICED
+) | {
     "required": ["T2"],
     "borders": [["liver", "lesion"]],
     "normalisation": {"crop_mm": 80.5},
     "title": "Leber – α",
+    "method": {"name": "anatomy", "sigma_mm": 1.5},
 }
 
 
@@ -259,6 +262,9 @@ def evident(*keys, to):
         (own(*LESION, "share", to=0), "share"),
         (own(*LESION, "share", to=-1), "share"),
         (own(*LESION, "share", to=float("nan")), "share"),
+        (own(*LESION, "depth", to=[1.5, 0.1]), "depth of lesion"),
+        (own(*LESION, "depth", to=[0.5, 0]), "depth of lesion"),
+        (own(*LESION, "depth", to=[0.5]), "own.yaml"),
         (OWN | {"borders": [["lesion", "tumour"]]}, r"borders: \['lesion', 'tumour'\] \(two of liver, lesion\)"),
         *((OWN | {"borders": wrong}, r"own\.yaml: ") for wrong in WRONG_BORDERS),
     ],

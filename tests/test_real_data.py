@@ -72,3 +72,20 @@ def test_three_sequences_on_three_grids(tmp_path, method):
     segmented(tmp_path / "in", tmp_path / "out", method, *BRAIN)
     check(t1, tmp_path / "out", "patient01", np.asarray(nib.load(folder / "mask.nii.gz").dataobj) > 0)
     assert "W_RESAMPLED" in (tmp_path / "out" / "summary.tsv").read_text(encoding="utf-8")
+
+
+def test_a_spinal_cord_by_the_yaml_file_of_the_documentation(tmp_path):
+    page = (Path(__file__).parent.parent / "bundle" / "docs" / "own_anatomy.md").read_text(encoding="utf-8")
+    (tmp_path / "cord.yaml").write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    source, folder = Path(DATA) / "sct", tmp_path / "in" / "person"
+    folder.mkdir(parents=True)
+    shutil.copy(source / "t2s.nii.gz", folder / "T2star.nii.gz")
+    shutil.copy(source / "t2s_seg.nii.gz", folder / "mask.nii.gz")
+    assert (
+        main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), "--protocol", str(tmp_path / "cord.yaml")]) == 0
+    )
+    cord, by_hand = (
+        np.asarray(nib.load(source / name).dataobj) > 0 for name in ("t2s_seg.nii.gz", "t2s_gmseg_manual.nii.gz")
+    )
+    grey = check(source / "t2s.nii.gz", tmp_path / "out", "person", cord) == 1
+    assert 2 * (grey & by_hand).sum() / (grey.sum() + by_hand.sum()) >= 0.68

@@ -12,6 +12,7 @@ from scipy.ndimage import binary_fill_holes, label
 from torch import Tensor
 
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.images.resampling import relative_depth
 from monai_deepgmm.methods.settings import check_choice, check_numbers
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture import map_em
@@ -27,6 +28,7 @@ class AnatomicalConfig:
 
     Attributes:
         sigma_mm: the neighbourhood over which Π is averaged, a Gaussian's standard deviation, in mm.
+        denoise_mm: standard deviation of the Gaussian that takes the noise off the image first.
         temper: what one voxel is worth as an observation, 0 to 1.
         dof: degrees of freedom of Student's t, the shape of a component; null: a Gaussian.
         outliers: the share of voxels that belong to no component.
@@ -41,6 +43,7 @@ class AnatomicalConfig:
     takes_means: ClassVar[bool] = False
 
     sigma_mm: float = 2.2
+    denoise_mm: float = 0.5
     temper: float = 0.3
     dof: float | None = 10.0
     outliers: float = 0.0
@@ -56,7 +59,7 @@ class AnatomicalConfig:
             UsageError: a field holds a value that it cannot have.
         """
         limits: dict[str, tuple[type, float]] = {"max_iter": (int, 1), "perturbations": (int, 0), "dof": (float, 1)}
-        limits |= dict.fromkeys(("sigma_mm", "temper", "outliers", "tol"), (float, 0))
+        limits |= dict.fromkeys(("sigma_mm", "denoise_mm", "temper", "outliers", "tol"), (float, 0))
         check_numbers(self, limits)
         if not (self.temper <= 1 and self.outliers < 1):
             raise UsageError("temper must be at most 1, and outliers below 1")
@@ -66,18 +69,24 @@ class AnatomicalConfig:
         """As it is.
 
         Raises:
-            UsageError: the protocol has no anatomy.
+            UsageError: the protocol has neither an anatomy nor levels.
         """
-        if protocol.anatomy is None:
-            raise UsageError(f"--method anatomy: protocol {protocol.name} does not say where tissues can be")
+        if protocol.anatomy is None and not any(t.level for t in protocol.tissues):
+            found = f"protocol {protocol.name} says neither where tissues can be (anatomy) nor how bright (level)"
+            raise UsageError(f"--method anatomy: {found}")
         return self
 
     def solve(self, images: Images, *, device: str = "cpu") -> Fit:
         """Fits the tissues inside the inner border there, and the others between the two borders.
 
+        Where the protocol has no anatomy, all tissues share the mask.
+
         The result's components are in the order of the tissues, its mixture is on the image's scale; the diagnostics
         are those of the place with the most tissues, on that place's own scale.
         """
+        if images.protocol.anatomy is None:
+            fit = self._in_place(images, images.mask, [*range(len(images.tissues))])
+            return fit._replace(mixture=m_step(images.image, fit.resp, images.mask, covariance="full", spatial=True))
         images = images.with_wall()
         tissues, ring = images.tissues, images.border()
         within = [k for k, t in enumerate(tissues) if t.name in images.anatomy().inside]
@@ -105,9 +114,9 @@ class AnatomicalConfig:
         return map_em.fit_map_em(
             images.image,
             place,
-            _prior([images.tissues[k] for k in members], images.sequences),
+            _prior([images.tissues[k] for k in members], images),
             images.spacing_mm,
-            spatial=SpatialPrior(sigma_mm=self.sigma_mm, temper=self.temper),
+            spatial=SpatialPrior(sigma_mm=self.sigma_mm, temper=self.temper, denoise_mm=self.denoise_mm),
             density=DensityModel(dof=self.dof, outliers=self.outliers),
             tol=self.tol,
             max_iter=self.max_iter,
@@ -152,7 +161,20 @@ def _cores(labels: Tensor, tissue: int, inside: Tensor, wall: Tensor) -> NDArray
     return np.stack(cores)
 
 
-def _prior(members: list[Tissue], sequences: tuple[str, ...]) -> map_em.Prior:
-    means = torch.tensor([[t.level.get(s, 0.0) for s in sequences] for t in members], dtype=torch.float64)
+def _prior(members: list[Tissue], images: Images) -> map_em.Prior:
+    means = torch.tensor([[t.level.get(s, 0.0) for s in images.sequences] for t in members], dtype=torch.float64)
     shares = torch.tensor([t.share for t in members], dtype=torch.float64)
-    return map_em.Prior(means, shares / shares.sum())
+    return map_em.Prior(means, shares / shares.sum(), location=_location(members, images))
+
+
+def _location(members: list[Tissue], images: Images) -> Tensor | None:
+    """Where each tissue lies ``(B, K, *S)``: the log of a normal curve over the depth in the mask; flat without one."""
+    if all(t.depth is None for t in members):
+        return None
+    relative = relative_depth(images.mask, images.spacing_mm)
+    curves = [torch.zeros_like(relative) if t.depth is None else _curve(relative, *t.depth) for t in members]
+    return torch.cat(curves, 1)
+
+
+def _curve(relative: Tensor, mean: float, deviation: float) -> Tensor:
+    return -0.5 * ((relative - mean) / deviation) ** 2

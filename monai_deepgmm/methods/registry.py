@@ -30,6 +30,8 @@ def default_method(protocol: Protocol, *, means: object = None, model: object = 
     """The method where none is asked for; with a trained model or known means, one that uses them."""
     if model is not None:
         return "network"
+    if means is None and protocol.method is not None:
+        return protocol.method
     if means is None and protocol.anatomy is not None:
         return "anatomy"
     return "pvgmm" if means is None and protocol.borders else "svgmm"
@@ -51,10 +53,11 @@ def configure(
         UsageError: the method is unknown, or has no such setting or value.
     """
     kind = method_class(name)
+    values = {**(protocol.settings if name == protocol.method else {}), **values}
     if kind is CohortConfig:
         training = training_config.configure(values, protocol, preprocessing=preprocessing)
         return CohortConfig(training, **fixed).resolved(protocol)
-    values, begun = dict(values), kind(**fixed)
+    begun = kind(**fixed)
     settings.check_keys(values, [*settings.keys(begun), *settings.keys(Preprocessing)], f"--method {name}")
     if preprocessing.n4 and "degree" in settings.keys(begun):
         if values.get("degree"):

@@ -67,7 +67,9 @@ class Images(NamedTuple):
         )
 
     def with_wall(self) -> Self:
-        """The same, with the wall's borders and its enhancement found once for all who ask."""
+        """The same, with the wall's borders and enhancement, found once for all; itself where there is no anatomy."""
+        if self.protocol.anatomy is None:
+            return self
         found = self._replace(ring=self.border())
         return found._replace(enhancement=found.enhanced())
 

@@ -1,10 +1,10 @@
 """A mixture that knows what to expect: EM with priors on its parameters and a smooth spatial prior, within one place.
 
-Four things are added to the SVGMM (Schwab et al. 2024, §2.1). Priors draw μ and Σ of each component to the tissue
+Five things are added to the SVGMM (Schwab et al. 2024, §2.1). Priors draw μ and Σ of each component to the tissue
 that it stands for, so that it bears that tissue's name, and stays finite where the tissue is absent. Π(x) is the
-neighbourhood's average of the responsibilities instead of the voxel's own. And densities are tempered, g^β: the
-residuals of neighbouring voxels repeat each other, so that one voxel is worth less than one observation. And tails may
-be heavier than a Gaussian's: Student's t, and voxels that belong to no component.
+neighbourhood's average of the responsibilities instead of the voxel's own. Densities are tempered, g^β: the residuals
+of neighbouring voxels repeat each other, so that one voxel is worth less than one observation. Tails may be heavier
+than a Gaussian's: Student's t, and voxels that belong to no component. And where a component lies may be known: ρ(x).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Prior(NamedTuple):
         variance: v, the expected variance of each component in each sequence.
         mean_strength: κ; the prior on a mean is worth κ π₀_k N voxels, N those of the place.
         variance_strength: ν; likewise for a covariance.
+        location: log ρ ``(B, K, *S)``, how likely each component is at each voxel, up to a factor of its own; None:
+            everywhere alike.
     """
 
     means: Tensor
@@ -41,6 +43,7 @@ class Prior(NamedTuple):
     variance: float = 0.5
     mean_strength: float = 0.3
     variance_strength: float = 0.5
+    location: Tensor | None = None
 
 
 class DensityModel(NamedTuple):
@@ -97,7 +100,8 @@ def fit_map_em(
 ) -> Fit:
     """Fits the mixture to the voxels of one place in each image.
 
-    E: ``w_xk ∝ Π_k(x) g(I(x) | μ_k, Σ_k)^β``; M: ``Π_k = (G ∗ w_k) / (G ∗ 1)``, and with ``n_k = Σ_x w_xk``
+    E: ``w_xk ∝ Π_k(x) ρ_k(x) g(I(x) | μ_k, Σ_k)^β``, ρ_k with mean 1 over the place; M:
+    ``Π_k = (G ∗ w_k) / (G ∗ 1)``, and with ``n_k = Σ_x w_xk``
 
     ``μ_k = (Σ_x w_xk I(x) + κ π₀_k N m_k) / (n_k + κ π₀_k N)``,
     ``Σ_k = (Σ_x w_xk (I(x) − μ_k)(I(x) − μ_k)ᵀ + ν π₀_k N v 1) / (n_k + ν π₀_k N)``.
@@ -127,6 +131,7 @@ def fit_map_em(
     seen = Smoother(place, spatial.denoise_mm, spacing_mm)(standardised(image, place))
     neighbourhood = Smoother(place, spatial.sigma_mm, spacing_mm)
     n_images, n_sequences = image.shape[:2]
+    location = None if prior.location is None else _centred(cut(prior.location.to(image), box), place)
     weights = prior.shares.reshape(1, -1, *[1] * (image.ndim - 2)) * torch.ones_like(place)
     expected = prior.variance * torch.eye(n_sequences).to(image)
     mixture = Mixture(
@@ -134,14 +139,14 @@ def fit_map_em(
         prior.means.expand(n_images, -1, -1),
         expected.expand(n_images, len(prior.shares), -1, -1),
     )
-    resp, t_weights, last = _e_step(seen, place, mixture, spatial.temper, model)
+    resp, t_weights, last = _e_step(seen, place, _located(mixture, location), spatial.temper, model)
     trace = [last]
     change = torch.full((n_images,), torch.inf)
     iterations = torch.zeros(n_images, dtype=torch.long, device=image.device)
     active = torch.ones(n_images, dtype=torch.bool, device=image.device)
     while active.any() and len(trace) <= max_iter:
         updated = _m_step(seen, resp, t_weights, place, prior, neighbourhood)
-        new, t_weights, nll = _e_step(seen, place, updated, spatial.temper, model)
+        new, t_weights, nll = _e_step(seen, place, _located(updated, location), spatial.temper, model)
         change = masked_mean((new - resp).abs().mean(1, keepdim=True), place)
         # An image that has converged stays as it is, so that its neighbours in the batch change but roundings.
         mixture = mixture.updated(updated, lambda old, new: _where(active, new, old))  # noqa: B023
@@ -149,8 +154,23 @@ def fit_map_em(
         trace.append(last)
         iterations = iterations + active
         active = active & (change >= tol)
-    mixture = mixture._replace(weights=paste(mixture.weights, box, full))
+    mixture = mixture._replace(weights=paste(_located(mixture, location).weights, box, full))
     return Fit(paste(resp, box, full), mixture, Diagnostics(last, torch.stack(trace), iterations, ~active))
+
+
+def _centred(location: Tensor, place: Tensor) -> Tensor:
+    """Log ρ ``(B, K, *S)`` of which ρ has mean 1 over the place, so that it says where a component is, not how much."""
+    inside = location.masked_fill(place == 0, -torch.inf).flatten(2)
+    mean = inside.logsumexp(2) - place.flatten(2).sum(2).clamp_min(1).log()
+    return location - mean.reshape(*mean.shape, *[1] * (location.ndim - 2))
+
+
+def _located(mixture: Mixture, location: Tensor | None) -> Mixture:
+    """The mixture whose weights are ``Π_k(x) ρ_k(x)``, normalised."""
+    if location is None:
+        return mixture
+    prior = mixture.weights.clamp_min(torch.finfo(location.dtype).tiny).log() + location
+    return mixture._replace(weights=prior.softmax(1))
 
 
 def _e_step(

@@ -11,11 +11,12 @@ import yaml
 
 from monai_deepgmm import protocol
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.images.preprocessing import Preprocessing
 from monai_deepgmm.methods import METHODS
 from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import Config, build
 from monai_deepgmm.methods.known_means import Means
-from monai_deepgmm.methods.registry import default_method
+from monai_deepgmm.methods.registry import configure, default_method
 from monai_deepgmm.mixture import map_em, partial_volume
 
 INFARCT, BRAIN = protocol.load("infarct"), protocol.load("brain")
@@ -50,11 +51,21 @@ def test_the_default_method(without_anatomy):
 
 def test_a_method_needs_what_its_protocol_says(without_anatomy):
     assert build(protocol="infarct", method="anatomy") == build()
-    for name, file in (("brain", "brain"), ("plain", without_anatomy)):
-        with pytest.raises(UsageError, match=f"anatomy: protocol {name} does not say where tissues can be"):
-            build(protocol=file, method="anatomy")
+    assert build(protocol=without_anatomy, method="anatomy").method == build().method  # its tissues have levels
+    with pytest.raises(UsageError, match="anatomy: protocol brain says neither where tissues can be"):
+        build(protocol="brain", method="anatomy")
     with pytest.raises(UsageError, match=r"pvgmm: protocol infarct does not say which tissues touch \(borders\)"):
         build(method="pvgmm")
+
+
+def test_a_protocol_may_name_its_method_and_settings_which_set_goes_before():
+    own = dataclasses.replace(BRAIN, method="gmm", settings={"covariance": "tied", "restarts": 2})
+    assert default_method(own) == "gmm"
+    made = configure("gmm", {"restarts": 3}, own, Preprocessing(), {})
+    assert (made.covariance, made.restarts) == ("tied", 3)
+    assert configure("svgmm", {}, own, Preprocessing(), {}).restarts == 1  # they are the other method's
+    with pytest.raises(UsageError, match="colour"):
+        configure("gmm", {}, dataclasses.replace(own, settings={"colour": 1}), Preprocessing(), {})
 
 
 def test_means_are_for_methods_without_priors_of_their_own(means):
@@ -167,7 +178,7 @@ def test_settings_of_the_anatomical_mixture(setting, value):
 
 def test_the_defaults_are_the_mixtures_own():
     usual, spatial, density = AnatomicalConfig(), map_em.SpatialPrior(), map_em.DensityModel()
-    assert (usual.sigma_mm, usual.temper) == (spatial.sigma_mm, spatial.temper)
+    assert (usual.sigma_mm, usual.temper, usual.denoise_mm) == (spatial.sigma_mm, spatial.temper, spatial.denoise_mm)
     assert (usual.dof, usual.outliers) == (density.dof, density.outliers)
 
 

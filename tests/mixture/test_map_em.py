@@ -251,6 +251,24 @@ def test_an_absent_tissue_keeps_its_prior(density):
     assert found.resp[0, 1].sum() < 1
 
 
+@each_density
+def test_where_a_component_lies_decides_where_brightness_does_not(density):
+    """Two tissues of one brightness, of which the first lies on the left: up to a factor, however often it is given."""
+    image, place = normal(1, 1, 40, 40), torch.ones(1, 1, 40, 40, dtype=DOUBLE)
+    left = torch.linspace(4, -4, 40, dtype=DOUBLE).expand(1, 1, 40, 40)
+    prior = Prior(torch.zeros(2, 1, dtype=DOUBLE), torch.tensor([0.5, 0.5], dtype=DOUBLE))
+    location = torch.cat([left, -left], 1)
+    found = run(image, place, prior._replace(location=location), density=density)
+    assert (found.resp.argmax(1)[..., :18] == 0).all()
+    assert (found.resp.argmax(1)[..., 22:] == 1).all()
+    torch.testing.assert_close(found.mixture.weights.sum(1), torch.ones(1, 40, 40, dtype=DOUBLE))
+    shifted = location + torch.tensor([3.0, -7.0], dtype=DOUBLE).reshape(1, 2, 1, 1)
+    again = run(image, place, prior._replace(location=shifted), density=density)
+    torch.testing.assert_close(again.resp, found.resp)
+    flat = run(image, place, prior._replace(location=torch.zeros_like(location)), density=density)
+    torch.testing.assert_close(flat.resp, run(image, place, prior, density=density).resp)
+
+
 def test_neighbours_make_up_for_noise():
     image, place = halves(noise=2.0)
     right = [
