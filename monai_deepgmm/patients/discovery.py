@@ -27,6 +27,7 @@ MAX_ID_BYTES = 200
 #: What lies beside the patients' folders in a run's results.
 RESERVED = {
     *("summary.tsv", "measurements.tsv", "dseg.tsv", "dataset_description.json", "index.html", "deepgmm.log"),
+    *("itksnap_labels.txt", "readme.md", ".bidsignore"),
     *("evaluation.tsv", "evaluation.json", ".locks", ".refused", "model", ".cohort"),
 }
 
