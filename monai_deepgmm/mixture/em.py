@@ -12,60 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from monai_deepgmm.mixture import bias_field
-from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed
-from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_joint, m_step, masked_mean
+from monai_deepgmm.mixture import bias_field, statistics
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined, stacked
+from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture
+from monai_deepgmm.mixture.steps import Expected, Model, Products, Shaded, reseed
 
 #: How often one image's collapsed components are moved elsewhere before they are left as they are.
 MAX_RESEEDS = 3
-
-
-# Step ------------------------------------------------------------------------------------------------------------
-
-
-def step(image: Tensor, mask: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor, Tensor]:
-    """One E-step, with the likelihood that it costs nothing to know.
-
-    Returns:
-        Responsibilities ``(B, K, *S)``, the NLL per voxel ``(B,)``, and log p(I(x)) ``(B, 1, *S)``.
-    """
-    joint = log_joint(image, mixture)
-    evidence = joint.logsumexp(1, keepdim=True)
-    return (joint - evidence).exp() * mask, masked_mean(-evidence, mask), evidence
-
-
-def reseed(image: Tensor, mask: Tensor, mixture: Mixture, evidence: Tensor, collapsed: Tensor) -> Mixture:
-    """Moves collapsed components to where the mixture explains the image worst.
-
-    The new mean is that of the twentieth of the voxels with the lowest density, for a second collapsed component the
-    next twentieth, and so on (equal components would stay equal for ever); the new covariance is the average of the
-    components that stand; the weights start equal.
-
-    Args:
-        image: ``(B, M, N)``.
-        mask: ``(B, 1, N)``.
-        mixture: the current parameters.
-        evidence: log p(I(x)) ``(B, 1, N)``.
-        collapsed: ``(B, K)``.
-    """
-    surprise = torch.where(mask > 0, -evidence, -torch.inf)
-    rank = surprise.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # (B, 1, N)
-    wanted = (mask.sum(-1, keepdim=True) * 0.05).ceil().clamp_min(1)  # (B, 1, 1)
-    parts = (mask.sum(-1, keepdim=True) / wanted).ceil().clamp_min(1)
-    turn = (collapsed.cumsum(1)[..., None] - 1).remainder(parts)  # (B, K, 1): which twentieth is whose
-    worst = ((rank / wanted).floor() == turn).to(image.dtype) * mask  # (B, K, N)
-    place = worst @ image.mT / worst.sum(-1, keepdim=True).clamp_min(1)  # (B, K, M)
-    means = torch.where(collapsed[..., None], place, mixture.means)
-    covariances = mixture.covariances
-    if covariances.shape[1] > 1:
-        stands = (~collapsed).to(image.dtype).reshape(*collapsed.shape, *[1] * (covariances.ndim - 2))
-        average = (covariances * stands).sum(1, keepdim=True) / stands.sum(1, keepdim=True).clamp_min(1)
-        lost = collapsed.reshape(stands.shape)
-        covariances = torch.where(lost, average.expand_as(covariances), covariances)
-    weights = mixture.weights
-    equal = torch.full_like(weights, 1 / weights.shape[1])
-    hit = collapsed.any(1).reshape(-1, *[1] * (weights.ndim - 1))
-    return mixture._replace(weights=torch.where(hit, equal, weights), means=means, covariances=covariances)
+#: How many responsibilities are worked on at once by a CPU: fewer cost more calls, more no longer fit into its cache.
+CACHED = 1 << 19
 
 
 # Loop ------------------------------------------------------------------------------------------------------------
@@ -82,6 +37,7 @@ def fit_em(
     max_iter: int = 1000,
     floor: float = VARIANCE_FLOOR,
     degree: int = 0,
+    accelerate: bool = True,
 ) -> Fit:
     """Fits a mixture to each image of a batch by expectation-maximisation (S Alg. 1, Alg. 2 when ``spatial``).
 
@@ -104,6 +60,8 @@ def fit_em(
         floor: the variance floor, as a fraction of each sequence's variance inside the mask.
         degree: P, the highest degree of the field's polynomials; 0: no field. With a field, 0 in the image must be no
             signal.
+        accelerate: whether a GMM without a field extrapolates every second iterate (``statistics.extrapolated``); the
+            NLL never rises either way.
 
     Returns:
         The fit; nothing in it is NaN.
@@ -113,84 +71,151 @@ def fit_em(
     inside, where = _pack_index(mask.to(image.dtype))
     every = inside.repeat(restarts, 1, 1)
     voxels = _pack(image, where, inside).repeat(restarts, 1, 1)
-    options = _Options(spatial, covariance, tol, max_iter, floor)
-    packed = _loop(voxels, every, _pack(start, where.repeat(restarts, 1), every), options)
+    options = _Options(Model(covariance, spatial, floor), tol, max_iter, accelerate)
+    packed = _in_groups(voxels, every, _pack(start, where.repeat(restarts, 1), every), options)
     if degree:
         # From the unshaded fit: a field that is free from the start can take one tissue for another.
         basis = _pack(bias_field.basis(mask.to(image.dtype), degree), where, inside).repeat(restarts, 1, 1)
-        packed = _loop(voxels, every, packed.resp, options, basis)
+        packed = _in_groups(voxels, every, packed.resp, options, basis)
     return _unpack(_best(packed, restarts), where, inside, image.shape[2:])
 
 
 class _Options(NamedTuple):
-    spatial: bool
-    covariance: Covariance
+    model: Model
     tol: float
     max_iter: int
-    floor: float
+    accelerate: bool
 
 
-def _loop(image: Tensor, mask: Tensor, start: Tensor, options: _Options, basis: Tensor | None = None) -> Fit:
-    """The iterations, on packed voxels: image ``(B, M, N)``, mask ``(B, 1, N)``, start ``(B, K, N)``."""
-    batch = len(image)
-    floor = options.floor * variance_inside(image, mask)  # (B, M)
+def _in_groups(image: Tensor, mask: Tensor, start: Tensor, options: _Options, basis: Tensor | None = None) -> Fit:
+    """The fits of packed images: on a CPU as many at once as its cache can hold, on a GPU all."""
+    fits, longest = [], image.shape[2]
+    most = len(image) if image.device.type != "cpu" else max(CACHED // (start.shape[1] * longest), 1)
+    if most >= len(image):
+        return _loop(image, mask, start, basis, options=options)
+    for group in range(0, len(image), most):
+        rows = slice(group, group + most)
+        n = max(int(mask[rows].sum(-1).max()), 1)  # packed: what counts comes first
+        parts = (None if part is None else part[rows, :, :n] for part in (image, mask, start, basis))
+        fits.append(_padded(_loop(*parts, options=options), longest))  # type: ignore[arg-type]  # basis alone is None
+    return joined(fits)
 
-    def maximise(rows: Tensor, resp: Tensor, previous: Mixture | None = None) -> Mixture:
-        shape = {"covariance": options.covariance, "spatial": options.spatial, "floor": floor[rows]}
-        if basis is None or previous is None:
-            return m_step(image[rows], resp, mask[rows], **shape)  # type: ignore[arg-type]  # of the right kinds
-        return bias_field.m_step(image[rows], resp, mask[rows], previous, basis[rows], **shape)  # type: ignore[arg-type]
 
-    active = torch.arange(batch, device=image.device)
-    mixture = maximise(active, start.to(image.dtype))
-    if basis is not None:
-        mixture = mixture._replace(field=torch.ones_like(image))
-    if options.spatial:
-        # Π_k(x) = 0 never changes again, so an SVGMM that began with hard responsibilities would end there. Only a
-        # component without any voxel keeps 0: its mean is arbitrary, and it is moved in the first iteration.
-        present = ((start * mask).sum(-1, keepdim=True) > 0).to(image.dtype)
-        equal = present / present.sum(1, keepdim=True).clamp_min(1)
-        mixture = mixture._replace(weights=equal.expand_as(mixture.weights))
-    resp, last, evidence = step(image, mask, mixture)
-    trace = [last.clone()]
-    iterations = torch.zeros(batch, dtype=torch.long, device=image.device)
-    reseeded = torch.zeros_like(iterations)
-    converged = torch.zeros(batch, dtype=torch.bool, device=image.device)
-    for _ in range(options.max_iter):
-        updated = maximise(active, resp[active], mixture.rows(active))
-        lost = collapsed(resp[active], mask[active]) & (reseeded[active] < MAX_RESEEDS)[:, None]
+def _padded(fit: Fit, length: int) -> Fit:
+    """A fit of N voxels as one of ``length``; what is added does not count."""
+
+    def longer(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (0, length - values.shape[-1]))
+
+    mixture = fit.mixture
+    if mixture.weights.ndim == 3:
+        mixture = mixture._replace(weights=longer(mixture.weights))
+    if mixture.field is not None:
+        mixture = mixture._replace(field=longer(mixture.field))
+    return fit._replace(resp=longer(fit.resp), mixture=mixture)
+
+
+class _State(NamedTuple):
+    """Where the images stand that have not converged."""
+
+    mixture: Mixture
+    expected: Expected
+
+    def rows(self, index: Tensor) -> _State:
+        return _State(self.mixture.rows(index), self.expected.rows(index))
+
+
+def _loop(image: Tensor, mask: Tensor, start: Tensor, basis: Tensor | None = None, *, options: _Options) -> Fit:
+    """The iterations, on packed voxels: image ``(B, M, N)``, mask ``(B, 1, N)``, start ``(B, K, N)``.
+
+    Every second iterate of a GMM goes on from where the last ones were heading, if that is no less likely.
+    """
+    model = options.model
+    steps: Products | Shaded = (
+        Products.of(image, mask, model) if basis is None else Shaded.of(image, mask, basis, model)
+    )
+    everything, quick = steps, options.accelerate and not model.spatial and basis is None
+    mixture = steps.maximise(start.to(image.dtype), None)
+    if model.spatial:
+        mixture = mixture._replace(weights=_first_maps(start, mask, mixture.weights))
+    state = _State(mixture, steps.expect(mixture))
+    going = torch.arange(len(image), device=image.device)
+    iterations, reseeded = torch.zeros_like(going), torch.zeros_like(going)
+    converged = torch.zeros_like(going, dtype=torch.bool)
+    trace, ended = [state.expected.nll], list[tuple[Tensor, _State]]()
+    before = mixture
+    for turn in range(options.max_iter):
+        now, old = state
+        updated = steps.maximise(old.resp, now)
+        lost = collapsed(old.resp, steps.mask)
+        if lost.any():
+            lost &= (reseeded[going] < MAX_RESEEDS)[:, None]
+            updated = reseed(steps.image, steps.mask, updated, old.evidence, lost)
         moved = lost.any(1)
-        if moved.any():
-            updated = reseed(image[active], mask[active], updated, evidence[active], lost)
-        new_resp, new_nll, new_evidence = step(image[active], mask[active], updated)
-        gain = last[active] - new_nll
-        mixture = mixture.updated(updated, functools.partial(_put, active))
-        resp, last = _put(active, resp, new_resp), _put(active, last, new_nll)
-        evidence = _put(active, evidence, new_evidence)
-        trace.append(last.clone())
-        iterations[active] += 1
-        reseeded[active] += moved.long()
-        converged[active] = (gain < options.tol) & ~moved
-        active = active[~converged[active]]
-        if len(active) == 0:
+        if quick and turn % 2:
+            state, free = _leap(steps, (before, now, updated), old.nll, moved)
+        else:
+            state, free = _State(updated, steps.expect(updated)), ~moved
+        before = now
+        trace.append(trace[-1].index_copy(0, going, state.expected.nll))
+        iterations[going] += 1
+        reseeded[going] += moved.long()
+        done = (old.nll - state.expected.nll < options.tol) & free
+        if done.any():
+            ended.append((going[done], state.rows(done)))
+            converged[going[done]] = True
+            stay = ~done
+            going, state, steps, before = going[stay], state.rows(stay), steps.rows(stay), before.rows(stay)
+        if len(going) == 0:
             break
-    lost = collapsed(resp, mask)
-    return Fit(resp, mixture, Diagnostics(last, torch.stack(trace), iterations, converged, reseeded, lost))
+    ended.append((going, state))
+    order = torch.cat([rows for rows, _ in ended]).argsort()
+    mixture, resp = stacked([state.mixture for _, state in ended]), torch.cat([s.expected.resp for _, s in ended])
+    mixture, resp = mixture.rows(order), resp[order]
+    diagnostics = Diagnostics(trace[-1], torch.stack(trace), iterations, converged, reseeded, collapsed(resp, mask))
+    return Fit(resp, everything.original(mixture), diagnostics)
 
 
-def variance_inside(image: Tensor, mask: Tensor) -> Tensor:
-    """The variance of each sequence inside the mask ``(B, M)``; 1 where it is constant."""
-    count = mask.sum(-1).clamp_min(1)
-    centred = (image - ((image * mask).sum(-1) / count)[..., None]) * mask
-    variance = centred.square().sum(-1) / count
-    # Of equal values the computed mean is off by a rounding, so the variance of a constant is seldom exactly zero.
-    low = torch.where(mask > 0, image, torch.inf).amin(-1)
-    high = torch.where(mask > 0, image, -torch.inf).amax(-1)
-    return torch.where(high > low, variance, 1.0)
+def _first_maps(start: Tensor, mask: Tensor, like: Tensor) -> Tensor:
+    """Π of an SVGMM's first E-step ``(B, K, N)``: equal for all components that have a voxel.
+
+    Π_k(x) = 0 never changes again, so an SVGMM that began with hard responsibilities would end there. Only a component
+    without any voxel keeps 0: its mean is arbitrary, and it is moved in the first iteration.
+    """
+    present = ((start * mask).sum(-1, keepdim=True) > 0).to(like.dtype)
+    return (present / present.sum(1, keepdim=True).clamp_min(1)).expand_as(like)
 
 
-def _put(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    return new if len(rows) == len(old) else old.index_copy(0, rows, new)
+def _leap(
+    steps: Products | Shaded, iterates: tuple[Mixture, Mixture, Mixture], last: Tensor, moved: Tensor
+) -> tuple[_State, Tensor]:
+    """Goes beyond the third of three iterates, in each image that this makes no less likely.
+
+    Args:
+        steps: of the images.
+        iterates: p₀, p₁ and p₂.
+        last: the NLL of p₁ ``(B,)``.
+        moved: images in which p₂ is no iterate of EM ``(B,)``; they stay there.
+
+    Returns:
+        Where the images stand, and which of them stand at an iterate of EM, so that they may have converged ``(B,)``.
+    """
+    third = iterates[2]
+    beyond, feasible = statistics.extrapolated(*iterates, steps.floor)
+    leapt = feasible & ~moved
+    mixture = third.updated(beyond, functools.partial(_chosen, leapt))
+    expected = steps.expect(mixture)
+    worse = leapt & ~(expected.nll <= last)
+    if worse.any():
+        mixture = mixture.updated(third, functools.partial(_chosen, worse))
+        rows = worse.nonzero()[:, 0]
+        expected = expected.replaced(rows, steps.rows(rows).expect(mixture.rows(rows)))
+    return _State(mixture, expected), ~moved & (~leapt | worse)
+
+
+def _chosen(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """The new values in some rows, the old in the others."""
+    return torch.where(rows.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
 
 # Result ----------------------------------------------------------------------------------------------------------

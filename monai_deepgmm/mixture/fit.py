@@ -72,12 +72,17 @@ def joined(fits: Sequence[Fit]) -> Fit:
         for name, values in found.items()
         if all(value is not None for value in values)
     }
-    fields = [f.mixture.field for f in fits if f.mixture.field is not None]
-    weights, means, covariances = (
-        torch.cat([getattr(f.mixture, name) for f in fits]) for name in ("weights", "means", "covariances")
-    )
-    mixture = Mixture(weights, means, covariances, torch.cat(fields) if fields else None)
+    mixture = stacked([f.mixture for f in fits])
     return Fit(torch.cat([f.resp for f in fits]), mixture, Diagnostics(**diagnostics))
+
+
+def stacked(mixtures: Sequence[Mixture]) -> Mixture:
+    """Mixtures of some images each as one of all of them."""
+    fields = [m.field for m in mixtures if m.field is not None]
+    weights, means, covariances = (
+        torch.cat([getattr(m, name) for m in mixtures]) for name in ("weights", "means", "covariances")
+    )
+    return Mixture(weights, means, covariances, torch.cat(fields) if fields else None)
 
 
 def collapsed(resp: Tensor, mask: Tensor) -> Tensor:
