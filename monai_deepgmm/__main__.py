@@ -1,8 +1,26 @@
-"""``python -m monai_deepgmm`` is ``deepgmm``."""
+"""``python -m monai_deepgmm`` is ``deepgmm``; where both begin, before anything heavy is imported."""
 
+from __future__ import annotations
+
+import os
 import sys
+from pathlib import Path
 
-from monai_deepgmm.cli import main
+
+def run() -> int:
+    """Runs the command that was typed; its exit code, also where it is interrupted before it has begun."""
+    # ``python -m`` looks for modules where the user happens to stand, which may be a stranger's folder.
+    here = Path(__file__).resolve().parents[1]
+    if "--trust-code" not in sys.argv and sys.path and Path(sys.path[0] or os.curdir).resolve() != here:
+        sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != Path.cwd()]
+    try:
+        from monai_deepgmm.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        print("deepgmm: interrupted before it had begun; nothing was done", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
-from monai_deepgmm import commands, protocol, terminal
+from monai_deepgmm import commands, option_file, protocol, schema, terminal
 from monai_deepgmm.errors import (
     ALL_FAILED,
     DISK_FULL,
     INTERRUPTED,
     OK,
+    SOFTWARE,
     SOME_FAILED,
     USAGE,
     StudyError,
@@ -27,12 +29,16 @@ from monai_deepgmm.errors import (
 from monai_deepgmm.methods import METHODS
 from monai_deepgmm.patients import layout
 
-__all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOME_FAILED", "USAGE", "main", "parser"]
+__all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOFTWARE", "SOME_FAILED", "USAGE", "main", "parser"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (see the table in the README)."""
-    arguments = parser().parse_args(argv)
+    try:
+        arguments = _parsed(list(sys.argv[1:] if argv is None else argv))
+    except UsageError as error:
+        print(f"deepgmm: {error}", file=sys.stderr)
+        return USAGE
     terminal.show_log(arguments.verbose, arguments.quiet)
     signal.signal(signal.SIGTERM, _interrupt)
     command: Callable[[argparse.Namespace], int] = arguments.command
@@ -56,6 +62,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{terminal.shown(os.fsdecode(error.filename))}: " if named else ""
         print(f"deepgmm: {where}{error.strerror or error}; check the path and its permissions", file=sys.stderr)
         return DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE
+    except Exception as error:  # a mistake in this software: nobody should have to read a traceback, or lose it
+        kept = terminal.keep_traceback(error, getattr(arguments, "out", None))
+        reason = terminal.shown(str(error).partition("\n")[0])[:200]
+        print(
+            f"deepgmm: an unexpected {type(error).__name__} ({reason}); please report it with {kept}", file=sys.stderr
+        )
+        return SOFTWARE
+
+
+def _parsed(typed: list[str]) -> argparse.Namespace:
+    """The options that were typed, with those of ``--config`` before them; ``--save-config`` is done.
+
+    Raises:
+        UsageError: one of these files cannot be read or written, or the configuration is wrong.
+    """
+    root = parser()
+    arguments = root.read(typed)
+    if not hasattr(arguments, "config"):
+        return arguments
+    made = root.made_of(arguments)
+    if arguments.config is not None:
+        more = [*option_file.words(made, arguments.config), f"--config={arguments.config}"]
+        arguments = root.read([typed[0], *more, *typed[1:]])
+    if arguments.save_config is not None:
+        try:
+            arguments.save_config.write_text(option_file.save(made, arguments), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--save-config {arguments.save_config}: {error.strerror}") from error
+    return arguments
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -72,7 +107,8 @@ def demo(arguments: argparse.Namespace) -> int:
         ["evaluate", str(results), str(patients)],
         ["report", str(results)],
     )
-    for step in steps:
+    done = patients.is_dir() and any(patients.iterdir())  # which a demo that was stopped has left whole
+    for step in steps[done:]:
         print(f"$ deepgmm {' '.join(step)}", flush=True)
         if code := main(step):
             return code
@@ -83,21 +119,63 @@ def demo(arguments: argparse.Namespace) -> int:
 # Options -----------------------------------------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that knows what was typed, and so what may have been meant."""
+
+    typed: Sequence[str] = ()
+    commands: Any = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, of which each command's parser is asked likewise."""
+        self.typed = list(args or ())
+        return super().parse_known_args(args, namespace)
+
+    def read(self, typed: list[str]) -> argparse.Namespace:
+        """The options that were typed; ends the program where there is no such option, with the nearest."""
+        found, unknown = self.parse_known_args(typed)
+        if unknown:
+            made = self.made_of(found)
+            known = [option for action in made._actions for option in action.option_strings if option.startswith("--")]
+            near = schema.nearest(unknown[0].partition("=")[0], known) if unknown[0].startswith("--") else ""
+            made.error(f"unrecognized arguments: {' '.join(map(terminal.shown, unknown))}{near}")
+        return cast(argparse.Namespace, found)
+
+    def made_of(self, found: argparse.Namespace) -> argparse.ArgumentParser:
+        """The parser of the command that was typed."""
+        made: argparse.ArgumentParser = self.commands.choices[found.command.__name__.replace("_", "-")]
+        return made
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with what may have been meant.
+
+        Raises:
+            SystemExit: always.
+        """
+        wrong = re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message)
+        near = schema.nearest(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else ""
+        greedy = [o for a in self._actions if a.nargs == "+" for o in a.option_strings if o in self.typed]
+        if greedy and "are required: " in message:
+            missing = message.partition("are required: ")[2].replace(",", "")
+            near = f"; {greedy[0]} takes every word after it: put {missing} first, and {greedy[0]} at the end"
+        super().error(f"{message}{near}")
+
+
+def parser() -> Parser:
     """The commands and their options."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="deepgmm",
         description="Segment medical images without training labels. Research use only, not a medical device.",
         epilog="deepgmm COMMAND --help lists a command's options.",
     )
     root.add_argument("--version", action="version", version=f"deepgmm {metadata.version('monai-deepgmm')}")
-    made = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    root.commands = made = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_scan(made)
     _add_segment(made)
     _add_means(made)
     _add_train(made)
     _add_evaluate(made)
     _add_report(made)
+    _add_init_manifest(made)
     _add_phantom(made)
     _add_demo(made)
     return root
@@ -105,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _command(parsers: Any, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
     made: argparse.ArgumentParser = parsers.add_parser(
-        function.__name__,
+        function.__name__.replace("_", "-"),
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -131,10 +209,13 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     group.add_argument("--max-voxels", type=_positive, default=1 << 28, metavar="N", help="refuse larger images")
     group = made.add_argument_group("how to compute")
     group.add_argument("--seed", type=int, default=0, help="of every random draw")
-    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 …")
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … or auto: cuda if there is one")
     group.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="a setting of the method"
     )
+    group = made.add_argument_group("options in a file")
+    group.add_argument("--config", type=Path, metavar="FILE", help="YAML with the options' names; what is typed counts")
+    group.add_argument("--save-config", type=Path, metavar="FILE", help="write the options to a file for --config")
 
 
 def _add_scan(parsers: Any) -> None:
@@ -155,6 +236,7 @@ def _add_segment(parsers: Any) -> None:
     group.add_argument("--means", type=Path, metavar="FILE", help="known class means, from deepgmm means")
     group.add_argument("--network", metavar="NETWORK", help="of deepg and deepsvg: a name, a class, or a file")
     group.add_argument("--model", type=Path, metavar="MODEL_DIR", help="a network from deepgmm train")
+    _add_trust(group)
     group.add_argument("--probabilities", action="store_true", help="also write one probability map per tissue")
     group.add_argument("--fields", action="store_true", help="also write bias fields, and images without them")
     group = made.add_argument_group("how to work through the patients")
@@ -164,6 +246,11 @@ def _add_segment(parsers: Any) -> None:
     group.add_argument("--dry-run", action="store_true", help="load and check every patient, write nothing")
     group.add_argument("--overwrite", action="store_true", help="do again what is done")
     group.add_argument("--fail-fast", action="store_true", help="stop at the first patient that fails")
+
+
+def _add_trust(group: Any) -> None:
+    text = "run the code of a network that this software does not know, if you trust whoever wrote it"
+    group.add_argument("--trust-code", action="store_true", help=text)
 
 
 def _add_means(parsers: Any) -> None:
@@ -181,6 +268,7 @@ def _add_train(parsers: Any) -> None:
     losses = ["nll", "nll_v", "gmm", "gmm_tv", "gmm_bias"]
     group.add_argument("--loss", choices=losses, help="the loss; that of the method, or with --labels gmm_tv")
     group.add_argument("--network", metavar="NETWORK", help="a name, a class, or a file; the paper's U-Net")
+    _add_trust(group)
     group.add_argument("--means", metavar="FILE", help="known class means, or the word cohort to estimate them from it")
     labels = "learn from these patients' labels too: all, ids, a file of ids, or a share such as 1/4 drawn by --seed"
     group.add_argument("--labels", nargs="+", metavar="WHOSE", help=labels)
@@ -201,9 +289,17 @@ def _add_report(parsers: Any) -> None:
     made.add_argument("out", metavar="OUT", type=Path, help="the folder that deepgmm segment wrote to")
 
 
+def _add_init_manifest(parsers: Any) -> None:
+    made = _command(parsers, commands.init_manifest, "write a manifest of the files in DIR, to be corrected")
+    made.add_argument("directory", metavar="DIR", type=Path, help="the folder with the patients")
+    made.add_argument("-o", "--output", type=Path, metavar="FILE", help="the CSV file to write; the terminal if absent")
+    made.add_argument("--protocol", default="infarct", help=f"{', '.join(protocol.names())}, or a YAML file")
+    made.add_argument("--layout", help=f"{', '.join(layout.ORDER)}, or a YAML file; tried in this order if absent")
+
+
 def _add_phantom(parsers: Any) -> None:
     made = _command(parsers, commands.phantom, "write synthetic patients with reference labels")
-    made.add_argument("directory", metavar="DIR", type=Path, help="the folder to write to")
+    made.add_argument("directory", metavar="DIR", type=Path, help="the folder to write to; new, or empty")
     made.add_argument("-n", "--number", type=int, default=10, metavar="N", help="how many patients")
     made.add_argument("--seed", type=int, default=0, help="of every random draw")
     made.add_argument("--protocol", choices=["infarct", "brain"], default="infarct", help="what kind of patients")

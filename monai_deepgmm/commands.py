@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
+import io
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm import terminal
-from monai_deepgmm.errors import ALL_FAILED, OK, SOME_FAILED, UsageError
+from monai_deepgmm.errors import ALL_FAILED, OK, SOME_FAILED, NobodyError, UsageError
 from monai_deepgmm.methods import METHODS, settings
 from monai_deepgmm.patients import discovery
-from monai_deepgmm.patients.study import Cohort
+from monai_deepgmm.patients.study import Cohort, Study
 
 if TYPE_CHECKING:
     from monai_deepgmm.methods.config import Config
@@ -25,7 +29,7 @@ logger = logging.getLogger("monai_deepgmm")
 #: The options of ``deepgmm train`` that the bundle's ``train.json`` takes as they are.
 TRAIN_KEYS = (
     *("protocol", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
-    *("labels", "seed", "device"),
+    *("labels", "seed", "device", "trust_code"),
 )
 
 
@@ -44,6 +48,7 @@ def segment(arguments: argparse.Namespace) -> int:
     from monai_deepgmm import batch
 
     config, found = _config(arguments), _find(arguments)
+    logger.debug("configuration: %s", json.dumps(config.as_json(), default=str))
     options = batch.BatchOptions(
         jobs=arguments.jobs,
         dask=arguments.dask,
@@ -68,6 +73,7 @@ def train(arguments: argparse.Namespace) -> int:
     from monai_deepgmm.training import bundle
 
     found = _find(arguments)  # before torch and MONAI are asked for anything: most mistakes are here
+    arguments.device = _device(arguments.device)
     _refuse_inside(arguments.model_dir, arguments.directory)
     prepared = bundle.train(
         {
@@ -152,8 +158,44 @@ def phantom(arguments: argparse.Namespace) -> int:
     }
     kind, write = makers[arguments.protocol]
     config = infarcts.configured(kind, _phantom_settings(arguments.set, kind))
-    patients = write(arguments.directory, arguments.number, seed=arguments.seed, config=config)
+    target: Path = arguments.directory
+    if target.exists() and any(target.iterdir()):
+        raise UsageError(f"DIR: {target} is not empty, and nothing is written over; name a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".deepgmm-") as work:  # all of it, or nothing
+        patients = write(Path(work) / "made", arguments.number, seed=arguments.seed, config=config)
+        if target.exists():
+            target.rmdir()
+        (Path(work) / "made").rename(target)
     print(f"{len(patients)} synthetic patients in {arguments.directory}")
+    return OK
+
+
+def init_manifest(arguments: argparse.Namespace) -> int:
+    """Writes a manifest of what is found, to be corrected."""
+    target: Path | None = arguments.output
+    if target is not None and target.exists():
+        raise UsageError(f"-o {target}: is there already, and nothing is written over; name another file")
+    wanted = protocols.load(arguments.protocol)
+    try:
+        studies = discovery.find(arguments.directory, wanted, layout=arguments.layout).studies
+    except NobodyError:
+        folders = sorted(p.name for p in arguments.directory.iterdir() if p.is_dir() and not p.name.startswith("."))
+        studies = tuple(Study(name, {}) for name in folders)
+    here = arguments.directory.resolve() if target is None else target.resolve().parent
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["patient", *wanted.sequences, "mask", "truth"])
+    for study in studies:
+        files = [*(study.images.get(s) for s in wanted.sequences), study.mask, study.truth]
+        writer.writerow([study.patient, *("" if f is None else os.path.relpath(f.resolve(), here) for f in files)])
+    labels = next((study.mask_labels for study in studies if study.mask_labels), ())
+    if target is None:
+        print(table.getvalue(), end="")
+    else:
+        target.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
+        more = f" --mask-labels {' '.join(f'{value:g}' for value in labels)}" if labels else ""
+        print(f"{len(studies)} patients in {target}: correct it, then add --manifest {target}{more}")
     return OK
 
 
@@ -175,6 +217,17 @@ def _find(arguments: argparse.Namespace) -> Cohort:
     )
 
 
+def _device(asked: str) -> str:
+    """The device that is meant by ``auto``, or the one that is named."""
+    if asked != "auto":
+        return asked
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    logger.info("--device auto: %s", found)
+    return found
+
+
 def _config(arguments: argparse.Namespace) -> Config:
     settings.check_choice("--method", arguments.method, (None, *METHODS))  # before torch and MONAI are loaded
     from monai_deepgmm.methods import config
@@ -191,7 +244,8 @@ def _config(arguments: argparse.Namespace) -> Config:
         max_voxels=arguments.max_voxels,
         probabilities=arguments.probabilities,
         fields=arguments.fields,
-        device=arguments.device,
+        device=_device(arguments.device),
+        trust_code=arguments.trust_code,
     )
 
 

@@ -6,8 +6,9 @@ and a remedy. The same table stands in the documentation (``bundle/docs/codes.md
 
 from __future__ import annotations
 
-#: What a command returns: nothing failed, some patients did, it could not start, all failed, a full disk, Ctrl-C.
-OK, SOME_FAILED, USAGE, ALL_FAILED, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 4, 130
+#: What a command returns: nothing failed, some patients did, it could not start, all failed, a full disk, a mistake in
+#: this software, Ctrl-C.
+OK, SOME_FAILED, USAGE, ALL_FAILED, DISK_FULL, SOFTWARE, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
 
 CODES: dict[str, str] = {
     "E_NO_SEQUENCE": "no file of the protocol's sequences was found for this patient",
@@ -50,7 +51,7 @@ class UsageError(Exception):
 
 
 class NobodyError(UsageError):
-    """There is not one patient to train on."""
+    """There is not one patient."""
 
 
 class ChangedError(UsageError):

@@ -6,8 +6,7 @@ A protocol is a YAML file. Two come with the package (``infarct`` and ``brain``)
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -15,125 +14,14 @@ from typing import Any, Literal
 
 import yaml
 
+from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.tissue import Anatomy, Enhancement, Hyperintense, RegionCriteria, Tissue
+
+__all__ = ["Anatomy", "Enhancement", "Hyperintense", "Protocol", "RegionCriteria", "Tissue", "as_yaml", "load", "names"]
 
 #: How bright a word is, in standard deviations of the intensities inside the mask.
 BRIGHTNESS = {"very dark": -1.5, "dark": -0.75, "grey": 0.0, "bright": 0.75, "very bright": 1.5}
-
-
-@dataclass(frozen=True)
-class Enhancement:
-    """A sequence on which the healthy wall is dark and blood bright, and the tissue of the wall that shines there.
-
-    Attributes:
-        sequence: that one.
-        tissue: that one.
-        evidence: a patient has the tissue when a twentieth of the wall has at least this local log-likelihood ratio
-            (``enhancement.measure``).
-    """
-
-    sequence: str
-    tissue: str
-    evidence: float
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Where tissues can be, as far as the mask's shape tells: an inner border inside the mask, which is the outer one.
-
-    Attributes:
-        inside: the tissues within the inner border; all others lie between the two.
-        contrast: sequence → how much brighter the inside is, as a log-likelihood ratio per standard deviation in the
-            mask; only the sequences that help.
-        radius: of the inner border, as a share of the outer one: its mean, and its standard deviation at an angle.
-        spread: the standard deviations of its mean radius between patients, and between the slices of one.
-        enhancement: what late enhancement shows; None: no sequence does.
-    """
-
-    inside: tuple[str, ...]
-    contrast: Mapping[str, float]
-    radius: tuple[float, float]
-    spread: tuple[float, float] = (0.06, 0.05)
-    enhancement: Enhancement | None = None
-
-
-@dataclass(frozen=True)
-class RegionCriteria:
-    """What a connected region of a tissue must show to be accepted (``region_filter.decide``).
-
-    Attributes:
-        size: the least diameter of the largest disc within it, in mm.
-        score: the least sum of the weighted evidence below.
-        weights: of ``size``, of ``support`` (how far the neighbouring slices hold the tissue at the same angles) and
-            of ``contrast`` (how many standard deviations of the healthy rest it is brighter in ``sequence``).
-        sequence: the one that shows the tissue.
-    """
-
-    size: float
-    score: float
-    weights: Mapping[str, float]
-    sequence: str
-
-
-@dataclass(frozen=True)
-class Hyperintense:
-    """A tissue that is no part of a mixture but whatever is too bright for the others, and lies within one of them.
-
-    Brightness is in robust standard deviations of ``brighter_than`` above its median (``methods.hyperintense``).
-
-    Attributes:
-        sequence: the one that shows it.
-        brighter_than: the brightest of the other tissues there.
-        inside: the tissue that surrounds it.
-        seed: how bright a region is somewhere.
-        least: how bright all of it is.
-        share: of the surrounding voxels of both tissues, at least so many are of ``inside``.
-    """
-
-    sequence: str
-    brighter_than: str
-    inside: str
-    seed: float
-    least: float
-    share: float
-
-
-@dataclass(frozen=True)
-class Tissue:
-    """One tissue of a protocol.
-
-    Attributes:
-        name: as written into tables and sidecars.
-        index: the label value in the written NIfTI, 1 to 255.
-        color: ``#rrggbb``.
-        density_g_per_ml: for the mass; None where the protocol gives none.
-        signature: sequence → expected brightness, in standard deviations from the mean inside the mask.
-        centrality: expected mean relative depth, 0 at the mask's border and 1 at its deepest point; None where the
-            place tells nothing.
-        seen_in: the sequences that show this tissue; one of them must be present.
-        merges_into: the tissue that takes its voxels where it cannot be seen.
-        level: sequence → how bright the tissue is among those that share its place, in standard deviations from their
-            median; what an anatomical mixture expects of its mean.
-        share: of the voxels of that place, as expected.
-        depth: mean and standard deviation of its relative depth in the mask, 0 at the border and 1 at the deepest
-            point; where an anatomical mixture looks for it. None: anywhere in its place.
-        criteria: what its regions must show (``evidence`` in YAML); None: the tissue is always there.
-        hyperintense: how it is found beside the mixture; None: it is a component of the mixture.
-    """
-
-    name: str
-    index: int
-    color: str
-    density_g_per_ml: float | None
-    signature: Mapping[str, float]
-    centrality: float | None
-    seen_in: tuple[str, ...]
-    merges_into: str | None
-    level: Mapping[str, float] = field(default_factory=dict)
-    share: float = 1.0
-    depth: tuple[float, float] | None = None
-    criteria: RegionCriteria | None = None
-    hyperintense: Hyperintense | None = None
 
 
 @dataclass(frozen=True)
@@ -236,19 +124,20 @@ def load(name: str | Path) -> Protocol:
     Raises:
         UsageError: no such protocol, or its file does not describe one; the message says which key.
     """
+    label = f"--protocol {name}"
     if str(name).endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"--protocol: there is no file {name}")
-        text = path.read_text(encoding="utf-8")
+        text = schema.read_text(Path(name), label)
     elif str(name) in names():
         text = (resources.files("monai_deepgmm") / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        raise UsageError(f"--protocol: no protocol {str(name)!r}; choose one of {', '.join(names())}, or a YAML file")
+        near = schema.nearest(name, names())
+        known = ", ".join(names())
+        raise UsageError(f"--protocol: no protocol {str(name)!r}{near}; choose one of {known}, or a YAML file")
+    content = schema.check(schema.parse_yaml(text, label), "protocol")
     try:
-        return _parse(yaml.safe_load(text))
-    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise UsageError(f"--protocol {name}: {error!s} is missing or wrong") from error
+        return _parse(content)
+    except ValueError as error:
+        raise UsageError(f"{label}: {error}") from error
 
 
 def as_yaml(protocol: Protocol) -> str:
@@ -280,132 +169,134 @@ def as_yaml(protocol: Protocol) -> str:
 
 
 def _parse(raw: Mapping[str, Any]) -> Protocol:
+    """From content that the table has let through.
+
+    Raises:
+        ValueError: its parts do not fit together; the message says which.
+    """
     sequences = tuple(raw["sequences"])
     tissues = tuple(sorted((_tissue(t, sequences) for t in raw["tissues"]), key=lambda t: t.index))
-    if len({t.index for t in tissues}) < len(tissues) or not all(1 <= t.index <= 255 for t in tissues):
-        raise ValueError("tissues: indices must differ and lie in 1-255: one of them")
-    if raw["unit"] not in ("slice", "volume"):
-        raise ValueError(f"unit: {raw['unit']!r} (choose slice or volume)")
+    own = [t.name for t in tissues]
+    _check_names(sequences, tissues)
+    _some_of("required", raw.get("required") or (), sequences)
     denominator = raw["percent_of"]
-    settings = dict(raw.get("method") or {})
-    anatomy = (
-        None
-        if raw.get("anatomy") is None
-        else _anatomy(raw["anatomy"], raw["unit"], sequences, [t.name for t in tissues])
-    )
+    _some_of("percent_of", denominator.get("tissues") or (), own)
+    able = [t.name for t in tissues if t.hyperintense is None]
+    for name, found in ((t.name, t.hyperintense) for t in tissues):
+        around = () if found is None else (found.brighter_than, found.inside)
+        _some_of(f"hyperintense of {name}: brighter_than and inside", around, able)
+    _some_of("anchored", raw.get("anchored") or (), able)
+    anatomy, settings = raw.get("anatomy"), dict(raw.get("method") or {})
     return Protocol(
         name=raw["name"],
         title=raw["title"],
         unit=raw["unit"],
         mask=raw["mask"],
         sequences=sequences,
-        required=tuple(raw.get("required", ())),
+        required=tuple(raw.get("required") or ()),
         crop_mm=raw["normalisation"]["crop_mm"],
         tissues=tissues,
         percent_name=denominator["name"],
-        percent_of=tuple(denominator.get("tissues") or (t.name for t in tissues)),
-        anatomy=anatomy,
-        borders=_pairs("borders", raw.get("borders") or (), [t.name for t in tissues]),
-        deeper=_pairs("deeper", raw.get("deeper") or (), [t.name for t in tissues]),
-        anchored=_anchored(raw.get("anchored") or (), tissues),
+        percent_of=tuple(denominator.get("tissues") or own),
+        anatomy=None if anatomy is None else _anatomy(anatomy, raw["unit"], sequences, own),
+        borders=_pairs("borders", raw.get("borders") or (), own),
+        deeper=_pairs("deeper", raw.get("deeper") or (), own),
+        anchored=tuple(raw.get("anchored") or ()),
         method=settings.pop("name", None),
         settings=settings,
     )
 
 
-def _anchored(raw: Sequence[str], tissues: Sequence[Tissue]) -> tuple[str, ...]:
-    able = [t.name for t in tissues if t.hyperintense is None]
+def _some_of(where: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            hint = schema.nearest(name, known)
+            raise ValueError(f"{where}: {name!r} is unknown{hint}; choose of {', '.join(known) or 'nothing'}")
+
+
+def _check_names(sequences: Sequence[str], tissues: Sequence[Tissue]) -> None:
+    """Names and indices that differ, also by case, and merges that come to an end."""
+    for what, given in (
+        ("tissues: indices", [t.index for t in tissues]),
+        ("tissues: names", [t.name.casefold() for t in tissues]),
+        ("sequences: names", [s.casefold() for s in sequences]),
+    ):
+        if len(set(given)) < len(given):
+            raise ValueError(f"{what} must differ, also by more than case: {', '.join(map(str, given))}")
+    if taken := {"patient", "mask", "truth"} & {s.casefold() for s in sequences}:
+        raise ValueError(f"sequences: {min(taken)} is what a column of a manifest is called; choose another name")
+    target = {t.name: t.merges_into for t in tissues}
     for tissue in tissues:
-        if tissue.hyperintense and {tissue.hyperintense.brighter_than, tissue.hyperintense.inside} - set(able):
-            raise ValueError(f"hyperintense of {tissue.name}: brighter_than and inside (two of {', '.join(able)})")
-    if isinstance(raw, str) or set(raw) - set(able):
-        raise ValueError(f"anchored: {raw!r} (some of {', '.join(able)})")
-    return tuple(raw)
+        _some_of(f"tissues: merges_into of {tissue.name}", [n for n in (tissue.merges_into,) if n], [*target])
+        name, steps = tissue.merges_into, 0
+        while name is not None and (steps := steps + 1) <= len(tissues):
+            name = target.get(name)
+        if name is not None:
+            raise ValueError(f"tissues: merges_into of {tissue.name} leads round in a circle")
 
 
 def _pairs(key: str, raw: Sequence[Sequence[str]], tissues: Sequence[str]) -> tuple[tuple[str, str], ...]:
     for pair in raw:
-        if isinstance(pair, str) or len(pair) != 2 or len(set(pair)) != 2 or set(pair) - set(tissues):
-            raise ValueError(f"{key}: {pair!r} (two of {', '.join(tissues)})")
+        _some_of(f"{key}: {list(pair)}", pair, tissues)
     if len({frozenset(pair) for pair in raw}) < len(raw):
-        raise ValueError(f"{key}: each pair once: one of them")
-    return tuple((str(a), str(b)) for a, b in raw)
+        raise ValueError(f"{key}: a pair stands there twice")
+    return tuple((a, b) for a, b in raw)
 
 
 def _anatomy(raw: Mapping[str, Any], unit: str, sequences: tuple[str, ...], tissues: Sequence[str]) -> Anatomy:
     if unit != "slice":
-        raise ValueError("anatomy: only for unit slice; it")
-    mean, sd = (float(v) for v in raw["radius"])
-    if not (0 < mean < 1 and sd > 0):
-        raise ValueError(f"anatomy: radius {raw['radius']} (a mean between 0 and 1, and its standard deviation)")
-    between, within = (float(v) for v in raw.get("spread", Anatomy.spread))
-    if not (between > 0 and within > 0):
-        raise ValueError(f"anatomy: spread {raw['spread']} (two standard deviations)")
-    if strangers := (set(raw["contrast"]) - set(sequences)) | (set(raw["inside"]) - set(tissues)):
-        raise ValueError(f"anatomy: {', '.join(sorted(strangers))}")
+        raise ValueError("anatomy: only for unit slice")
+    radius, spread = raw["radius"], raw.get("spread", Anatomy.spread)
+    if radius[0] >= 1:
+        raise ValueError(f"anatomy: radius {radius}: expected a mean between 0 and 1, and its standard deviation")
+    _some_of("anatomy: contrast", raw["contrast"], sequences)
+    _some_of("anatomy: inside", raw["inside"], tissues)
+    if not set(tissues) - set(raw["inside"]):
+        raise ValueError("anatomy: inside: no tissue is left for what lies around it")
     late = raw.get("enhancement")
+    if late is not None:
+        _some_of("anatomy: enhancement", (late["sequence"],), sequences)
+        _some_of("anatomy: enhancement", (late["tissue"],), tissues)
     return Anatomy(
         inside=tuple(raw["inside"]),
         contrast={s: float(w) for s, w in raw["contrast"].items()},
-        radius=(mean, sd),
-        spread=(between, within),
-        enhancement=None if late is None else _enhancement(late, sequences, tissues),
+        radius=(float(radius[0]), float(radius[1])),
+        spread=(float(spread[0]), float(spread[1])),
+        enhancement=None if late is None else Enhancement(**_floats(late)),
     )
-
-
-def _enhancement(raw: Mapping[str, Any], sequences: tuple[str, ...], tissues: Sequence[str]) -> Enhancement:
-    found = Enhancement(raw["sequence"], raw["tissue"], float(raw["evidence"]))
-    if found.sequence not in sequences or found.tissue not in tissues:
-        raise ValueError("anatomy: enhancement's sequence or tissue")
-    return found
-
-
-def _evidence(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> RegionCriteria:
-    if raw["sequence"] not in sequences or set(raw["weights"]) - {"size", "support", "contrast", "evidence"}:
-        raise ValueError("evidence: its sequence or its weights")
-    weights = {name: float(weight) for name, weight in raw["weights"].items()}
-    return RegionCriteria(float(raw["size"]), float(raw["score"]), weights, raw["sequence"])
-
-
-def _hyperintense(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Hyperintense:
-    seed, least, share = (float(raw[key]) for key in ("seed", "least", "share"))
-    if raw["sequence"] not in sequences or not (seed >= least and 0 <= share <= 1):
-        raise ValueError(f"hyperintense: a sequence of {', '.join(sequences)}, seed ≥ least, a share from 0 to 1: it")
-    return Hyperintense(raw["sequence"], raw["brighter_than"], raw["inside"], seed, least, share)
-
-
-def _depth(name: str, raw: Sequence[float]) -> tuple[float, float]:
-    mean, deviation = (float(value) for value in raw)
-    if not (0 <= mean <= 1 and 0 < deviation < math.inf):
-        raise ValueError(f"depth of {name}: {raw} (a mean from 0 to 1, and its standard deviation)")
-    return mean, deviation
 
 
 def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
     def level(value: str | float) -> float:
         return BRIGHTNESS[value] if isinstance(value, str) else float(value)
 
-    signature = {sequence: level(value) for sequence, value in raw["signature"].items()}
-    if set(signature) != set(sequences):
-        raise ValueError(f"signature of {raw['name']} for each of {', '.join(sequences)}")
-    levels = {sequence: level(value) for sequence, value in raw.get("level", {}).items()}
-    if set(levels) - set(sequences) or not all(map(math.isfinite, levels.values())):
-        raise ValueError(f"level of {raw['name']}: a number for some of {', '.join(sequences)}")
-    share = float(raw.get("share", 1.0))
-    if not 0 < share < math.inf:
-        raise ValueError(f"share of {raw['name']}: above 0")
+    name, levels = raw["name"], raw.get("level", {})
+    if set(raw["signature"]) != set(sequences):
+        raise ValueError(f"signature of {name}: expected a brightness for each of {', '.join(sequences)}")
+    _some_of(f"level of {name}", levels, sequences)
+    _some_of(f"seen_in of {name}", raw["seen_in"], sequences)
+    needs, bright = raw.get("evidence"), raw.get("hyperintense")
+    _some_of(f"evidence and hyperintense of {name}", [part["sequence"] for part in (needs, bright) if part], sequences)
+    if bright and bright["seed"] < bright["least"]:
+        raise ValueError(f"hyperintense of {name}: seed {bright['seed']:g} is less than least {bright['least']:g}")
+    if (depth := raw.get("depth")) and depth[1] <= 0:
+        raise ValueError(f"depth of {name}: {depth}: expected a mean, and a standard deviation above 0")
     return Tissue(
-        name=raw["name"],
-        index=int(raw["index"]),
+        name=name,
+        index=raw["index"],
         color=raw["color"],
         density_g_per_ml=raw.get("density_g_per_ml"),
-        signature=signature,
+        signature={sequence: level(value) for sequence, value in raw["signature"].items()},
         centrality=None if raw.get("centrality") is None else float(raw["centrality"]),
         seen_in=tuple(raw["seen_in"]),
         merges_into=raw.get("merges_into"),
-        level=levels,
-        share=share,
-        depth=None if raw.get("depth") is None else _depth(raw["name"], raw["depth"]),
-        criteria=None if raw.get("evidence") is None else _evidence(raw["evidence"], sequences),
-        hyperintense=None if raw.get("hyperintense") is None else _hyperintense(raw["hyperintense"], sequences),
+        level={sequence: level(value) for sequence, value in levels.items()},
+        share=float(raw.get("share", 1.0)),
+        depth=None if depth is None else (float(depth[0]), float(depth[1])),
+        criteria=None if needs is None else RegionCriteria(**_floats(needs | {"weights": _floats(needs["weights"])})),
+        hyperintense=None if bright is None else Hyperintense(**_floats(bright)),
     )
+
+
+def _floats(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: float(value) if isinstance(value, int) else value for key, value in raw.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +99,21 @@ class _Terminal(logging.StreamHandler[Any]):
         from tqdm import tqdm
 
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+def keep_traceback(error: BaseException, out: Path | None) -> str:
+    """Puts a traceback into the log of the output folder, where there is one, and shows it with -v.
+
+    Returns:
+        What to say of where it stands.
+    """
+    text = "".join(traceback.format_exception(error))
+    logging.getLogger("monai_deepgmm").debug("%s", text)
+    if out is not None and (log := out / "deepgmm.log").is_file():
+        with contextlib.suppress(OSError), log.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
+            return f"{log}"
+    return "what the same command says with -v"
 
 
 def show_log(verbose: int, quiet: int) -> None:

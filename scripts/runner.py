@@ -150,9 +150,8 @@ def deepgmm(*words: object, say: bool = True) -> int:
 
 def phantoms(folder: Path, *options: object) -> Path:
     """A cohort of synthetic patients, made if it is not there whole."""
-    if not (done := folder.with_suffix(".done")).is_file():
+    if not folder.is_dir():
         deepgmm("phantom", folder, *options)
-        write(done, "")
     return folder
 
 

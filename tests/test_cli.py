@@ -131,7 +131,7 @@ REFUSED = {
     "manifest": (["{in}", "{tmp}/out", "--manifest", "{tmp}/gone.csv"], "gone.csv"),
     "method": (["{in}", "{tmp}/out", "--method", "anatmy"], "did you mean anatomy?); choose one of gmm, svgmm"),
     "device": (["{in}", "{tmp}/out", "--device", "warp"], "--device warp"),
-    "setting": (["{in}", "{tmp}/out", "--set", "max_itr=1"], "did you mean max_iter?); it has sigma_mm, temper"),
+    "setting": (["{in}", "{tmp}/out", "--set", "max_itr=1"], "did you mean max_iter?); it has sigma_mm, "),
     "setting without =": (["{in}", "{tmp}/out", "--set", "tol"], "key=value"),
     "value": (["{in}", "{tmp}/out", "--method", "gmm", "--set", "covariance=round"], "diag, full, tied, spherical"),
     "number": (["{in}", "{tmp}/out", "--set", "max_iter=0"], "at least 1"),
@@ -370,3 +370,26 @@ def test_silence_and_errors_are_as_asked_for(cohort, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("deepgmm: E_WRITE: means.json")
     assert said.split(":")[1].strip() in errors.CODES
+
+
+def test_an_error_of_this_software_is_one_line_with_a_code_and_a_traceback_in_the_log(
+    cohort, tmp_path, capsys, monkeypatch
+):
+    def broken(*rest, **more):
+        raise ZeroDivisionError("one\nby none")
+
+    out = tmp_path / "out"
+    monkeypatch.setattr("monai_deepgmm.patients.discovery.find", broken)
+    assert run("segment", cohort, out) == cli.SOFTWARE == 70
+    said = capsys.readouterr().err
+    assert said == (
+        "deepgmm: an unexpected ZeroDivisionError (one); please report it with what the same command says with -v\n"
+    )
+    out.mkdir()
+    (out / "deepgmm.log").write_text("begun\n")
+    assert run("segment", cohort, out, "-v") == cli.SOFTWARE
+    said = capsys.readouterr().err
+    assert f"report it with {out / 'deepgmm.log'}" in said
+    for text in (said, (out / "deepgmm.log").read_text()):
+        assert "Traceback" in text
+        assert "by none" in text

@@ -198,7 +198,7 @@ def test_a_protocol_as_yaml_is_the_same_protocol(load, raw):
     ids=str,
 )
 def test_a_missing_key_is_named(load, raw, keys):
-    with pytest.raises(UsageError, match=rf"--protocol .*own\.yaml: '{keys[-1]}' is missing"):
+    with pytest.raises(UsageError, match=rf"--protocol .*own\.yaml, line \d+: .*'{keys[-1]}' is missing"):
         load(own(*keys, raw=raw))
 
 
@@ -220,7 +220,7 @@ def evident(*keys, to):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (own("unit", to="patient"), "unit: 'patient'.*slice or volume"),
+        (own("unit", to="patient"), r"line \d+: unit: got 'patient', expected one of slice, volume"),
         (own(*LESION, "index", to=2), "tissues: .*differ"),
         (own(*LESION, "index", to=0), "1-255"),
         (own(*LESION, "index", to=256), "1-255"),
@@ -233,24 +233,24 @@ def evident(*keys, to):
         ("- a\n- list\n", "own.yaml"),
         (OWN | {"anatomy": SLICED["anatomy"]}, "anatomy: only for unit slice"),
         (sliced("radius", to=[1.2, 0.1]), r"anatomy: radius \[1.2, 0.1\].*between 0 and 1"),
-        (sliced("radius", to=[0, 0.1]), "anatomy: radius"),
-        (sliced("radius", to=[0.5, 0]), "anatomy: radius"),
-        (sliced("radius", to=[0.5, float("nan")]), "anatomy: radius"),
-        (sliced("radius", to=[0.5]), "expected 2"),
+        (sliced("radius", to=[0, 0.1]), r"anatomy\.radius\[[01]\]: got (0|nan)"),
+        (sliced("radius", to=[0.5, 0]), r"anatomy\.radius\[[01]\]: got (0|nan)"),
+        (sliced("radius", to=[0.5, float("nan")]), r"anatomy\.radius\[[01]\]: got (0|nan)"),
+        (sliced("radius", to=[0.5]), r"anatomy\.radius: got \[0\.5\], expected a list of 2"),
         (sliced("radius", to="wide"), "own.yaml"),
-        (sliced("spread", to=[0, 0.1]), "anatomy: spread"),
+        (sliced("spread", to=[0, 0.1]), r"anatomy\.spread\[0\]: got 0"),
         (sliced("enhancement", to={"sequence": "T1", "tissue": "liver", "evidence": 1}), "anatomy: enhancement"),
         (sliced("enhancement", to={"sequence": "ADC", "tissue": "tumour", "evidence": 1}), "anatomy: enhancement"),
         (sliced("enhancement", to={"sequence": "ADC", "tissue": "liver"}), "evidence"),
-        (sliced("inside", to=["lesion", "tumour"]), "anatomy: tumour"),
-        (sliced("inside", to="lesion"), "anatomy: "),  # a word is no list
-        (sliced("contrast", to={"ADC": 1, "T1": 1}), "anatomy: T1"),
+        (sliced("inside", to=["lesion", "tumour"]), "anatomy: inside: 'tumour' is unknown; choose of liver, lesion"),
+        (sliced("inside", to="lesion"), "anatomy.inside: got 'lesion', expected a list"),  # a word is no list
+        (sliced("contrast", to={"ADC": 1, "T1": 1}), "anatomy: contrast: 'T1'"),
         (sliced("contrast", to={"ADC": "high"}), "high"),
         (sliced("contrast", to=["ADC"]), "own.yaml"),
         (sliced("contrast", to=None), "own.yaml"),
         (own("anatomy", to=3, raw=SLICED), "own.yaml"),
-        (evident("sequence", to="T1"), "evidence: its sequence"),
-        (evident("weights", to={"depth": 1}), "evidence: .*weights"),
+        (evident("sequence", to="T1"), "evidence .*of lesion: 'T1' is unknown"),
+        (evident("weights", to={"depth": 1}), r"evidence\.weights\.depth: no such key"),
         (evident("weights", to={"size": "much"}), "much"),
         (evident("size", to="large"), "large"),
         (own(*LESION, "evidence", to="ADC"), "own.yaml"),
@@ -262,11 +262,11 @@ def evident(*keys, to):
         (own(*LESION, "share", to=0), "share"),
         (own(*LESION, "share", to=-1), "share"),
         (own(*LESION, "share", to=float("nan")), "share"),
-        (own(*LESION, "depth", to=[1.5, 0.1]), "depth of lesion"),
-        (own(*LESION, "depth", to=[0.5, 0]), "depth of lesion"),
-        (own(*LESION, "depth", to=[0.5]), "own.yaml"),
-        (OWN | {"borders": [["lesion", "tumour"]]}, r"borders: \['lesion', 'tumour'\] \(two of liver, lesion\)"),
-        *((OWN | {"borders": wrong}, r"own\.yaml: ") for wrong in WRONG_BORDERS),
+        (own(*LESION, "depth", to=[1.5, 0.1]), r"depth\[0\]: got 1\.5, expected a number from 0 to 1"),
+        (own(*LESION, "depth", to=[0.5, 0]), "depth of lesion: .* above 0"),
+        (own(*LESION, "depth", to=[0.5]), "depth: got .* a list of 2"),
+        (OWN | {"borders": [["lesion", "tumour"]]}, r"borders: .*'tumour' is unknown; choose of liver, lesion"),
+        *((OWN | {"borders": wrong}, r"own\.yaml.*: borders") for wrong in WRONG_BORDERS),
     ],
 )
 def test_a_malformed_file_is_a_usage_error(load, raw, message):

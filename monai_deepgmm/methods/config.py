@@ -35,6 +35,7 @@ class Config:
         probabilities: also write one probability map per tissue.
         fields: also write each sequence's bias field, and the image without it.
         device: where tensors live: cpu, cuda, cuda:1 …
+        trusted: whether the network's code is a stranger's, which the user trusts (``--trust-code``).
     """
 
     protocol: Protocol
@@ -45,6 +46,7 @@ class Config:
     probabilities: bool = False
     fields: bool = False
     device: str = "cpu"
+    trusted: bool = False
 
     def __post_init__(self) -> None:
         """Refuses options that the method does not use, and a seed that torch cannot take.
@@ -93,7 +95,7 @@ class Config:
             "model": None if self.model is None else self.model.as_json(),
             "means": None if self.means is None else dataclasses.asdict(self.means),
             "seed": self.seed,
-        }
+        } | ({"trust_code": True} if self.trusted else {})
 
 
 def build(
@@ -110,6 +112,7 @@ def build(
     probabilities: bool = False,
     fields: bool = False,
     device: str = "cpu",
+    trust_code: bool = False,
 ) -> Config:
     """A configuration from what a user typed, on the command line or in the bundle's JSON.
 
@@ -126,6 +129,7 @@ def build(
         probabilities: also write probability maps.
         fields: also write bias fields and the images without them.
         device: cpu, cuda, cuda:1 …
+        trust_code: whether the network may be a class that this software does not know, whose code is then run.
 
     Raises:
         UsageError: any of it is unknown or does not fit together.
@@ -138,9 +142,10 @@ def build(
     if network is not None and not _takes_network(name):
         others = ", ".join(other for other in METHODS if _takes_network(other))
         raise UsageError(f"--network: --method {name} fits no network; use {others}")
-    trained = None if model is None else model_spec.read(Path(model), found)
+    trained = None if model is None else model_spec.read(Path(model), found, trust_code=trust_code)
+    definition, trusted = network_definition(network, trust_code=trust_code)
     values, prepared = _preprocessing(settings, Preprocessing(frame=frame, max_voxels=max_voxels), trained)
-    own: dict[str, Any] = {} if network is None else {"network": network_definition(network)}
+    own: dict[str, Any] = {} if definition is None else {"network": definition}
     own |= {} if trained is None else {"model": trained}
     return Config(
         protocol=found,
@@ -151,6 +156,7 @@ def build(
         probabilities=probabilities,
         fields=fields,
         device=device,
+        trusted=trusted or (trained is not None and trained.trusted),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_deepgmm import schema
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images.preprocessing import Preprocessing
 from monai_deepgmm.protocol import Protocol, Tissue
@@ -62,14 +63,13 @@ def read(path: Path, protocol: Protocol, preprocessing: Preprocessing) -> Means:
     Raises:
         UsageError: no such file, no means in it, another protocol's or another normalisation's.
     """
+    name = f"--means {path}"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        means = {tissue: {s: float(v) for s, v in row.items()} for tissue, row in raw["means"].items()}
-        found = Means(raw["protocol"], raw["normalisation"], means, int(raw["n_slices"]))
-    except OSError as error:
-        raise UsageError(f"--means {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--means {path}: not written by 'deepgmm means' ({error})") from error
+        raw = schema.check(schema.parse_json(schema.read_text(path, name), name), "means")
+    except UsageError as error:
+        raise UsageError(f"{error}; give a file that 'deepgmm means' wrote") from error
+    means = {tissue: {s: float(v) for s, v in row.items()} for tissue, row in raw["means"].items()}
+    found = Means(raw["protocol"], raw["normalisation"], means, raw["n_slices"])
     for what, theirs, ours in (
         ("protocol", found.protocol, protocol.name),
         ("normalisation", found.normalisation, preprocessing.normalisation(protocol)),

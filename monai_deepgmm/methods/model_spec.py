@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.methods.training_config import TrainingConfig
-from monai_deepgmm.networks.sizes import CONTEXT, MULTIPLE, even, is_whole
+from monai_deepgmm.networks import allowed
+from monai_deepgmm.networks.sizes import CONTEXT, LARGEST, MULTIPLE, even, is_whole
 from monai_deepgmm.protocol import Protocol
 
 SPEC, WEIGHTS = "model.json", Path("models") / "model.pt"
@@ -77,29 +80,33 @@ class ModelReference:
         sha256: of ``model.json`` and the weights; two models that share it are the same.
         folder: absolute.
         spec: what ``model.json`` says.
+        trusted: whether the network's code is a stranger's, which the user trusts.
     """
 
     sha256: str
     folder: Path = field(hash=False)
     spec: ModelSpec = field(hash=False)
+    trusted: bool = field(default=False, hash=False)
 
     def as_json(self) -> dict[str, Any]:
         """For the sidecar: all but the folder, which cannot change a label."""
         return {**self.spec.content(), "sha256": self.sha256}
 
 
-def read(folder: Path, protocol: Protocol) -> ModelReference:
-    """A model's specification, checked against the protocol.
+def read(folder: Path, protocol: Protocol, *, trust_code: bool = False) -> ModelReference:
+    """A model's specification, checked against the protocol; nothing that the folder holds is run or imported.
+
+    Args:
+        folder: as ``deepgmm train`` left it, or as a stranger sent it.
+        protocol: what is looked for.
+        trust_code: whether the network's class may be one that this software does not know.
 
     Raises:
-        UsageError: there is no model, it cannot be read, or it was trained for something else.
+        UsageError: there is no model, it cannot be read, it was trained for something else, or it needs trust.
     """
-    try:
-        text, weights = (folder / SPEC).read_bytes(), (folder / WEIGHTS).read_bytes()
-    except OSError as error:
-        hint = "give the folder that deepgmm train wrote to, once it has finished an epoch"
-        raise UsageError(f"--model {folder}: {Path(error.filename).name}: {error.strerror}; {hint}") from error
+    (text, spec_digest), (_, weights_digest) = _content(folder, SPEC), _content(folder, WEIGHTS)
     spec = _parsed(text, folder)
+    trusted = allowed.check(spec.network, f"--model {folder}: {SPEC}: network", trust_code=trust_code)
     for what, theirs, ours in (
         ("protocol", spec.protocol, protocol.name),
         ("normalisation", spec.normalisation, spec.training.preprocessing.normalisation(protocol)),
@@ -110,13 +117,38 @@ def read(folder: Path, protocol: Protocol) -> ModelReference:
         if not good:
             got = str(getattr(spec, key))[:80]
             raise UsageError(f"--model {folder}: {SPEC}: {key}: got {got}, expected {expected}; train the model again")
-    digest = hashlib.sha256(hashlib.sha256(text).digest() + hashlib.sha256(weights).digest()).hexdigest()
-    return ModelReference(digest, folder.resolve(), spec)
+    digest = hashlib.sha256(spec_digest + weights_digest).hexdigest()
+    return ModelReference(digest, folder.resolve(), spec, trusted)
+
+
+def _content(folder: Path, part: str | Path) -> tuple[bytes, bytes]:
+    """The first bytes of a model's file, as many as a specification may have, and the SHA-256 of all of it.
+
+    Raises:
+        UsageError: it is not there, cannot be read, is no plain file, or is a link that leads out of the folder.
+    """
+    path, name = folder / part, Path(part).name
+    try:
+        found = path.resolve(strict=True)
+        if not found.is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"--model {folder}: {name} is a link that leads out of the folder; put the file itself there"
+            )
+        if not found.is_file():
+            raise UsageError(f"--model {folder}: {name} is no file")
+        with found.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").digest()
+            stream.seek(0)
+            return stream.read(schema.MAX_BYTES + 1), digest
+    except (OSError, RuntimeError) as error:  # a link that leads to itself is a RuntimeError to some Pythons
+        hint = "give the folder that deepgmm train wrote to, once it has finished an epoch"
+        reason = getattr(error, "strerror", None) or "a link that leads to itself"
+        raise UsageError(f"--model {folder}: {name}: {reason}; {hint}") from error
 
 
 def _parsed(text: bytes, folder: Path) -> ModelSpec:
     try:
-        raw = json.loads(text)
+        raw = schema.check(schema.parse_json(schema.decoded(text, SPEC), SPEC), "model")
         listed = ["sequences", "tissues", "size", *(["window"] if raw.get("window") is not None else [])]
         training = TrainingConfig.from_json(raw["training"])
         return ModelSpec(**{**raw, **{key: tuple(raw[key]) for key in listed}, "training": training})
@@ -130,7 +162,6 @@ def _rules(spec: ModelSpec, protocol: Protocol) -> list[tuple[str, bool, str]]:
     dims = 2 if protocol.unit == "slice" else 3
     known = [s for s in protocol.sequences if s in spec.sequences]
     shown = [t.name for t in protocol.components(known)]
-    target = spec.network.get("_target_") if isinstance(spec.network, dict) else None
     return [
         (
             "sequences",
@@ -138,12 +169,15 @@ def _rules(spec: ModelSpec, protocol: Protocol) -> list[tuple[str, bool, str]]:
             f"some of {', '.join(protocol.sequences)}, in this order",
         ),
         ("tissues", list(spec.tissues) == shown, f"{', '.join(shown)}, which these sequences show"),
-        ("network", isinstance(target, str), "a mapping with _target_"),
         ("spatial_dims", is_whole(spec.spatial_dims) and spec.spatial_dims == dims, str(dims)),
-        ("size", even(spec.size, dims), f"{dims} multiples of {MULTIPLE}"),
-        ("window", spec.window is None or even(spec.window, dims), f"{dims} multiples of {MULTIPLE}, or nothing"),
+        ("size", _fits(spec.size, dims), f"{dims} multiples of {MULTIPLE}"),
+        ("window", spec.window is None or _fits(spec.window, dims), f"{dims} multiples of {MULTIPLE}, or nothing"),
         ("training", _settled(spec.training, protocol), "settings as a training of this protocol leaves them"),
     ]
+
+
+def _fits(size: tuple[int, ...], dims: int) -> bool:
+    return even(size, dims) and math.prod(size) <= LARGEST
 
 
 def _settled(training: TrainingConfig, protocol: Protocol) -> bool:

@@ -6,8 +6,8 @@ the inner name alone where no outer field bears it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -15,12 +15,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
+from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
 
 #: Names that ``--set`` still understands, and what they are called now.
 FORMER_NAMES = {"labels": "label_rule"}
+#: What ``--set`` takes after the equals sign.
+_PLAIN: dict[str, Any] = {"type": ["number", "string", "boolean", "null"], "maximum": 1e300, "minimum": -1e300}
+_VALUE = {
+    "anyOf": [
+        {**_PLAIN, "expected": "a number, a word, true, false, null"},
+        {"type": "array", "maxItems": 32, "items": _PLAIN, "expected": "a list of those"},
+    ]
+}
 #: Marks a field that is set by an option of its own, never by ``--set``.
 NOT_SET = {"set": False}
 
@@ -29,13 +36,13 @@ def parsed(settings: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """``key=value`` strings (or a mapping) as values by name.
 
     Raises:
-        UsageError: a string without ``=``.
+        UsageError: a string without ``=``, or with a value that no setting has.
     """
     if not isinstance(settings, Mapping):
         pairs = [setting.partition("=") for setting in settings]
         if broken := [key for key, equals, _ in pairs if not equals]:
             raise UsageError(f"--set {broken[0]}: expected key=value")
-        settings = {key.strip(): _value(value) for key, _, value in pairs}
+        settings = {key.strip(): _value(key.strip(), value) for key, _, value in pairs}
     return {FORMER_NAMES.get(key, key): value for key, value in settings.items()}
 
 
@@ -130,7 +137,7 @@ def check_keys(values: Iterable[str], known: Iterable[str], what: str) -> None:
     for key in values:
         if key not in names:
             listed = ", ".join(name for name in names if "." not in name) or "none"
-            raise UsageError(f"--set {key}: no such setting of {what}{_hint(key, names)}; it has {listed}")
+            raise UsageError(f"--set {key}: no such setting of {what}{schema.nearest(key, names)}; it has {listed}")
 
 
 def check_numbers(settings: object, limits: Mapping[str, tuple[type, float]]) -> None:
@@ -158,19 +165,22 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """
     if value not in choices or (isinstance(value, int) and not isinstance(value, bool)):
         listed = ", ".join(str(c).lower() if isinstance(c, bool) else str(c) for c in choices if c is not None)
-        near = _hint(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+        near = schema.nearest(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
         raise UsageError(f"{name}: {value!r} is unknown{near}; choose one of {listed}")
 
 
-def _hint(word: str, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, choices, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+def _value(key: str, text: str) -> Any:
+    """A value as YAML has it; what is no YAML is text.
 
-
-def _value(text: str) -> Any:
-    """A value as YAML has it, but for 1e-4, which YAML reads as a string, and people do not."""
+    Raises:
+        UsageError: it is no number, word or list of those.
+    """
+    label = f"--set {key}"
     try:
-        value = yaml.safe_load(text)
-        return float(value) if isinstance(value, str) else value
-    except (ValueError, yaml.YAMLError):
+        document = schema.parse_yaml(text, label)
+    except UsageError:
         return text
+    with contextlib.suppress(ValueError):  # whether a setting can be infinite, it knows itself
+        if isinstance(document.content, str | float):
+            return float(document.content)
+    return schema.check(document, _VALUE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from monai_deepgmm.methods.model_spec import SPEC, WEIGHTS, ModelReference, Mode
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, e_step, m_step, nll
 from monai_deepgmm.networks import registry
-from monai_deepgmm.networks.sizes import MULTIPLE
+from monai_deepgmm.networks.sizes import LARGEST, MULTIPLE
 
 
 def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
@@ -83,13 +84,32 @@ def load(reference: ModelReference, device: str) -> nn.Module:
     """
     file = SPEC
     try:
+        registry.complete(reference.spec.network, **_shape(reference.spec))
+        file = WEIGHTS.name
+        state = read(reference.folder / WEIGHTS)
+        file = SPEC
+        needed = count(reference.spec)
+        file = WEIGHTS.name
+        if needed > (held := sum(value.numel() for value in state.values())):
+            raise ValueError(f"the network has {needed} weights, but the file holds {held}")
+        file = SPEC
         network = build(reference.spec)
         file = WEIGHTS.name
-        network.load_state_dict(read(reference.folder / WEIGHTS))
+        network.load_state_dict(state)
     except Exception as error:  # whatever a network's class, or a damaged file, makes torch raise
         message = f"{file} cannot be used ({reason(error)})"
         raise StudyError("E_MODEL", message, "Train the model again") from error
     return network.to(device).eval()
+
+
+def count(spec: ModelSpec) -> int:
+    """How many numbers a network consists of, without the memory that they would take; 0 where that is not known."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        try:
+            named = registry.build(spec.network, **_shape(spec)).state_dict()
+        except NotImplementedError:  # a class that computes while it is made
+            return 0
+    return sum(value.numel() for value in named.values())
 
 
 def read(path: Path) -> Any:
@@ -98,10 +118,18 @@ def read(path: Path) -> Any:
     Raises:
         Exception: of many kinds, for a file that is damaged or was written by something else.
     """
+    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+        if sum(part.file_size for part in archive.infolist()) > size:
+            raise ValueError("it is compressed, which torch does not do")
         if (part := archive.testzip()) is not None:
             raise ValueError(f"the checksum of its part {part} does not agree")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    # A tensor of no stride is as large as it says it is without being there.
+    held = sum(value.nbytes for value in found.values() if isinstance(value, Tensor)) if isinstance(found, dict) else 0
+    if held > size:
+        raise ValueError(f"its tensors would have {held} bytes, but the file has {size}")
+    return found
 
 
 def reason(error: BaseException) -> str:
@@ -184,6 +212,9 @@ def _weights(
     # As large as in training, since an instance norm counts the surroundings; larger only where the mask is.
     needed = resampling.around(mask, spacing_mm, spec.training.grid_mm).size
     size = tuple(max(sides) for sides in zip(needed, spec.given, strict=True))
+    if math.prod(size) > LARGEST:
+        message = f"the network's grid of {spec.training.grid_mm:g} mm makes an image of {_sides(size)} voxels"
+        raise StudyError("E_MODEL", message, "Train another network, on a coarser grid")
     # A network that is made for one size sees larger images by windows, however it was trained.
     window = spec.given if spec.window is not None or registry.SIZE in complete(spec) else None
     through = registry.inferer(None if window == size else window)

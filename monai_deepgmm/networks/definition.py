@@ -6,34 +6,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from monai_deepgmm import schema
+from monai_deepgmm.networks import allowed
 
-from monai_deepgmm.errors import UsageError
 
-
-def network_definition(given: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """A network as ``registry.build`` takes it.
+def network_definition(
+    given: str | Mapping[str, Any] | None, *, trust_code: bool = False
+) -> tuple[Mapping[str, Any] | None, bool]:
+    """A network as ``registry.build`` takes it, and whether its code is a stranger's.
 
     Args:
         given: a name, a class's dotted name, a mapping with ``_target_`` (also as text), or a JSON or YAML file of one.
+        trust_code: whether it may be.
 
     Raises:
-        UsageError: the file cannot be read, or what it holds is no such mapping.
+        UsageError: the file cannot be read, what it holds is no such mapping, or it needs trust.
     """
-    if given is None or isinstance(given, Mapping):
-        return given
+    found = given if given is None or isinstance(given, Mapping) else _read(given)
+    return found, found is not None and allowed.check(found, "--network", trust_code=trust_code)
+
+
+def _read(given: str) -> Mapping[str, Any]:
     text, name = given, given.strip()
     if name.endswith((".json", ".yaml", ".yml")):
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--network {name}: cannot be read ({getattr(error, 'strerror', error)})") from error
+        name = f"--network {name}"
+        text = schema.read_text(Path(given.strip()), name)
     elif not name.startswith("{"):
         return {"_target_": name}
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--network: not YAML or JSON ({error})") from error
-    if not (isinstance(found, dict) and isinstance(found.get("_target_"), str)):
-        raise UsageError(f"--network: expected a mapping with _target_, got {str(found)[:80]}")
+    else:
+        name = "--network"
+    found: dict[str, Any] = schema.check(schema.parse_yaml(text, name), allowed.TABLE)
     return found

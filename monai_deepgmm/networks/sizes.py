@@ -11,6 +11,8 @@ from monai_deepgmm.errors import UsageError
 CONTEXT = 1
 #: Sides of what a network sees are multiples of this, so that it may halve them five times.
 MULTIPLE = 32
+#: The most voxels that a network is shown at a time: a head at 0.5 mm.
+LARGEST = 1 << 27
 #: The finest and the coarsest voxel size of a network's grid, in mm.
 GRID_MM = (0.01, 100.0)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from monai_deepgmm.errors import UsageError
+from monai_deepgmm.errors import NobodyError, UsageError
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients import manifest as manifests
 from monai_deepgmm.patients.claims import Claims, Found, claim
@@ -128,7 +128,7 @@ def _from_layout(
     claims = [claim(tree, _reader(one, protocol, tree), protocol) for one in fitting]
     chosen, notes = _choose(claims)
     if not chosen.found and not any(_holds_scans(tree, one) for one in chosen.empty):
-        raise UsageError(_nobody(tree, protocol, tried))
+        raise NobodyError(_nobody(tree, protocol, tried))
     studies = [judge(one, tree, chosen.layout, protocol, mask, labels) for one in chosen.found]
     studies += [failed(one, tree, protocol) for one in chosen.empty]
     return Cohort(root, chosen.layout.name, tuple(studies), notes)

@@ -17,13 +17,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients.directory import NIFTI
 from monai_deepgmm.protocol import Protocol
@@ -176,22 +175,22 @@ def load(name: str | Path) -> Layout:
     Raises:
         UsageError: no such layout, or its file does not describe one; the message says what is wrong.
     """
+    label = f"--layout {name}"
     if str(name).endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"--layout: there is no file {name}")
-        text, title = path.read_text(encoding="utf-8"), path.stem
+        text, title = schema.read_text(Path(name), label), Path(name).stem
     elif str(name) in ORDER:
         text, title = (
             (resources.files("monai_deepgmm.patients") / "layouts" / f"{name}.yaml").read_text("utf-8"),
             str(name),
         )
     else:
-        raise UsageError(f"--layout: no layout {str(name)!r}; choose one of {', '.join(ORDER)}, or a YAML file")
+        near = schema.nearest(name, ORDER)
+        raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {', '.join(ORDER)}, or a YAML file")
+    content = schema.check(schema.parse_yaml(text, label), "layout")
     try:
-        return _parse(title, yaml.safe_load(text))
-    except (KeyError, TypeError, ValueError, AttributeError, re.error, yaml.YAMLError) as error:
-        raise UsageError(f"--layout {name}: {error!s}") from error
+        return _parse(title, content)
+    except ValueError as error:
+        raise UsageError(f"{label}: {error}") from error
 
 
 def reader(layout: Layout, protocol: Protocol, root: Path, *, needed: bool) -> Reader:
@@ -242,19 +241,19 @@ def _channel_names(path: Path) -> dict[str, str]:
 
 
 def _parse(name: str, raw: Mapping[str, Any]) -> Layout:
-    known = {f.name for f in fields(Layout)} - {"name"}
-    if not isinstance(raw, dict) or not set(raw) <= known:
-        extra = sorted(set(raw) - known) if isinstance(raw, dict) else [type(raw).__name__]
-        raise ValueError(f"unknown key {extra[0]!r}; keys: {', '.join(sorted(known))}")
-    if not raw.get("images") or not isinstance(raw.get("sequences"), dict):
-        raise ValueError("'images' (a list of patterns) and 'sequences' (sequence: [names]) are needed")
-    patterns = {key: tuple(map(str, raw.get(key) or ())) for key in ("images", "mask", "truth")}
+    patterns = {key: tuple(raw.get(key) or ()) for key in ("images", "mask", "truth")}
+    if not patterns["images"]:
+        raise ValueError("images: expected at least one pattern")
     for pattern in (p for group in patterns.values() for p in group):
         if "{patient}" not in pattern:
             raise ValueError(f"pattern {pattern!r} lacks {{patient}}")
+        if pattern.count("**/") > 2 or any(part.count("*") + part.count("{words}") > 2 for part in pattern.split("/")):
+            raise ValueError(f"pattern {pattern!r}: expected at most two **/, and two * in a name")
         _compile(pattern, raw.get("patient", "[^/]+"), {})
     given: dict[str, Any] = {"title": name, **raw, **patterns}
     given["mask_labels"] = tuple(float(v) for v in raw.get("mask_labels") or ())
+    if raw.get("tissues"):
+        given["tissues"] = {int(value): tissue for value, tissue in raw["tissues"].items()}
     return Layout(name=name, **given)
 
 

@@ -8,6 +8,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
+from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients.claims import Found
 
@@ -36,7 +37,27 @@ def read(path: Path, aliases: Mapping[str, str]) -> tuple[Found, ...]:
             f"--manifest {path.name}: no column is a sequence; found {', '.join(rows[0][1])}, "
             f"expected patient, mask, truth and some of {', '.join(sequences)}"
         )
+    _check_columns(path, rows[0][1], columns, [*_ROLES, *sequences, *aliases])
     return tuple(_found(path, line, cells, columns) for line, cells in rows[1:])
+
+
+def _check_columns(path: Path, header: list[str], columns: list[str | None], known: list[str]) -> None:
+    """Refuses columns that are nearly one that is read; others, such as an age, are the user's own.
+
+    Raises:
+        UsageError: naming the nearest.
+    """
+    for number, (name, column) in enumerate(zip(header, columns, strict=True), 1):
+        near = "" if column or len(name.strip()) < 3 else schema.nearest(name.strip(), known, least=0.75)
+        if near:
+            raise UsageError(f"--manifest {path.name}, line 1: column {number} is called {name!r}{near}; rename it")
+
+
+def _check_cells(path: Path, line: int, cells: list[str]) -> None:
+    for number, cell in enumerate(cells, 1):
+        if any(ord(c) < 32 or ord(c) == 127 for c in cell.strip()):
+            what = f"cell {number} holds a control character: {cell[:40]!r}"
+            raise UsageError(f"--manifest {path.name}, line {line}: {what}; is it a table?")
 
 
 def _found(path: Path, line: int, cells: list[str], columns: list[str | None]) -> Found:
@@ -45,6 +66,7 @@ def _found(path: Path, line: int, cells: list[str], columns: list[str | None]) -
             f"--manifest {path.name}, line {line}: {len(cells)} cells, but the first line has {len(columns)}; "
             "put quotes around a path that holds the separator"
         )
+    _check_cells(path, line, cells)
     found = Found("")
     for column, cell in zip(columns, cells, strict=False):
         if column == "patient":

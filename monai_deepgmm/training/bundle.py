@@ -116,7 +116,7 @@ def begin(
     for name in PAPERS:
         shutil.copyfile(shipped() / name, place / name)
     for name in ("inference.json", "evaluate.json"):
-        _adapt(place / "configs" / name, _inference_keys(prepared))
+        _adapt(place / "configs" / name, _inference_keys(prepared, plan))
     _adapt(place / "configs" / "metadata.json", _metadata_keys(prepared))
 
 
@@ -238,6 +238,7 @@ def _training_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, An
         "epochs": plan.epochs,
         "set": settings,
         "seed": plan.seed,
+        "trust_code": plan.trusted,
         "frame": plan.training.preprocessing.frame,
         # A network that can be made without the patients, for whoever loads the bundle.
         "network_def": {
@@ -249,9 +250,10 @@ def _training_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, An
     }
 
 
-def _inference_keys(prepared: PreparedCohort) -> dict[str, Any]:
+def _inference_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, Any]:
     spec = prepared.spec
     return {
+        "trust_code": plan.trusted,
         "protocol": "$@bundle_root + '/" + PROTOCOL + "'",
         "method": "network",
         "model": "@bundle_root",

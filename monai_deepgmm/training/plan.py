@@ -40,6 +40,7 @@ class TrainingPlan:
         labels: whose manual labels are used, as ``label_split.asked`` gives it; empty: nobody's.
         epochs: how many; None: enough.
         seed: of the weights, the order and the augmentation.
+        trusted: whether the network's code is a stranger's, which the user trusts (``--trust-code``).
     """
 
     protocol: Protocol
@@ -49,6 +50,7 @@ class TrainingPlan:
     labels: tuple[str, ...] = ()
     epochs: int | None = None
     seed: int = 0
+    trusted: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """For the provenance, without the password that an MLflow URI may hold."""
@@ -63,7 +65,7 @@ class TrainingPlan:
             "labels": list(self.labels),
             "epochs": self.epochs,
             "seed": self.seed,
-        }
+        } | ({"trust_code": True} if self.trusted else {})
 
 
 def plan(
@@ -80,6 +82,7 @@ def plan(
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
     device: str = "cpu",
+    trust_code: bool = False,
 ) -> TrainingPlan:
     """A plan from what a user typed, on the command line or in the bundle's JSON.
 
@@ -97,6 +100,7 @@ def plan(
         frame: which frame of a 4-D file.
         max_voxels: larger images are refused.
         device: where the training is to run; the plan does not depend on it.
+        trust_code: whether the network may be a class that this software does not know, whose code is then run.
 
     Raises:
         UsageError: any of it is unknown or does not fit together, or the device cannot be used.
@@ -123,14 +127,16 @@ def plan(
     known: Means | Literal["cohort"] | None = None if means is None else "cohort"
     if means is not None and means != "cohort":
         known = known_means.read(Path(means), found, training.preprocessing)
+    definition, trusted = network_definition(network, trust_code=trust_code)
     return TrainingPlan(
         protocol=found,
         training=training,
-        network=dict(network_definition(network) or DEFAULT),
+        network=dict(definition or DEFAULT),
         means=known,
         labels=words,
         epochs=epochs,
         seed=seed,
+        trusted=trusted,
     )
 
 

@@ -63,6 +63,7 @@ def train_on_pseudo_labels(cohort: Cohort, out: Path, config: Config) -> Config:
         "max_voxels": training.preprocessing.max_voxels,
         "seed": config.seed,
         "device": config.device,
+        "trust_code": config.trusted,
         "resume": True,
     }
     marker = out / MARKER
@@ -79,5 +80,5 @@ def train_on_pseudo_labels(cohort: Cohort, out: Path, config: Config) -> Config:
         logger.info("the cohort has changed: its network is trained anew")
         shutil.rmtree(folder)
         bundle.train(options)
-    model = model_spec.read(folder, config.protocol)
+    model = model_spec.read(folder, config.protocol, trust_code=config.trusted)
     return dataclasses.replace(config, method=dataclasses.replace(method, model=model))

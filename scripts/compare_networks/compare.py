@@ -115,16 +115,16 @@ def row(network: str, seed: int, data: Path, test: Path, arguments: argparse.Nam
 def measured(network: str, seed: int, data: Path, test: Path, folder: Path, arguments: argparse.Namespace) -> Row:
     """Trains a network, segments and evaluates; what came of it."""
     own = ["--protocol", arguments.protocol, "--seed", seed]
-    training = ["--network", OWN.get(network, network), "--loss", arguments.loss, "--resume"]
+    training = ["--network", OWN.get(network, network), "--loss", arguments.loss, "--resume", "--trust-code"]
     training += ["--epochs", arguments.epochs] if arguments.epochs else []
     training += ["--labels", *arguments.labels] if arguments.labels else []
     with runner.seconds_added(folder / "seconds"):
         settings = ("--set", "label_rule=network", *arguments.set)
         runner.deepgmm("train", data, folder / "model", *own, *training, *settings)
-    runner.deepgmm("segment", test, folder / "labels", *own, "--model", folder / "model")
+    runner.deepgmm("segment", test, folder / "labels", *own, "--model", folder / "model", "--trust-code")
     runner.deepgmm("evaluate", folder / "labels", test, "--protocol", arguments.protocol)
     found = runner.read_json(folder / "labels" / "evaluation.json")
-    known = model_spec.read(folder / "model", protocol.load(arguments.protocol)).spec
+    known = model_spec.read(folder / "model", protocol.load(arguments.protocol), trust_code=True).spec
     return {
         "parameters": sum(p.numel() for p in trained_network.build(known).parameters()),
         "cpu_seconds": float((folder / "seconds").read_text()),

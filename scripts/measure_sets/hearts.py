@@ -24,6 +24,8 @@ from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
 
 SCAR, OURS = "scar", "ours"
+#: What was injured: both tissues as one.
+EDEMA, INJURED = "edema", "edema or scar"
 #: The patients whom the papers test on.
 TESTED = ("Case3009", "Case3014", "Case3017", "Case3020", "Case3022")
 #: Of the wall: a heart with less paint than the first counts as clear, a scar above the second must not be missed.
@@ -107,7 +109,11 @@ def three_sequences(study: Study) -> Facts:
     fewer = segmented(dataclasses.replace(study, images={s: p for s, p in study.images.items() if s != "T2"}))
     for row, part in zip(rows, by_slice(fewer.labels, known(study, wanted, fewer), fewer, wanted), strict=True):
         row["without T2"] = part
-    return {"slices": rows}
+    injured = [np.isin(labels, [wanted.tissue(EDEMA).index, scar]).astype(np.int64) for labels in (full.labels, real)]
+    for row, (painted, true, _) in zip(rows, labelled(full.axis, *injured, real), strict=True):
+        row[INJURED] = runner.dice(painted, true, {INJURED: 1})[INJURED]
+    whole = runner.dice(full.labels, real, {name: wanted.tissue(name).index for name in (EDEMA, SCAR)})
+    return {"slices": rows, "volume": whole | runner.dice(*injured, {INJURED: 1})}
 
 
 def lge_alone(study: Study) -> Facts:
@@ -140,7 +146,13 @@ def complete_slices(found: Mapping[str, Facts]) -> Iterator[Figure]:
             yield from _dice_lines(f"Dice on {place}", whole)
             parts = [row["without T2"] for row in whole]
             yield from _dice_lines(f"without T2: Dice on {place}", parts)
-    for tissue in ("edema", SCAR):
+        if whole:
+            both = runner.mean(row[INJURED] for row in whole)
+            yield Figure(f"Dice on {len(whole)} complete slices{about}: {INJURED}", both)
+    for tissue in (EDEMA, SCAR, INJURED):
+        each = [facts["volume"][tissue] for facts in found.values()]
+        yield Figure(f"3-D Dice of each of {len(found)} patients, mean: {tissue}", runner.mean(each))
+    for tissue in (EDEMA, SCAR):
         lacking = [row for row in rows if tissue in row["painted"]]
         rivals = _each(lacking, "share") if tissue == SCAR else {}
         name = f"share of the wall painted as {tissue} in {len(lacking)} slices without, median"

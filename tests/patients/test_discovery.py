@@ -416,11 +416,14 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("- a", "list"),
+            ("- a", "line 1: got \\['a'\\], expected keys with values"),
             ("images: ['{patient}_{sequence}']", "sequences"),
             ("images: ['{sequence}']\nsequences: {LGE: []}", r"lacks \{patient\}"),
             ("images: ['{patient}_{what}']\nsequences: {LGE: []}", r"\{what\}"),
-            ("images: ['{patient}']\nsequences: {LGE: []}\nmasks: []", "'masks'"),
+            (
+                "images: ['{patient}']\nsequences: {LGE: []}\nmasks: []",
+                r"masks: no such key \(did you mean mask\?\)",
+            ),
             ("images: ['{patient}']\nsequences: {LGE: []}\npatient: '('", "own.yaml"),
             ("images: [", "own.yaml"),
         ],

@@ -81,7 +81,7 @@ def changed(trained: Path, settings: tuple[str, ...] = (), **training: object) -
     told = dataclasses.replace(spec.spec, training=dataclasses.replace(spec.spec.training, **training))
     with pytest.MonkeyPatch.context() as patched:
         reference = dataclasses.replace(spec, spec=told)
-        patched.setattr("monai_deepgmm.methods.model_spec.read", lambda folder, protocol: reference)
+        patched.setattr("monai_deepgmm.methods.model_spec.read", lambda *_, **trust: reference)
         return config.build(model=trained, settings=settings)
 
 

@@ -200,13 +200,13 @@ def test_broken_patients_are_left_out_with_the_reason(patients, tmp_path, capsys
         (["{in}", "{tmp}/model", "--method", "svgmm"], "deepg"),
         (["{in}", "{tmp}/model", "--epochs", "0"], "at least 1"),
         (["{in}", "{tmp}/model", "--labels", "somebody"], "--labels somebody: there is no such patient"),
-        (["{in}", "{tmp}/model", "--network", "torch.nn.Identity"], "no weights to train"),
+        (["{in}", "{tmp}/model", "--network", "torch.nn.Identity", "--trust-code"], "no weights to train"),
         (
             ["{in}", "{tmp}/model", "--network", "{_target_: dynunet, filters: [4,4,4,4,4], deep_supervision: true}"],
             "of shape (2, 2, 4, 64, 64), expected",
         ),
         (
-            ["{in}", "{tmp}/model", "--network", "{_target_: torch.nn.Conv2d, kernel_size: 3}"],
+            ["{in}", "{tmp}/model", "--trust-code", "--network", "{_target_: torch.nn.Conv2d, kernel_size: 3}"],
             "gives an output of shape (2, 4, 62, 62), expected (2, 4, 64, 64)",
         ),
     ],

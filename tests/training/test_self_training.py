@@ -183,11 +183,7 @@ def test_what_changes_no_label_does_nothing_anew(patients, run, tmp_path):
 def test_a_training_that_is_cut_off_is_resumed(patients, run, tmp_path, monkeypatch, what, step):
     with monkeypatch.context() as patch:
         stop_at(patch, step, error=what)
-        if what is KeyboardInterrupt:
-            assert taught(patients, tmp_path) == 130
-        else:
-            with pytest.raises(RuntimeError):
-                taught(patients, tmp_path)
+        assert taught(patients, tmp_path) == (130 if what is KeyboardInterrupt else 70)
     assert (tmp_path / "model" / CHECKPOINT).is_file() == (step >= 2)
     assert not list(tmp_path.glob("pat*"))
     assert taught(patients, tmp_path) == 0
