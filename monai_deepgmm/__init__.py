@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from monai_deepgmm.protocol import Protocol
     from monai_deepgmm.protocol import load as load_protocol
     from monai_deepgmm.results.evaluate import evaluate
-    from monai_deepgmm.results.segment import Segmentation, segment
+    from monai_deepgmm.results.segment import segment
+    from monai_deepgmm.results.segmentation import Segmentation
 
 _EXPORTS = {
     "Protocol": "protocol",
@@ -33,7 +34,7 @@ _EXPORTS = {
     "Config": "methods.config",
     "configure": "methods.config:build",
     "segment": "results.segment",
-    "Segmentation": "results.segment",
+    "Segmentation": "results.segmentation",
     "evaluate": "results.evaluate",
     "Mixture": "mixture.gaussian",
     "Fit": "mixture.fit",

@@ -199,11 +199,18 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     """The options that mean the same wherever a DIR is read."""
     made.add_argument("directory", metavar="DIR", type=Path, help="the folder with the patients")
     group = made.add_argument_group("which files")
-    group.add_argument("--protocol", default="infarct", help=f"{', '.join(protocol.names())}, or a YAML file")
+    which = f"{', '.join(protocol.names())}, or a YAML file"
+    group.add_argument("--protocol", default="infarct", action=_Protocol, help=which)
+    made.set_defaults(asked=False)
     group.add_argument("--layout", help=f"{', '.join(layout.ORDER)}, or a YAML file; tried in this order if absent")
     group.add_argument("--manifest", type=Path, metavar="FILE", help="CSV or TSV that lists patients and their files")
     group.add_argument("--mask", choices=["nonzero"], help="take the voxels that are not 0, for skull-stripped images")
     group.add_argument("--mask-labels", type=float, nargs="+", default=(), metavar="VALUE", help="mask values to keep")
+    group.add_argument(
+        "--truth-labels", nargs="+", default=(), metavar="TISSUE=VALUE", help="what reference labels mean: blood=500 …"
+    )
+    choose = "which of several BIDS files is meant, such as acq=tse run=1"
+    group.add_argument("--filter", nargs="+", default=(), metavar="ENTITY=VALUE", help=choose)
     group.add_argument("--patients", nargs="+", default=(), metavar="ID", help="only these patients")
     group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file, counted from 0")
     group.add_argument("--max-voxels", type=_positive, default=1 << 28, metavar="N", help="refuse larger images")
@@ -314,6 +321,13 @@ def _add_demo(parsers: Any) -> None:
     made.add_argument("-n", "--number", type=_positive, default=4, metavar="N", help="how many patients")
     made.add_argument("--seed", type=int, default=0, help="of every random draw")
     made.add_argument("--jobs", type=_positive, default=2, metavar="N", help="patients at the same time")
+
+
+class _Protocol(argparse.Action):
+    """Keeps the protocol, and that it was asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: Any) -> None:
+        namespace.protocol, namespace.asked = rest[0], True
 
 
 class _HelpMethod(argparse.Action):

@@ -28,7 +28,7 @@ logger = logging.getLogger("monai_deepgmm")
 
 #: The options of ``deepgmm train`` that the bundle's ``train.json`` takes as they are.
 TRAIN_KEYS = (
-    *("protocol", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
+    *("protocol", "asked", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
     *("labels", "seed", "device", "trust_code"),
 )
 
@@ -82,6 +82,8 @@ def train(arguments: argparse.Namespace) -> int:
             "manifest": None if arguments.manifest is None else str(arguments.manifest),
             "means": None if arguments.means is None else str(arguments.means),
             "mask_labels": list(arguments.mask_labels),
+            "truth_labels": list(arguments.truth_labels),
+            "filter": list(arguments.filter),
             "patients": list(arguments.patients),
             "set": arguments.set,
             **{key: getattr(arguments, key) for key in TRAIN_KEYS},
@@ -185,16 +187,22 @@ def init_manifest(arguments: argparse.Namespace) -> int:
     here = arguments.directory.resolve() if target is None else target.resolve().parent
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["patient", *wanted.sequences, "mask", "truth"])
+    meant = any(study.truth and study.truth_labels for study in studies)  # a table does not know its layout's
+    writer.writerow(["patient", *wanted.sequences, "mask", "truth", *(["labels"] if meant else [])])
     for study in studies:
         files = [*(study.images.get(s) for s in wanted.sequences), study.mask, study.truth]
-        writer.writerow([study.patient, *("" if f is None else os.path.relpath(f.resolve(), here) for f in files)])
-    labels = next((study.mask_labels for study in studies if study.mask_labels), ())
+        named = {t.index: t.name for t in wanted.tissues}
+        labels = " ".join(
+            f"{named[index]}={value}" for value, index in (study.truth_labels or {}).items() if study.truth
+        )
+        paths = ["" if f is None else os.path.relpath(f.resolve(), here) for f in files]
+        writer.writerow([study.patient, *paths, *([labels] if meant else [])])
+    values = next((study.mask_labels for study in studies if study.mask_labels), ())
     if target is None:
         print(table.getvalue(), end="")
     else:
         target.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
-        more = f" --mask-labels {' '.join(f'{value:g}' for value in labels)}" if labels else ""
+        more = f" --mask-labels {' '.join(f'{value:g}' for value in values)}" if values else ""
         print(f"{len(studies)} patients in {target}: correct it, then add --manifest {target}{more}")
     return OK
 
@@ -213,7 +221,10 @@ def _find(arguments: argparse.Namespace) -> Cohort:
         manifest=arguments.manifest,
         mask=arguments.mask,
         mask_labels=arguments.mask_labels,
+        truth_labels=arguments.truth_labels,
+        filters=arguments.filter,
         patients=arguments.patients,
+        asked=arguments.asked,
     )
 
 

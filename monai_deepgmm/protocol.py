@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import yaml
 
-from monai_deepgmm import schema
+from monai_deepgmm import ranges, schema
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.ranges import Range
 from monai_deepgmm.tissue import Anatomy, Enhancement, Hyperintense, RegionCriteria, Tissue
 
 __all__ = ["Anatomy", "Enhancement", "Hyperintense", "Protocol", "RegionCriteria", "Tissue", "as_yaml", "load", "names"]
@@ -45,6 +46,7 @@ class Protocol:
             which it does not is flagged (``W_NAMES``).
         anchored: tissues whose levels and proportions the first sequence alone defines; others only add to it. Empty:
             all sequences are fitted together.
+        plausible: what a result must lie within (``W_IMPLAUSIBLE``); empty: nothing is checked.
         method: the method where none is asked for; None: by what the protocol tells.
         settings: of that method, in place of its own defaults.
     """
@@ -63,6 +65,7 @@ class Protocol:
     borders: tuple[tuple[str, str], ...] = ()
     deeper: tuple[tuple[str, str], ...] = ()
     anchored: tuple[str, ...] = ()
+    plausible: tuple[Range, ...] = ()
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -161,6 +164,7 @@ def as_yaml(protocol: Protocol) -> str:
         "borders": [list(pair) for pair in protocol.borders],
         "deeper": [list(pair) for pair in protocol.deeper],
         "anchored": list(protocol.anchored),
+        "plausible": [one.as_yaml() for one in protocol.plausible],
         "method": None if protocol.method is None else {"name": protocol.method, **protocol.settings},
         "tissues": tissues,
         "percent_of": {"name": protocol.percent_name, "tissues": list(protocol.percent_of)},
@@ -202,6 +206,7 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         borders=_pairs("borders", raw.get("borders") or (), own),
         deeper=_pairs("deeper", raw.get("deeper") or (), own),
         anchored=tuple(raw.get("anchored") or ()),
+        plausible=ranges.parse(raw.get("plausible") or (), own, sequences),
         method=settings.pop("name", None),
         settings=settings,
     )

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, USAGE, StudyError, users_own
-from monai_deepgmm.patients.study import Cohort, Study
+from monai_deepgmm.patients.study import Cohort, Problem, Study
 
 
 def print_cohort(found: Cohort) -> None:
@@ -22,16 +22,19 @@ def print_cohort(found: Cohort) -> None:
     header = ["patient", *sequences, "mask", "truth", "problems"]
     lines = [header]
     for study in found.studies:
-        problems = "; ".join(f"{p.code}: {p.message}. {p.remedy}".rstrip(". ") for p in study.problems) or "-"
+        about = [("", p) for p in study.problems] + [("labels: ", p) for p in study.label_problems]
+        problems = "; ".join(f"{what}{p.code}: {p.message}. {p.remedy}".rstrip(". ") for what, p in about) or "-"
         files = [study.images[s].name if s in study.images else "-" for s in sequences]
-        truth = study.truth.name if study.truth else "-"
+        truth = _truth(study)
         lines.append([shown(study.patient), *map(shown, files), shown(_mask(study)), shown(truth), problems])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
         print("  ".join([*cells, line[-1]]))
     failing = sum(bool(s.problems) for s in found.studies)
-    print(f"\nlayout {found.layout}: {len(found.studies)} patients, {failing} with problems")
+    labels = sum(bool(s.label_problems) for s in found.studies)
+    more = f", {labels} whose reference labels cannot be used" if labels else ""
+    print(f"\nlayout {found.layout}: {len(found.studies)} patients, {failing} with problems{more}")
     for note in found.notes:
         print(f"note: {note}")
 
@@ -43,6 +46,16 @@ def _mask(study: Study) -> str:
         return "-"
     values = " ".join(f"{value:g}" for value in study.mask_labels)
     return f"{study.mask.name} ({values})" if values else study.mask.name
+
+
+def _truth(study: Study) -> str:
+    if study.truth is None:
+        return "-"
+    said = study.truth_names
+    if said is None or said.problem:
+        return study.truth.name
+    values = " ".join(f"{value}→{index}" for value, index in sorted(said.tissues.items()))
+    return f"{study.truth.name} ({said.source}: {values})"
 
 
 def cohort_json(found: Cohort) -> dict[str, Any]:
@@ -58,11 +71,25 @@ def cohort_json(found: Cohort) -> dict[str, Any]:
                 "mask_rule": study.mask_rule,
                 "mask_labels": list(study.mask_labels),
                 "truth": str(study.truth) if study.truth else None,
-                "problems": [{"code": p.code, "message": p.message, "remedy": p.remedy} for p in study.problems],
+                "truth_labels": _meaning(study),
+                "problems": [_problem(p) for p in study.problems],
+                "label_problems": [_problem(p) for p in study.label_problems],
             }
             for study in found.studies
         ],
     }
+
+
+def _problem(problem: Problem) -> dict[str, str]:
+    return {"code": problem.code, "message": problem.message, "remedy": problem.remedy}
+
+
+def _meaning(study: Study) -> dict[str, Any] | None:
+    """What the values of the reference labels mean, and who says so; None: they are the protocol's indices."""
+    if study.truth is None or not study.truth_labels:
+        return None
+    source = study.truth_names.source if study.truth_names else "layout"
+    return {"source": source, "index_of_value": {str(v): i for v, i in study.truth_labels.items()}}
 
 
 def shown(text: str) -> str:

@@ -29,7 +29,6 @@ import runner
 import torch
 from measure_sets import Facts, brains, hearts
 from measure_sets.hearts import OURS, SCAR, Run
-from measure_sets.thresholds import THRESHOLDS, Labels, labelled
 
 import monai_deepgmm
 from monai_deepgmm import protocol
@@ -38,6 +37,7 @@ from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.patients.discovery import find
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.results.thresholds import THRESHOLDS, Labels, labelled
 
 SETS: Mapping[str, measure_sets.Set] = {**hearts.SETS, **brains.SETS}
 NOTE = """Figures of the default methods; *in view* says whether a set's reference labels were looked at when constants

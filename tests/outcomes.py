@@ -14,7 +14,7 @@ from monai_deepgmm import protocol
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.patients import discovery
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results.segmentation import Segmentation
 
 
 def sidecar(out: Path, patient: str = "pat1") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import touch
 from monai.bundle import ConfigParser, verify_net_in_out
 from monai.transforms import Compose, Transform
 from scenes import CONFIGS, INFARCT, QUIET, inference, labels, sidecar
@@ -71,7 +72,17 @@ def test_the_configuration_has_the_commands_options_and_defaults():
     raw = json.loads((CONFIGS / "inference.json").read_text(encoding="utf-8"))
     assert ConfigParser(raw).get_parsed_content("config", instantiate=True) == config.build()
     options = vars(parser().parse_args(["segment", "in", "out"]))
-    for name in set(options) - {"command", "verbose", "quiet", "directory", "out", "dry_run", "help_method"}:
+    for name in set(options) - {
+        "command",
+        "verbose",
+        "quiet",
+        "directory",
+        "out",
+        "dry_run",
+        "help_method",
+        "config",
+        "save_config",
+    }:
         given = [] if raw[name] == {} else raw[name]  # --set is a list of strings there and a mapping here
         assert (list(options[name]) if isinstance(options[name], tuple) else options[name]) == given, name
 
@@ -98,6 +109,15 @@ def test_a_failed_patient_is_the_exit_code_of_the_bundle(tmp_path, make_patient)
     with pytest.raises(SystemExit) as stopped:
         workflow.finalize()
     assert stopped.value.code == 3
+
+
+def test_brains_are_not_segmented_as_hearts_unless_that_is_asked(tmp_path):
+    touch(tmp_path / "in", "p1/{T1,T2,mask}.nii.gz")
+    with pytest.raises(RuntimeError) as refused:
+        run(tmp_path / "in", tmp_path / "out")
+    causes = [refused.value, refused.value.__cause__, refused.value.__context__]
+    assert any("--protocol brain" in str(cause) for cause in causes)
+    run(tmp_path / "in", tmp_path / "out", code=3, asked=True)
 
 
 def test_the_network_fits_the_metadata_and_the_versions_agree():

@@ -116,7 +116,8 @@ def test_a_manifest_to_fill_in_can_be_used_and_is_never_written_over(cohort, tmp
     said = capsys.readouterr().out
     assert "2 patients in" in said
     rows = list(csv.reader(table.open()))
-    assert rows[0] == ["patient", "LGE", "T2", "bSSFP", "mask", "truth"]
+    assert rows[0] == ["patient", "LGE", "T2", "bSSFP", "mask", "truth", "labels"]
+    assert {row[6] for row in rows[1:]} == {"blood=500 myocardium=200 edema=1220 scar=2221"}
     assert [row[0] for row in rows[1:]] == ["pat1", "pat2"]
     more = said.split(" then add ")[1].split()
     assert run("scan", cohort, *more) == cli.OK

@@ -36,9 +36,11 @@ def read(study: Study, protocol: Protocol, sequences: Sequence[str], *, like: ni
         like: the grid wanted; labels on another one are resampled by nearest neighbour, with a warning.
 
     Raises:
-        StudyError: ``E_TRUTH`` for no labels, values that are not whole or none that means a tissue; ``E_GRID`` for a
-            file that does not overlap ``like``; and whatever ``nifti.read`` finds.
+        StudyError: the study's own problems with them; ``E_TRUTH`` for no labels, values that are not whole or none
+            that means a tissue; ``E_GRID`` for a file that does not overlap ``like``; and what ``nifti.read`` finds.
     """
+    for problem in study.label_problems:
+        raise StudyError(problem.code, problem.message, problem.remedy)
     if study.truth is None:
         why = "".join(f"; {p.code}: {p.message}" for p in study.problems)
         raise StudyError(
@@ -54,13 +56,22 @@ def read(study: Study, protocol: Protocol, sequences: Sequence[str], *, like: ni
         warnings.append(f"W_GRID: {name} lies on another grid; it was resampled by nearest neighbour")
     meaning = study.truth_labels or {t.index: t.index for t in protocol.tissues}
     unknown = _unknown(data, meaning, name)
-    if unknown and not study.truth_labels:
-        warnings.append(f"W_TRUTH: {name} holds values that are no tissue and count as background: {unknown[:10]}")
+    if odd := _worth_telling(unknown, study):
+        warnings.append(f"W_TRUTH: {name} holds values that are no tissue and count as background: {', '.join(odd)}")
     whole, merged = np.rint(data), protocol.merged(sequences)
     labels = np.zeros(data.shape, dtype=np.int64)
     for value, index in meaning.items():
         labels[whole == value] = merged.get(index, 0)
     return Truth(labels, tuple(warnings))
+
+
+def _worth_telling(unknown: Sequence[int], study: Study) -> list[str]:
+    """Of the values that mean no tissue, those of which nobody said that they mean something else."""
+    said = study.truth_names
+    if said is None:
+        return [] if study.truth_labels else [str(value) for value in unknown[:10]]
+    odd = [value for value in unknown if value not in said.elsewhere][:10]
+    return [f"{value} ({said.others[value]})" if value in said.others else f"{value} (not named)" for value in odd]
 
 
 def _unknown(data: npt.NDArray[np.floating[Any]], meaning: Mapping[int, int], name: str) -> list[int]:
@@ -76,5 +87,7 @@ def _unknown(data: npt.NDArray[np.floating[Any]], meaning: Mapping[int, int], na
     unknown = [int(value) for value in np.rint(values) if value not in meaning]
     if len(unknown) == len(values):
         message = f"{name} holds no tissue, but the values {[0, *unknown[:9]]}; expected some of {sorted(meaning)}"
-        raise StudyError("E_TRUTH", message, "Check the layout, which says what a value means, and the protocol")
+        raise StudyError(
+            "E_TRUTH", message, "Say what each value means with --truth-labels, or check the layout and the protocol"
+        )
     return unknown

@@ -185,6 +185,8 @@ def _header(path: Path, stream: _Stream) -> nib.Nifti1Header:
     block = bytes(stream.read(header.MIN_BYTES))
     if not block:
         raise refused(path, "E_EMPTY", "the gzip stream holds zero bytes", _COPY)
+    if stream.packed and block[:2] == b"\x1f\x8b":
+        raise refused(path, "E_GZIP", "the file is packed with gzip twice", "Unpack it once, and keep its name")
     block += stream.read(header.header_bytes(path, block) - len(block))
     return header.parse(path, block)
 

@@ -10,14 +10,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import NobodyError, UsageError
+from monai_deepgmm.patients import bids, dataset_json, label_meanings, task_check
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients import manifest as manifests
 from monai_deepgmm.patients.claims import Claims, Found, claim
 from monai_deepgmm.patients.directory import NIFTI, Tree, holds_dicom, listed, scan, shown
-from monai_deepgmm.patients.judge import failed, judge
+from monai_deepgmm.patients.formats import foreign
+from monai_deepgmm.patients.judge import Asked, failed, judge
 from monai_deepgmm.patients.layout import Layout
-from monai_deepgmm.patients.study import Cohort, Problem, Study
+from monai_deepgmm.patients.study import Cohort, Meanings, Problem, Study
 from monai_deepgmm.protocol import Protocol
 
 __all__ = ["MAX_ID_BYTES", "Cohort", "Problem", "Study", "find"]
@@ -27,7 +30,7 @@ MAX_ID_BYTES = 200
 #: What lies beside the patients' folders in a run's results.
 RESERVED = {
     *("summary.tsv", "measurements.tsv", "dseg.tsv", "dataset_description.json", "index.html", "deepgmm.log"),
-    *("itksnap_labels.txt", "readme.md", ".bidsignore"),
+    *("itksnap_labels.txt", "readme.md", ".bidsignore", "measurements_slices.tsv"),
     *("evaluation.tsv", "evaluation.json", ".locks", ".refused", "model", ".cohort"),
 }
 
@@ -40,7 +43,10 @@ def find(
     manifest: Path | None = None,
     mask: str | None = None,
     mask_labels: Sequence[float] = (),
+    truth_labels: Sequence[str] = (),
+    filters: Sequence[str] = (),
     patients: Sequence[str] = (),
+    asked: bool = True,
 ) -> Cohort:
     """Finds the patients of a folder by their files' names; no image is opened.
 
@@ -52,21 +58,30 @@ def find(
         manifest: a table of the patients' files, instead of a layout.
         mask: None for the mask's file, "nonzero" for the voxels of the reference sequence that are not 0.
         mask_labels: which values of the mask's file count; empty: those that the layout says.
+        truth_labels: what the values of the reference labels mean (``blood=500``); empty: what stands beside them, or
+            the layout says, or else the protocol's indices.
+        filters: which of several files is meant, by BIDS's entities (``acq=tse``).
         patients: the ids to keep; empty: all.
+        asked: the protocol is the user's choice and no default.
 
     Returns:
         Every patient found, with the problems that names alone reveal.
 
     Raises:
-        UsageError: no such folder, no patient, or options that contradict each other.
+        UsageError: no such folder, no patient, sequences of another protocol, or options that contradict each other.
     """
     root = Path(root)
     _check_options(root, layout, manifest, mask, mask_labels)
-    labels = tuple(float(value) for value in mask_labels)
+    wanted = bids.filters([filters] if isinstance(filters, str) else filters)
+    typed = "; ".join([truth_labels] if isinstance(truth_labels, str) else truth_labels)
+    meanings = label_meanings.pairs(typed, protocol, "--truth-labels", strict=True) if typed else None
+    given = Asked(mask, tuple(float(value) for value in mask_labels), meanings)
     if manifest is not None:
-        cohort = _from_manifest(root, Path(manifest), protocol, mask, labels)
+        if wanted:
+            raise UsageError("--filter chooses between files by their BIDS names, but --manifest names each of them")
+        cohort = _from_manifest(root, Path(manifest), protocol, given, asked=asked)
     else:
-        cohort = _from_layout(root, layout, protocol, mask, labels)
+        cohort = _from_layout(root, layout, protocol, given, wanted, asked=asked)
     studies = _unique(_with_usable_id(study) for study in cohort.studies)
     return replace(cohort, studies=_selected(studies, (patients,) if isinstance(patients, str) else patients))
 
@@ -86,31 +101,28 @@ def _check_options(
         raise UsageError("--mask-labels choose values of a mask's file, --mask nonzero uses none: give one of them")
 
 
-def _from_manifest(
-    root: Path, manifest: Path, protocol: Protocol, mask: str | None, labels: tuple[float, ...]
-) -> Cohort:
-    table = manifests.read(manifest, layouts.load("folder").aliases(protocol))
+def _from_manifest(root: Path, manifest: Path, protocol: Protocol, given: Asked, *, asked: bool) -> Cohort:
+    table = manifests.read(manifest, layouts.load("folder").aliases(protocol), protocol)
+    task_check.check(manifest.name, task_check.sequences_of(table.patients), protocol, asked=asked)
     here = manifest.parent
     studies = []
-    for found in table:
-        missing = [n for n in found.files() if not os.path.exists(here / n) and not (mask and n in found.mask)]
-        study = judge(found, Tree(here, (), (), frozenset(), frozenset()), None, protocol, mask, labels)
-        problems = tuple(
-            Problem(
-                "E_FILE",
-                f"{shown(Path(name).name)} is named in {manifest.name} but does not exist",
-                "Correct the path; relative paths begin at the manifest's folder",
-            )
-            for name in missing
+    for found in table.patients:
+        missing = {name: manifests.absent(here, name, manifest.name) for name in found.files()}
+        near = given._replace(tables=bids.tables_near(here / name for name in found.truth))
+        study = judge(found, Tree(here, (), (), frozenset(), frozenset()), None, protocol, near)
+        used = {n for group in (*found.images.values(), () if given.mask else found.mask) for n in group}
+        problems = tuple(problem for name, problem in missing.items() if problem and name in used)
+        of_labels = tuple(problem for name, problem in missing.items() if problem and name in found.truth)
+        studies.append(
+            replace(study, problems=problems + study.problems, label_problems=of_labels + study.label_problems)
         )
-        studies.append(replace(study, problems=problems + study.problems))
     if not studies:
         raise UsageError(f"--manifest {manifest.name} names no patient")
-    return Cohort(root, "manifest", tuple(studies))
+    return Cohort(root, "manifest", tuple(studies), table.notes)
 
 
 def _from_layout(
-    root: Path, name: str | Path | None, protocol: Protocol, mask: str | None, labels: tuple[float, ...]
+    root: Path, name: str | Path | None, protocol: Protocol, given: Asked, wanted: bids.Filters, *, asked: bool
 ) -> Cohort:
     tree = scan(root)
     if "" in tree.own:
@@ -120,23 +132,52 @@ def _from_layout(
     if "" in tree.unreadable:
         raise UsageError(f"{shown(root.name or '.')} cannot be read: check its permissions")
     tried = [layouts.load(n) for n in ((name,) if name is not None else layouts.ORDER)]
-    fitting = [one for one in tried if one.fits(protocol)]
+    fitting = [one for one in tried if one.fits(protocol) and (one.entities or not wanted)]
     if not fitting:
+        if wanted:
+            raise UsageError(f"--filter chooses between files by their BIDS names; layout {name} has none")
         raise UsageError(
             f"--layout {name} holds other sequences or tissues than protocol {protocol.name}: choose another --protocol"
         )
-    claims = [claim(tree, _reader(one, protocol, tree), protocol) for one in fitting]
+    there, title = task_check.sequences_by_name(tree), shown(root.name or ".")
+    try:
+        claims = [claim(tree, _reader(one, protocol, tree), protocol, wanted) for one in fitting]
+    except UsageError:
+        task_check.check(title, there, protocol, asked=asked)
+        raise
     chosen, notes = _choose(claims)
+    found = chosen.found or _found_otherwise(tree, tried)
+    task_check.check(title, there | task_check.sequences_of(found), protocol, asked=asked)
+    if wanted:
+        bids.check_filters(wanted, chosen.files())
     if not chosen.found and not any(_holds_scans(tree, one) for one in chosen.empty):
         raise NobodyError(_nobody(tree, protocol, tried))
-    studies = [judge(one, tree, chosen.layout, protocol, mask, labels) for one in chosen.found]
+    near = given._replace(tables=bids.tables(tree.files))
+    if given.meanings is None and chosen.layout.channels is not None:
+        near = near._replace(meanings=_of_dataset(tree, chosen.layout.channels, protocol))
+    studies = [judge(one, tree, chosen.layout, protocol, near) for one in chosen.found]
     studies += [failed(one, tree, protocol) for one in chosen.empty]
     return Cohort(root, chosen.layout.name, tuple(studies), notes)
 
 
+def _found_otherwise(tree: Tree, tried: Sequence[Layout]) -> tuple[Found, ...]:
+    """What other protocols find where this one finds nobody."""
+    found: list[Found] = []
+    for other in map(protocols.load, protocols.names()):
+        for layout in (one for one in tried if one.fits(other) and one.channels is None):
+            found += claim(tree, layouts.reader(layout, other, tree.root, needed=False), other).found
+    return tuple(found)
+
+
+def _of_dataset(tree: Tree, channels: str, protocol: Protocol) -> Meanings | None:
+    named = dataset_json.read(tree.root / channels).labels
+    return label_meanings.understood(named, protocol, channels) if named else None
+
+
 def _reader(layout: Layout, protocol: Protocol, tree: Tree) -> layouts.Reader:
     plain = layouts.reader(layout, protocol, tree.root, needed=False)
-    needed = layout.channels is not None and any(plain.could_be_image(n) for n in tree.files if NIFTI.search(n))
+    names = (other.stem if (other := foreign(n)) else n for n in tree.files if NIFTI.search(n) or foreign(n))
+    needed = layout.channels is not None and any(map(plain.could_be_image, names))
     return layouts.reader(layout, protocol, tree.root, needed=True) if needed else plain
 
 
@@ -167,7 +208,10 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
     scans = [n for n in tree.files if NIFTI.search(n)]
     looked = f"{len(tree.files)} files in {len(tree.folders)} folders, of which {len(scans)} are NIfTI"
     hint = ""
-    if holds_dicom(tree, flat):
+    inside = {n.split("/")[0] for n in tree.folders if "/" in n and n.split("/")[-1].casefold() in layouts.NOT_PATIENTS}
+    if inside:
+        hint = f" Give the data set's own folder: {listed(sorted(inside))}."
+    elif holds_dicom(tree, flat):
         hint = " There are DICOM files: convert them with dcm2niix."
     elif any(NIFTI.search(n) for n in flat):
         hint = f" It holds {listed([n for n in flat if NIFTI.search(n)])}: if it is one patient's folder, give the "

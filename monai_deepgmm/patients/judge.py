@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
+from monai_deepgmm.patients import bids, label_meanings
 from monai_deepgmm.patients.claims import Found
 from monai_deepgmm.patients.directory import NIFTI, Tree, holds_dicom, listed, shown
+from monai_deepgmm.patients.formats import foreign, pointer
 from monai_deepgmm.patients.layout import Layout
-from monai_deepgmm.patients.study import Problem, Study
+from monai_deepgmm.patients.study import Meanings, Problem, Study
 from monai_deepgmm.protocol import Protocol
 
 
-def judge(
-    found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, mask: str | None, labels: tuple[float, ...]
-) -> Study:
+class Asked(NamedTuple):
+    """What the user says of the files, beside where they lie.
+
+    Attributes:
+        mask: None for the mask's file, or "nonzero".
+        mask_labels: the values of the mask's file that count; empty: those that the layout says.
+        meanings: of the values in all reference labels; None: what stands beside each, or the layout's or protocol's
+            own.
+        tables: folder → the ``dseg.tsv`` in it, which may say what the values mean.
+    """
+
+    mask: str | None = None
+    mask_labels: tuple[float, ...] = ()
+    meanings: Meanings | None = None
+    tables: Mapping[str, Sequence[str]] = MappingProxyType({})
+
+
+def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, asked: Asked) -> Study:
     """What was found for one patient, as a study with its problems.
 
     Args:
@@ -21,31 +42,62 @@ def judge(
         tree: turns names into paths.
         layout: where they were found; None for a manifest.
         protocol: says which sequences are needed.
-        mask: None or "nonzero".
-        labels: the mask's values that count, as the user typed them.
+        asked: what the user says besides.
     """
     present = {s: found.images[s] for s in protocol.sequences if s in found.images}
     problems = [*_sequence_problems(found, present, protocol)]
-    for role, names in {**present, "the mask": () if mask else found.mask, "the truth": found.truth}.items():
-        if len(names) > 1:
-            remedy = "Keep one of them in this place, or name the right one in a table (--manifest)"
-            problems.append(Problem("E_AMBIGUOUS", f"{len(names)} files match {role}: {listed(names)}", remedy))
+    for sequence, names in present.items():
+        problems += _file_problems(found, tree, sequence, names)
     known = layout.mask_labels if layout else ()
-    chosen = found.mask or (found.truth if known else [])
-    if not mask and not chosen:
-        problems.append(_no_mask(found.patient, layout, protocol))
+    from_truth = bool(known) and not found.mask and not asked.mask
+    chosen = found.truth if from_truth else found.mask
+    if not asked.mask:
+        role = "truth" if from_truth else "mask"
+        problems += _mask_problems(found, tree, role, chosen) or ([] if chosen else [_no_mask(found, layout, protocol)])
     truth = _only(found.truth)
-    mask_file = None if mask else _only(chosen)
+    meanings = _meanings(found, truth, tree, protocol, asked)
+    mask_file = None if asked.mask else _only(chosen)
+    own = layout.truth_labels(protocol) if layout else None
     return Study(
         patient=found.patient,
         images={s: tree.path(names[0]) for s, names in present.items() if len(names) == 1},
         mask=tree.path(mask_file) if mask_file else None,
-        mask_labels=() if mask else labels or (() if found.mask else known),
-        mask_rule="nonzero" if mask else "file",
+        mask_labels=() if asked.mask else asked.mask_labels or (known if from_truth else ()),
+        mask_rule="nonzero" if asked.mask else "file",
         truth=tree.path(truth) if truth else None,
-        truth_labels=layout.truth_labels(protocol) if layout else None,
+        truth_labels=own if meanings is None or meanings.problem else dict(meanings.tissues),
+        truth_names=meanings,
         problems=tuple(problems),
+        label_problems=tuple(_label_problems(found, tree, meanings)),
     )
+
+
+def _mask_problems(found: Found, tree: Tree, role: str, chosen: Sequence[str]) -> list[Problem]:
+    """What is wrong with the file that the mask is taken from, or with one that it cannot be taken from."""
+    problems = [*_foreign_problems(found, "mask", found.mask), *_file_problems(found, tree, role, chosen, "the mask")]
+    return problems or [*_foreign_problems(found, role, chosen)]
+
+
+def _label_problems(found: Found, tree: Tree, meanings: Meanings | None) -> Iterable[Problem]:
+    yield from _foreign_problems(found, "truth", found.truth)
+    yield from _file_problems(found, tree, "truth", found.truth, "the reference labels")
+    if meanings is not None and meanings.problem is not None and len(found.truth) == 1:
+        yield meanings.problem
+
+
+def _meanings(found: Found, truth: str | None, tree: Tree, protocol: Protocol, asked: Asked) -> Meanings | None:
+    """What the values of the reference labels mean, where anybody or anything says so; else None."""
+    if asked.meanings is not None or not truth:
+        return asked.meanings
+    if found.labels:
+        return label_meanings.pairs(found.labels, protocol, "the column labels")
+    at = truth if tree.files else Path(os.path.abspath(tree.path(truth))).as_posix()  # a manifest's begin anywhere
+    table = bids.inherited(at, asked.tables)
+    try:
+        named = label_meanings.table(tree.path(table)) if table else None
+    except OSError:
+        named = None
+    return label_meanings.understood(named, protocol, shown((table or "").rpartition("/")[2])) if named else None
 
 
 def _only(names: Sequence[str]) -> str | None:
@@ -55,23 +107,56 @@ def _only(names: Sequence[str]) -> str | None:
 def _sequence_problems(found: Found, present: Mapping[str, object], protocol: Protocol) -> Iterable[Problem]:
     for sequence, name in found.dicom.items():
         yield _dicom(f"{shown(name)} is DICOM where the NIfTI file of {sequence} belongs")
-    missing = [s for s in protocol.required if s not in present and s not in found.dicom]
-    if missing or not present:
+    unread = [s for s in protocol.sequences if found.foreign.get(s) and s not in present]
+    for sequence in unread:
+        yield from _foreign_problems(found, sequence, ())
+    missing = [s for s in protocol.required if s not in present and s not in (*found.dicom, *unread)]
+    if missing or not (present or unread):
         wanted = " and ".join(missing) or f"any of {', '.join(protocol.sequences)}"
         have = ", ".join(present) or "none"
+        why = "".join(f"; {hint}" for s, hint in found.hints.items() if s in protocol.sequences and hint)
         remedy = f"Protocol {protocol.name} needs {wanted}: add its file, or name it in a table (--manifest)"
-        yield Problem("E_NO_SEQUENCE", f"{wanted} is missing; sequences found: {have}", remedy)
+        yield Problem("E_NO_SEQUENCE", f"{wanted} is missing; sequences found: {have}{why}", remedy)
 
 
-def _no_mask(patient: str, layout: Layout | None, protocol: Protocol) -> Problem:
-    names = [shown(name) for name in layout.mask_examples(patient)] if layout else []
+def _foreign_problems(found: Found, role: str, instead: Sequence[str]) -> Iterable[Problem]:
+    """What stands in the place of a file that is missing, in a format that is not read."""
+    of_pairs = {n.rpartition(".")[0]: n for n in sorted(found.foreign.get(role, ()), reverse=True)}  # .hdr before .img
+    names = [*of_pairs.values()]
+    other = foreign(names[0]) if names and not instead else None
+    if other is not None:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        what = {"mask": "the mask", "truth": "the reference labels"}.get(role, role)
+        yield Problem(other.problem.code, f"{what}: {other.problem.message}{more}", other.problem.remedy)
+
+
+def _file_problems(found: Found, tree: Tree, role: str, names: Sequence[str], title: str = "") -> Iterable[Problem]:
+    """Several files for one purpose, or one that is not what its name promises."""
+    title = title or role
+    if len(names) > 1:
+        way = "Keep one of them in this place, or name the right one in a table (--manifest)"
+        remedy = f"{found.hints[role]}. {way}" if found.hints.get(role) else way
+        yield Problem("E_AMBIGUOUS", f"{len(names)} files match {title}: {listed(names)}", remedy)
+    elif names:
+        other = foreign(names[0])
+        problem = other.problem if other else pointer(tree.path(names[0]))
+        if problem is not None:
+            yield Problem(problem.code, f"{title}: {problem.message}", problem.remedy)
+
+
+def _no_mask(found: Found, layout: Layout | None, protocol: Protocol) -> Problem:
+    examples = layout.mask_examples(found.patient) if layout else []
+    if layout is not None and layout.entities:
+        examples = [bids.mask_example(found.patient, protocol.mask)]
+    names = [shown(name) for name in examples]
     ways = [
         *([f"add {' or '.join(names)}"] if names else []),
         "name the mask's file in the column mask of a table (--manifest)",
         "use the voxels that are not 0 (--mask nonzero)",
     ]
     remedy = f"Either {', or '.join(ways)}; of a file, --mask-labels says which values count (else all but 0)"
-    return Problem("E_MASK_NONE", f"no mask of the {protocol.mask} was found", remedy)
+    why = f"; {found.hints['mask']}" if found.hints.get("mask") else ""
+    return Problem("E_MASK_NONE", f"no mask of the {protocol.mask} was found{why}", remedy)
 
 
 def failed(found: Found, tree: Tree, protocol: Protocol) -> Study:

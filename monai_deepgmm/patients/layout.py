@@ -14,7 +14,6 @@ A pattern is a path below DIR, without ``.nii`` or ``.nii.gz``, compared without
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 
 from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.patients import dataset_json
 from monai_deepgmm.patients.directory import NIFTI
 from monai_deepgmm.protocol import Protocol
 
@@ -32,6 +32,9 @@ ORDER = ("bids", "nnunet", "emidec", "myops", "folder")
 
 #: Folders of results and of raw material: no sequence is looked for in them.
 NOT_SOURCE = {"derivatives", "sourcedata"}
+
+#: nnU-Net's own folders are no patients, casefolded.
+NOT_PATIENTS = {f"{what}{part}" for what in ("images", "labels", "masks") for part in ("tr", "ts", "va", "val")}
 
 _LINKS = {"to", "in", "on", "onto", "space", "2"}  # T2_to_T1 is a T2
 
@@ -50,6 +53,7 @@ class Layout:
         words: "mask" and "truth" → their names, for ``{words}``.
         patient: a regular expression for the id.
         folders: which folders right below DIR must hold a patient.
+        entities: names follow BIDS, whose entities tell which of several files is meant (``bids``).
         one_folder: the sequences of a patient lie in one folder; the same id in two folders is two patients.
         mask_labels: the values of the reference labels that make up the mask of a patient without a mask file.
         tissues: value in the reference labels → tissue; empty: the values are the protocol's indices.
@@ -65,6 +69,7 @@ class Layout:
     words: Mapping[str, Sequence[str]] | None = None
     patient: str = "[^/]+"
     folders: str | None = None
+    entities: bool = False
     one_folder: bool = False
     mask_labels: tuple[float, ...] = ()
     tissues: Mapping[int, str] | None = None
@@ -112,6 +117,7 @@ class Reader:
         images: compiled patterns.
         mask: likewise.
         truth: likewise; those that begin with '../' come last.
+        ending: of the data set's files, as the file of channels says; "": any.
     """
 
     layout: Layout
@@ -120,19 +126,22 @@ class Reader:
     images: tuple[re.Pattern[str], ...]
     mask: tuple[re.Pattern[str], ...]
     truth: tuple[re.Pattern[str], ...]
+    ending: str = ""
 
     def image(self, name: str) -> tuple[str, str] | None:
         """(patient, sequence) of a sequence's file, given its path below DIR."""
-        if NOT_SOURCE & {part.casefold() for part in name.split("/")[:-1]}:
+        if in_results(name):
             return None
         for found in _matches(self.images, name):
             groups = found.groupdict()
+            if groups["patient"].casefold() in NOT_PATIENTS:
+                continue
             if groups.get("sequence") is not None:
                 sequence: str | None = self.aliases.get(groups["sequence"].casefold())
             elif "channel" in groups:
                 sequence = self.channels.get(groups["channel"])
             elif "words" in groups:
-                sequence = self._meaning(groups["words"])
+                sequence = self.meaning(groups["words"])
                 sequence = None if sequence in ("mask", "truth") else sequence
             else:
                 sequence = next(iter(self.layout.sequences or ()), None)
@@ -149,11 +158,11 @@ class Reader:
         for role, patterns in (("mask", self.mask), ("truth", self.truth)):
             for found in _matches(patterns, name):
                 groups = found.groupdict()
-                if "words" not in groups or self._meaning(groups["words"]) == role:
+                if "words" not in groups or self.meaning(groups["words"]) == role:
                     return groups["patient"], role
         return None
 
-    def _meaning(self, stem: str) -> str | None:
+    def meaning(self, stem: str) -> str | None:
         """What a name's last word stands for: a sequence, "mask" or "truth"; None where the words disagree."""
         words = re.findall(r"[^\W_]+", stem.casefold())
         while len(words) > 1 and words[-1].isdigit():
@@ -167,6 +176,11 @@ class Reader:
         if (before and before[-1] in _LINKS) or any(w in roles for w in before):
             return None
         return self.aliases.get(last)
+
+
+def in_results(name: str) -> bool:
+    """Whether a path below DIR lies in a folder of results or of raw material, where no sequence is looked for."""
+    return bool(NOT_SOURCE & {part.casefold() for part in name.split("/")[:-1]})
 
 
 def load(name: str | Path) -> Layout:
@@ -214,30 +228,16 @@ def reader(layout: Layout, protocol: Protocol, root: Path, *, needed: bool) -> R
     plain = Reader(layout, aliases, {}, compiled(layout.images), compiled(layout.mask), truth)
     if layout.channels is None or not needed:
         return plain
-    names = _channel_names(root / layout.channels)
-    channels = {f"{int(k):04d}": plain._meaning(v) for k, v in names.items()}
+    stated = dataset_json.read(root / layout.channels)
+    names = stated.channels
+    channels = {f"{int(k):04d}": plain.meaning(v) for k, v in names.items()}
     known = {k: s for k, s in channels.items() if s in protocol.sequences and s is not None}
     if not known:
         raise UsageError(
             f"{layout.channels}: channel_names are {', '.join(names.values()) or 'empty'}, none of which is a sequence "
             f"of protocol {protocol.name}: use {', '.join(protocol.sequences)}"
         )
-    return Reader(layout, aliases, known, plain.images, plain.mask, plain.truth)
-
-
-def _channel_names(path: Path) -> dict[str, str]:
-    """Channel number → name, from nnU-Net's ``channel_names`` (or, in older files, ``modality``)."""
-    try:
-        content = json.loads(path.read_bytes())
-        names = content.get("channel_names", content.get("modality"))
-        return {str(int(key)): str(value) for key, value in names.items()}
-    except OSError as error:
-        remedy = 'write {"channel_names": {"0": "LGE"}} into it'
-        raise UsageError(
-            f"{path.name}: cannot be read ({error.strerror}), so nothing says what 0000 is: {remedy}"
-        ) from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UsageError(f'{path.name}: "channel_names" is missing or wrong; expected {{"0": "LGE"}}') from error
+    return Reader(layout, aliases, known, plain.images, plain.mask, plain.truth, stated.ending)
 
 
 def _parse(name: str, raw: Mapping[str, Any]) -> Layout:

@@ -4,30 +4,57 @@ from __future__ import annotations
 
 import codecs
 import csv
+import difflib
 import io
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.patients import label_meanings
 from monai_deepgmm.patients.claims import Found
+from monai_deepgmm.patients.directory import NIFTI, shown
+from monai_deepgmm.patients.formats import foreign, pointer
+from monai_deepgmm.patients.study import Problem
+from monai_deepgmm.protocol import Protocol
 
-_ROLES = ("patient", "mask", "truth")
+_ROLES = ("patient", "mask", "truth", "labels")
+_FILE_WORDS = {"file", "filename", "path", "filepath", "image", "img", "nii", "nifti", "scan"}
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # C:\ or \\server
 
 
-def read(path: Path, aliases: Mapping[str, str]) -> tuple[Found, ...]:
-    """Reads the rows of a manifest, one per patient; paths stay as they stand in it.
+class Table(NamedTuple):
+    """What a manifest says.
+
+    Attributes:
+        patients: one per row; paths stay as they stand in it.
+        notes: what the user should know.
+    """
+
+    patients: tuple[Found, ...]
+    notes: tuple[str, ...]
+
+
+def read(path: Path, aliases: Mapping[str, str], protocol: Protocol) -> Table:
+    """Reads the rows of a manifest, one per patient.
 
     Args:
-        path: a table with the columns ``patient``, one per sequence, ``mask`` and, if there is one, ``truth``.
-        aliases: name of a sequence, casefolded → the protocol's sequence.
+        path: a table with the columns ``patient``, one per sequence, ``mask`` and, if there are any, ``truth`` and
+            ``labels``: what the values in the reference labels mean (``blood=500 myocardium=200``).
+        aliases: name of a sequence, casefolded → the sequence.
+        protocol: its tissues are what ``labels`` names.
 
     Raises:
-        UsageError: the table cannot be read, or lacks the column ``patient`` or any sequence.
+        UsageError: the table cannot be read, lacks the column ``patient`` or any sequence, or has a column that is
+            nearly called like one of those.
     """
     rows = _rows(path)
     header = [cell.strip().casefold() for cell in rows[0][1]] if rows else []
+    header = ["labels" if name in ("truth_labels", "truth-labels", "truth labels") else name for name in header]
     columns = [name if name in _ROLES else aliases.get(name) for name in header]
+    _refuse_misspelt(path, rows[0][1] if rows else [], columns, aliases)
     if columns.count("patient") != 1:
         found = ", ".join(rows[0][1]) if rows else "nothing"
         raise UsageError(f"--manifest {path.name}: one column must be called patient; the first line holds {found}")
@@ -37,20 +64,74 @@ def read(path: Path, aliases: Mapping[str, str]) -> tuple[Found, ...]:
             f"--manifest {path.name}: no column is a sequence; found {', '.join(rows[0][1])}, "
             f"expected patient, mask, truth and some of {', '.join(sequences)}"
         )
-    _check_columns(path, rows[0][1], columns, [*_ROLES, *sequences, *aliases])
-    return tuple(_found(path, line, cells, columns) for line, cells in rows[1:])
+    patients = tuple(_found(path, line, cells, columns) for line, cells in rows[1:])
+    for (line, _), found_here in zip(rows[1:], patients, strict=True):
+        _check_labels(path, line, found_here, protocol)
+    return Table(patients, _unread(rows, columns))
 
 
-def _check_columns(path: Path, header: list[str], columns: list[str | None], known: list[str]) -> None:
-    """Refuses columns that are nearly one that is read; others, such as an age, are the user's own.
+def absent(here: Path, name: str, manifest: str) -> Problem | None:
+    """Why a file named in a manifest is not there; None where it is.
 
-    Raises:
-        UsageError: naming the nearest.
+    Args:
+        here: the manifest's folder.
+        name: the path as read.
+        manifest: the table's name, for the message.
     """
+    if os.path.exists(here / name) or pointer(here / name):
+        return None
+    if os.name != "nt" and _DRIVE.match(name):
+        message = f"{manifest} names {shown(name)}, a path of Windows that begins with a drive or server"
+        return Problem("E_FILE", message, "Name the file by its path on this computer, or relative to the manifest")
+    message = f"{shown(Path(name).name)} is named in {manifest} but does not exist"
+    return Problem("E_FILE", message, "Correct the path; relative paths begin at the manifest's folder")
+
+
+def _path(here: Path, cell: str) -> str:
+    """A cell as a path of this system: written on Windows, a relative one has backslashes."""
+    if "\\" not in cell or os.name == "nt" or _DRIVE.match(cell) or os.path.exists(here / cell):
+        return cell
+    return cell.replace("\\", "/")
+
+
+def _refuse_misspelt(path: Path, header: list[str], columns: list[str | None], aliases: Mapping[str, str]) -> None:
+    """Refuses a column that nobody reads, but that is nearly called like one that would be."""
+    missing = {name for name in _ROLES if name not in columns}
+    missing |= {alias for alias, sequence in aliases.items() if sequence not in columns}
     for number, (name, column) in enumerate(zip(header, columns, strict=True), 1):
-        near = "" if column or len(name.strip()) < 3 else schema.nearest(name.strip(), known, least=0.75)
-        if near:
-            raise UsageError(f"--manifest {path.name}, line 1: column {number} is called {name!r}{near}; rename it")
+        if column is None and (near := _near(name.strip().casefold(), missing, {*_ROLES, *aliases})):
+            title, called = near if near in _ROLES else aliases[near], shown(name.strip())
+            where = f"--manifest {path.name}, line 1: column {number} is called {called!r}"
+            raise UsageError(f"{where} (did you mean {title}?); rename it")
+
+
+def _near(name: str, missing: Collection[str], known: Collection[str]) -> str | None:
+    """The name that this one misspells: letters are exchanged; or, of a missing one, wrong, or "file" is added."""
+    alike = difflib.get_close_matches(name, missing, n=1, cutoff=0.8)
+    swapped = [other for other in sorted(known) if len(name) > 2 and sorted(other) == sorted(name)]
+    words = re.findall(r"[^\W_]+", name)
+    added = [w for w in words if w in missing and _FILE_WORDS & set(words)]
+    return next(iter((*swapped, *added, *alike)), None)
+
+
+def _check_labels(path: Path, line: int, found: Found, protocol: Protocol) -> None:
+    """Refuses a cell of the column labels that does not name values."""
+    if not found.labels:
+        return
+    if "=" not in found.labels and (NIFTI.search(found.labels) or foreign(found.labels)):
+        hint = "the file of the reference labels belongs into the column truth"
+        raise UsageError(f"--manifest {path.name}, line {line}, labels: {shown(found.labels)} is a file; {hint}")
+    label_meanings.pairs(found.labels, protocol, f"--manifest {path.name}, line {line}, labels", strict=True)
+
+
+def _unread(rows: Sequence[tuple[int, list[str]]], columns: list[str | None]) -> tuple[str, ...]:
+    """Columns that hold images and that nothing is done with."""
+    unread = [
+        shown(name.strip())
+        for i, (name, column) in enumerate(zip(rows[0][1], columns, strict=True))
+        if column is None and any(i < len(cells) and NIFTI.search(cells[i].strip()) for _, cells in rows[1:])
+    ]
+    return (f"the columns {', '.join(unread)} hold images of no known sequence and are not read",) if unread else ()
 
 
 def _check_cells(path: Path, line: int, cells: list[str]) -> None:
@@ -67,18 +148,20 @@ def _found(path: Path, line: int, cells: list[str], columns: list[str | None]) -
             "put quotes around a path that holds the separator"
         )
     _check_cells(path, line, cells)
-    found = Found("")
+    found, here = Found(""), path.parent
     for column, cell in zip(columns, cells, strict=False):
         if column == "patient":
             found.patient = cell
         elif column is None or not cell.strip():
             continue
+        elif column == "labels":
+            found.labels = cell.strip()
         elif column == "mask":
-            found.mask.append(cell)
+            found.mask.append(_path(here, cell))
         elif column == "truth":
-            found.truth.append(cell)
+            found.truth.append(_path(here, cell))
         else:
-            found.images.setdefault(column, []).append(cell)
+            found.images.setdefault(column, []).append(_path(here, cell))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,24 @@ class Problem:
     remedy: str = ""
 
 
+class Meanings(NamedTuple):
+    """What the values of reference labels mean, in a protocol's tissues, where somebody or something says so.
+
+    Attributes:
+        tissues: value → index of the tissue.
+        others: value → a name that is no tissue of the protocol, and is worth telling.
+        elsewhere: values that are known to be something else, such as the background.
+        source: where it stands.
+        problem: why the values cannot be understood; None where they can.
+    """
+
+    tissues: Mapping[int, int]
+    others: Mapping[int, str]
+    elsewhere: frozenset[int]
+    source: str
+    problem: Problem | None = None
+
+
 @dataclass(frozen=True)
 class Study:
     """The files of one patient.
@@ -34,7 +53,9 @@ class Study:
         mask_rule: "file", or "nonzero" for the voxels of the reference sequence that are not 0.
         truth: the file with the reference labels, for evaluation and means only.
         truth_labels: value in the truth's file → index of the protocol's tissue; empty: values are the indices.
+        truth_names: what was said of these values beside the layout; None: nothing.
         problems: why it cannot be segmented; empty when it can be tried.
+        label_problems: why the reference labels cannot be used; they do not stop a segmentation.
     """
 
     patient: str
@@ -44,7 +65,9 @@ class Study:
     mask_rule: str = "file"
     truth: Path | None = None
     truth_labels: Mapping[int, int] | None = None
+    truth_names: Meanings | None = None
     problems: tuple[Problem, ...] = ()
+    label_problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)

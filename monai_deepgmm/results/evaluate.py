@@ -14,7 +14,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,7 +27,7 @@ from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.images import labels as truth
 from monai_deepgmm.patients.discovery import Cohort, Problem, Study
 from monai_deepgmm.protocol import Protocol, Tissue
-from monai_deepgmm.results import metrics
+from monai_deepgmm.results import label_order, metrics
 
 Slices = Literal["all", "complete"]
 Unit = Literal["slice", "volume"]
@@ -35,6 +35,7 @@ Labels = npt.NDArray[np.int64]
 
 #: The measures of a row, in the order of the tables.
 MEASURES = ("dice", "dice_matched", "recall", "precision", "jaccard", "hd95_mm", "assd_mm")
+_SHOWN = 6  # warnings on the terminal
 #: With one of these, the folder in OUT may belong to someone else.
 _NOT_ONE_PATIENT = ("E_ID", "E_DUPLICATE")
 
@@ -81,12 +82,16 @@ class Evaluated:
         tissues: those that these sequences can show; the reference's other tissues were merged.
         rows: by unit and tissue; empty when no unit was kept.
         warnings: each begins with its code.
+        counts: (K+1, K+1) of all units, see ``metrics.confusion``.
+        meaning: what the values of the reference labels were said to mean, and who says so.
     """
 
     sequences: tuple[str, ...]
     tissues: tuple[str, ...]
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
+    counts: metrics.Counts = field(compare=False)
+    meaning: tuple[str, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,18 @@ class Evaluation:
     unit: Unit
     patients: Mapping[str, Evaluated]
     problems: Mapping[str, Problem]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What concerns not one patient but all whose labels mean the same."""
+        groups: dict[Any, list[Evaluated]] = {}
+        for patient in self.patients.values():
+            groups.setdefault((patient.meaning, patient.tissues), []).append(patient)
+        found = (
+            label_order.warning(np.sum([p.counts for p in group], axis=0), group[0].tissues, group[0].meaning[0])
+            for group in groups.values()
+        )
+        return tuple(dict.fromkeys(warning for warning in found if warning))
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -158,6 +175,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "n_patients": len(evaluation.patients),
         "n_units": len(list(_by_unit(evaluation.rows))),
         "not_counted": nowhere,
+        "warnings": list(evaluation.warnings),
         "patients": {name: _patient_json(patient) for name, patient in evaluation.patients.items()},
         "problems": {
             name: {"code": p.code, "message": p.message, "remedy": p.remedy} for name, p in evaluation.problems.items()
@@ -172,7 +190,7 @@ def write(out: Path, evaluation: Evaluation) -> None:
         out: the folder.
         evaluation: from ``evaluate``.
     """
-    names = [field.name for field in fields(Row)]
+    names = [one.name for one in fields(Row)]
     text = io.StringIO()
     table = csv.writer(text, delimiter="\t", lineterminator="\n")
     table.writerow(names)
@@ -196,7 +214,11 @@ def summary(evaluation: Evaluation) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     compared = f"{found['n_patients']} patients, {found['n_units']} {evaluation.unit}s ({evaluation.slices})"
     text.append(f"compared: {compared}; not evaluated: {len(evaluation.problems)}")
-    text += [f"  {name}: {problem.code}: {problem.message}" for name, problem in evaluation.problems.items()]
+    for name, problem in evaluation.problems.items():
+        text.append(f"  {name}: {problem.code}: {problem.message}. {problem.remedy}".rstrip(". "))
+    odd = [f"  {name}: {warning}" for name, one in evaluation.patients.items() for warning in one.warnings]
+    text += odd[:_SHOWN] + ([f"  and {len(odd) - _SHOWN} more warnings: see evaluation.json"] * (len(odd) > _SHOWN))
+    text += evaluation.warnings
     return "\n".join(text)
 
 
@@ -220,7 +242,10 @@ def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, uni
         if slices == "all" or np.isin([t.index for t in tissues], true).all()
         for row in _rows(study.patient, number, predicted, true, tissues=tissues, spacing_mm=spacing_mm)
     ]
-    return Evaluated(sequences, tuple(t.name for t in tissues), tuple(rows), warnings)
+    counts = metrics.confusion(prediction.data.astype(np.int64), labels, [t.index for t in tissues])
+    source = study.truth_names.source if study.truth_names else "the layout" if study.truth_labels else "the protocol"
+    meaning = (source, tuple(sorted((study.truth_labels or {}).items())))
+    return Evaluated(sequences, tuple(t.name for t in tissues), tuple(rows), warnings, counts, meaning)
 
 
 def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int]:

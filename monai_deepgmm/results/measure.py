@@ -1,4 +1,7 @@
-"""How much of each tissue there is: millilitres, grams and percent, for the whole heart or brain and slice by slice."""
+"""How much of each tissue there is: millilitres, grams and percent, for the whole heart or brain and slice by slice.
+
+What the numbers mean and where the definitions come from stands in ``bundle/docs/measurements.md``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results import uncertainty, wall
+from monai_deepgmm.results.segmentation import Segmentation
+from monai_deepgmm.results.wall import Rays
 
 
 class Measurement(NamedTuple):
@@ -24,6 +29,8 @@ class Measurement(NamedTuple):
         expected_ml: the probabilities of the tissue, summed over the mask, times the size of a voxel. Where it
             departs from ``volume_ml``, many voxels could as well have been another tissue.
         percent_of: what ``percent`` is a percentage of.
+        low_ml: the lower end of the volume's interval; None where the method has none.
+        high_ml: its upper end.
     """
 
     patient: str
@@ -34,6 +41,8 @@ class Measurement(NamedTuple):
     percent: float | None
     expected_ml: float
     percent_of: str
+    low_ml: float | None = None
+    high_ml: float | None = None
 
 
 class SliceMeasurement(NamedTuple):
@@ -45,6 +54,13 @@ class SliceMeasurement(NamedTuple):
         voxels: how many voxels of the slice bear its label.
         volume_ml: their volume.
         percent: of the denominator in this slice; None as in ``Measurement``.
+        position_mm: of the slice's plane along the slices' normal, in scanner coordinates.
+        thickness_mean_mm: of the slice's wall, whichever the tissue; None where the slice has no wall or no cavity.
+        thickness_min_mm: the least.
+        thickness_max_mm: the greatest.
+        transmural_25_percent: percentage of the slice's rays on which scar takes more than 25 % of the thickness.
+        transmural_50_percent: more than 50 %.
+        transmural_75_percent: more than 75 %.
     """
 
     slice: int
@@ -52,6 +68,13 @@ class SliceMeasurement(NamedTuple):
     voxels: int
     volume_ml: float
     percent: float | None
+    position_mm: float
+    thickness_mean_mm: float | None = None
+    thickness_min_mm: float | None = None
+    thickness_max_mm: float | None = None
+    transmural_25_percent: float | None = None
+    transmural_50_percent: float | None = None
+    transmural_75_percent: float | None = None
 
 
 def measure(segmentation: Segmentation) -> list[Measurement]:
@@ -65,6 +88,8 @@ def measure(segmentation: Segmentation) -> list[Measurement]:
     counts, inside = _counts(segmentation)
     total, denominator = counts.sum(0), int(_denominator(counts, inside, protocol).sum())
     expected = segmentation.probabilities.sum(axis=(1, 2, 3), dtype=np.float64) * voxel_ml
+    unknown = uncertainty.Interval(0.0, 0.0, None, None)
+    intervals = segmentation.intervals or (unknown,) * len(segmentation.tissues)
     rows = []
     for k, tissue in enumerate(segmentation.tissues):
         voxels = int(total[tissue.index])
@@ -74,38 +99,43 @@ def measure(segmentation: Segmentation) -> list[Measurement]:
                 patient=segmentation.patient,
                 tissue=tissue.name,
                 voxels=voxels,
-                volume_ml=_tidy(voxels * voxel_ml),
-                mass_g=None if density is None else _tidy(voxels * voxel_ml * density),
+                volume_ml=tidy(voxels * voxel_ml),
+                mass_g=None if density is None else tidy(voxels * voxel_ml * density),
                 percent=_percent(voxels, denominator, tissue.name, protocol),
-                expected_ml=_tidy(float(expected[k])),
+                expected_ml=tidy(float(expected[k])),
                 percent_of=protocol.percent_name,
+                low_ml=tidied(intervals[k].low_ml),
+                high_ml=tidied(intervals[k].high_ml),
             )
         )
     return rows
 
 
-def measure_slices(segmentation: Segmentation) -> list[SliceMeasurement]:
+def measure_slices(segmentation: Segmentation, rays: Rays | None = None) -> list[SliceMeasurement]:
     """Volume and share of each tissue in each slice that holds voxels of the mask.
 
     Empty where the protocol takes the volume as one image: its slices mean nothing of their own.
+
+    Args:
+        segmentation: what is measured.
+        rays: of ``ventricle.rays``; None: their columns stay empty.
     """
     if segmentation.protocol.unit == "volume":
         return []
-    voxel_ml = float(segmentation.reference.voxel_ml)
+    voxel_ml, affine = float(segmentation.reference.voxel_ml), segmentation.reference.affine
     protocol = segmentation.protocol
     counts, inside = _counts(segmentation)
     denominators = _denominator(counts, inside, protocol)
-    return [
-        SliceMeasurement(
-            slice=int(k),
-            tissue=tissue.name,
-            voxels=int(counts[k, tissue.index]),
-            volume_ml=_tidy(int(counts[k, tissue.index]) * voxel_ml),
-            percent=_percent(int(counts[k, tissue.index]), int(denominators[k]), tissue.name, protocol),
-        )
-        for k in np.flatnonzero(inside)
-        for tissue in segmentation.tissues
-    ]
+    rows = []
+    for k in map(int, np.flatnonzero(inside)):
+        place = tidy(wall.position_mm(k, affine, segmentation.slice_axis))
+        around = wall.WallSummary() if rays is None else wall.summary(rays, at=k)
+        for tissue in segmentation.tissues:
+            voxels = int(counts[k, tissue.index])
+            percent = _percent(voxels, int(denominators[k]), tissue.name, protocol)
+            ring = map(tidied, around)
+            rows.append(SliceMeasurement(k, tissue.name, voxels, tidy(voxels * voxel_ml), percent, place, *ring))
+    return rows
 
 
 def _counts(segmentation: Segmentation) -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +154,14 @@ def _denominator(counts: np.ndarray, inside: np.ndarray, protocol: Protocol) -> 
 
 
 def _percent(voxels: int, denominator: int, tissue: str, protocol: Protocol) -> float | None:
-    return _tidy(100 * voxels / denominator) if denominator and tissue in protocol.percent_of else None
+    return tidy(100 * voxels / denominator) if denominator and tissue in protocol.percent_of else None
 
 
-def _tidy(value: float) -> float:
+def tidy(value: float) -> float:
     """The value to ten significant digits: 1.2, not 1.2000000000000002, in a table that people read."""
     return float(f"{value:.10g}")
+
+
+def tidied(value: float | None) -> float | None:
+    """Likewise, where there may be none."""
+    return None if value is None else tidy(value)

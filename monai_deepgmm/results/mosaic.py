@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from monai_deepgmm.protocol import Tissue
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results.segmentation import Segmentation
 
 #: From certain to unsure; the page's legend shows the same ramp.
 UNCERTAINTY_COLORS = ("#10131a", "#3b2a6b", "#a53a7a", "#f08a4b", "#fdf3b5")
@@ -102,6 +102,20 @@ def preview(segmentation: Segmentation) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def omitted(slices: int | None, units: Sequence[int | None]) -> str:
+    """What a person must know of the slices that ``preview`` leaves out; empty where it shows them all.
+
+    Args:
+        slices: how many hold the mask; None where nobody knows.
+        units: the slices that are images of their own; (None,) for a volume.
+    """
+    if None in units:
+        return f"{_ORTHOGONAL_SLICES} evenly spaced slices in each of three orientations; the others are not shown."
+    if slices is None or slices <= _MAX_SLICES:
+        return ""
+    return f"{_MAX_SLICES} of {slices} slices with mask, evenly spaced; the others are not shown."
 
 
 def _by_plane(segmentation: Segmentation) -> list[int]:

@@ -16,9 +16,11 @@ from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.results import dataset, measure, report, uncertainty
+from monai_deepgmm.results import dataset, outliers, report, uncertainty
+from monai_deepgmm.results.measure import Measurement, SliceMeasurement
 from monai_deepgmm.results.provenance import versions
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results.segmentation import Segmentation
+from monai_deepgmm.results.ventricle import Ventricle
 
 try:
     import fcntl
@@ -26,6 +28,8 @@ except ImportError:  # Windows has no such locks; there, two runs must not share
     fcntl = None  # type: ignore[assignment]
 
 SUMMARY = ("patient", "status", "code", "message", "seconds", "method", "warnings")
+MEASUREMENTS = (*Measurement._fields, *Ventricle._fields)
+SLICES = ("patient", *SliceMeasurement._fields)
 #: A sequence's bias field, and the image without it.
 SHADING = ("_bias.nii.gz", "_corrected.nii.gz")
 #: Ids that no folder can bear; their rows go where no patient's folder can be.
@@ -186,12 +190,7 @@ def write(
     sidecar = {**segmentation.sidecar, "fingerprint": made_from}
     sidecar |= {} if steps is None else {"steps": dict(steps)}
     atomic_files.write_whole(place / f"{name}_dseg.json", _json(sidecar))
-    row = {
-        **row,
-        "warnings": list(segmentation.warnings),
-        "measurements": [m._asdict() for m in measure.measure(segmentation)],
-        "slices": [s._asdict() for s in measure.measure_slices(segmentation)],
-    }
+    row = {**row, "warnings": list(segmentation.warnings), **segmentation.measured}
     atomic_files.write_whole(place / f"{name}_row.json", _json(row))
     report.rebuild_patient(place)
     return row
@@ -282,12 +281,20 @@ def rebuild_tables(out: Path) -> list[Row]:
     """Rebuilds summary, measurements and index from the patients' rows, so that parts and resumed runs agree."""
     with lock(out, "tables"):
         found = rows(out)
-        summary = [{**row, "message": _sentence(row), "warnings": " | ".join(row.get("warnings", ()))} for row in found]
+        beside = outliers.warnings(found)
+        summary = [{**row, "message": _sentence(row), "warnings": _joined(row, beside)} for row in found]
         atomic_files.write_whole(out / "summary.tsv", _tsv(summary, SUMMARY))
-        measured = [m for row in found for m in row.get("measurements", ())]
-        atomic_files.write_whole(out / "measurements.tsv", _tsv(measured, measure.Measurement._fields))
+        measured = [{**(row.get("ventricle") or {}), **m} for row in found for m in row.get("measurements", ())]
+        atomic_files.write_whole(out / "measurements.tsv", _tsv(measured, MEASUREMENTS))
+        slices = [{"patient": row["patient"], **s} for row in found for s in row.get("slices", ())]
+        atomic_files.write_whole(out / "measurements_slices.tsv", _tsv(slices, SLICES))
         report.rebuild_index(out)
     return found
+
+
+def _joined(row: Mapping[str, Any], beside: Mapping[str, Sequence[str]]) -> str:
+    """A patient's own warnings, and those that only the others give rise to."""
+    return " | ".join([*row.get("warnings", ()), *beside.get(row["patient"], ())])
 
 
 def _sentence(row: Mapping[str, Any]) -> str:

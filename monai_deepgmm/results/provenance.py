@@ -111,14 +111,15 @@ def bias(config: Config, fields: Mapping[str, NDArray[np.float32]], mask: NDArra
 def _named(outcome: Outcome, images: Images, slices: list[int | None], config: Config) -> dict[str, Any]:
     found, names = outcome.naming, [t.name for t in images.tissues]
     voxels = images.mask.flatten(1).sum(1).cpu()
+    fixed = config.model is not None or config.method.named  # nothing was guessed that could be certain
     return {
         "rule": _naming_rule(config),
         "contradictions": list(outcome.contradictions),
-        "certainty": round(float((found.certainty * voxels).sum() / voxels.sum()), 4),
+        "certainty": None if fixed else round(float((found.certainty * voxels).sum() / voxels.sum()), 4),
         "units": [
             {
                 "slice": where,
-                "certainty": round(float(found.certainty[i]), 4),
+                "certainty": None if fixed else round(float(found.certainty[i]), 4),
                 "assignment": dict(zip(names, found.order[i].tolist(), strict=True)),
                 "agreement": dict(zip(names, _rounded(found.agreement[i]), strict=True)),
             }

@@ -19,12 +19,34 @@ import jinja2
 from monai_deepgmm import protocol
 from monai_deepgmm.errors import CODES, UsageError
 from monai_deepgmm.images.atomic_files import shown, write_whole
-from monai_deepgmm.results.mosaic import UNCERTAINTY_COLORS, preview
+from monai_deepgmm.results import outliers
+from monai_deepgmm.results.mosaic import UNCERTAINTY_COLORS, omitted, preview
 
 __all__ = ["index", "page", "preview", "rebuild", "rebuild_index", "rebuild_patient"]
 
 #: For tissues whose colour no protocol or sidecar tells; colour-blind people can tell these apart.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")
+#: Numbers of the left ventricle that the page shows: what they are called, and their unit.
+VENTRICLE = {
+    "lv_mass_g": ("LV mass", "g"),
+    "cavity_ml": ("cavity", "ml"),
+    "scar_edema_g": ("scar + edema", "g"),
+    "scar_edema_percent": ("scar + edema", "% of the wall"),
+    "thickness_mean_mm": ("wall thickness, mean", "mm"),
+    "thickness_min_mm": ("thinnest 30°", "mm"),
+    "thickness_max_mm": ("thickest 30°", "mm"),
+    "transmural_25_percent": ("scar deeper than 25 % of the wall", "% of rays"),
+    "transmural_50_percent": ("deeper than 50 %", "% of rays"),
+    "transmural_75_percent": ("deeper than 75 %", "% of rays"),
+    "scar_2sd_percent": ("scar by 2 SD", "% of the wall"),
+    "scar_3sd_percent": ("by 3 SD", "% of the wall"),
+    "scar_5sd_percent": ("by 5 SD", "% of the wall"),
+    "scar_6sd_percent": ("by 6 SD", "% of the wall"),
+    "scar_fwhm_percent": ("by FWHM", "% of the wall"),
+    "scar_otsu_percent": ("by Otsu", "% of the wall"),
+    "no_reflow_ml": ("no-reflow within scar", "ml"),
+    "segments": ("AHA segments", ""),
+}
 ORDER = {"failed": 0, "skipped": 1, "ok": 2}
 
 
@@ -46,6 +68,7 @@ def page(
     facts = dict(sidecar or {})
     slices = [s for s in _list(row.get("slices")) if isinstance(s, Mapping)]
     colors = _colors(_list(facts.get("tissues")), [m.get("tissue") for m in measurements])
+    units = _units(facts, slices)
     return (
         _environment()
         .get_template("page.html.j2")
@@ -63,9 +86,12 @@ def page(
             percent_of=next((m["percent_of"] for m in measurements if m.get("percent_of")), "the mask"),
             colors=colors,
             bar=_bar([m for m in measurements if m.get("percent") not in (None, "")], "percent", 100.0),
-            units=_units(facts, slices),
+            units=units,
             slice_tissues=list(dict.fromkeys(s.get("tissue") for s in slices)),
             naming=_map(facts.get("naming")),
+            guessed=any(isinstance(_map(u.get("naming")).get("certainty"), int | float) for u in units),
+            ventricle=_ventricle(_map(row.get("ventricle"))),
+            omitted=omitted(_map(facts.get("coverage")).get("slices"), [u["slice"] for u in units]),
             mixture=[u for u in _list(_map(facts.get("mixture")).get("units")) if isinstance(u, Mapping)],
         )
     )
@@ -162,6 +188,8 @@ def rebuild_index(out: Path, title: str | None = None) -> None:
     rows = [_read_row(folder / f"{folder.name}_row.json", folder.name) for folder in _folders(out)]
     refused = [_read_row(file, file.stem) for file in sorted((out / ".refused").glob("*.json"))]
     measurements = [m for row in rows for m in _list(row.get("measurements"))]
+    beside = outliers.warnings(rows)
+    rows = [{**row, "warnings": [*_list(row.get("warnings")), *beside.get(row["patient"], ())]} for row in rows]
     name = _map(_read(out / "dataset_description.json")).get("Name")
     rows += [{**row, "page": False} for row in refused]
     html = index(rows, measurements, title or str(name or "Segmentations"), _written_colors(out))
@@ -292,6 +320,15 @@ def _sparkline(trace: Sequence[Any], width: float = 96.0, height: float = 18.0) 
     low, span = min(values), (max(values) - min(values)) or 1.0
     step = (width - 2) / (len(values) - 1)
     return " ".join(f"{1 + k * step:.1f},{1 + (height - 2) * (1 - (v - low) / span):.1f}" for k, v in enumerate(values))
+
+
+def _ventricle(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The left ventricle's numbers as the page shows them: name, value and unit; empty for another organ."""
+    return [
+        (name, value if isinstance(value, str) else _fixed(value), "" if isinstance(value, str) else unit)
+        for key, (name, unit) in VENTRICLE.items()
+        if (value := numbers.get(key)) is not None
+    ]
 
 
 def _folders(out: Path) -> list[Path]:

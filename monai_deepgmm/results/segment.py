@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from monai.transforms import Compose
 from numpy.typing import NDArray
 
-from monai_deepgmm.images.nifti import Volume
 from monai_deepgmm.images.preparation import Prepared, prepare
 from monai_deepgmm.methods import name_check, naming, region_filter
 from monai_deepgmm.methods.config import Config
@@ -21,47 +19,14 @@ from monai_deepgmm.methods.region_filter import Region
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.protocol import Protocol, Tissue
-from monai_deepgmm.results import notes, provenance, uncertainty
+from monai_deepgmm.results import coverage, notes, plausibility, provenance, uncertainty
 from monai_deepgmm.results.assembly import Assembly, assemble
+from monai_deepgmm.results.numbers import numbers
 from monai_deepgmm.results.provenance import Outcome
+from monai_deepgmm.results.segmentation import Segmentation
 
 #: What fits a mixture to a patient's images.
 Inferer = Callable[[Images], Fit]
-
-
-@dataclass(frozen=True, eq=False)
-class Segmentation:
-    """What one patient's segmentation produced, on the reference sequence's grid.
-
-    Attributes:
-        patient: the id.
-        protocol: what was looked for.
-        tissues: the tissues that the present sequences can show, in order of index.
-        images: sequence → intensities (X, Y, Z), resampled to the reference where needed, in order of reference.
-        mask: (X, Y, Z) bool.
-        labels: (X, Y, Z) uint8, the tissues' indices, 0 outside the mask.
-        probabilities: (K, X, Y, Z) float32 in order of ``tissues``, 0 outside the mask.
-        reference: the reference sequence's volume: geometry and source header.
-        slice_axis: the array axis along which slices are stacked.
-        sidecar: provenance, ready for JSON.
-        warnings: each begins with its code.
-        fields: sequence → bias field (X, Y, Z) float32, mean 1 over each image's mask and 1 outside; empty where none
-            was looked for.
-    """
-
-    patient: str
-    protocol: Protocol
-    tissues: tuple[Tissue, ...]
-    images: dict[str, np.ndarray]
-    mask: np.ndarray
-    labels: np.ndarray
-    probabilities: np.ndarray
-    reference: Volume
-    slice_axis: int
-    sidecar: dict[str, Any]
-    warnings: tuple[str, ...]
-    fields: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def segment(
@@ -85,7 +50,21 @@ def segment(
     fit, names = named(fit, assembly.images, config)
     fit, regions = filtered(fit, assembly.images, config)
     outcome = Outcome(fit, names, regions, contradictions=name_check.contradictions(fit, assembly.images))
-    return _on_source_grid(study, prepared, assembly, outcome, config, inferer)
+    return with_numbers(_on_source_grid(study, prepared, assembly, outcome, config, inferer))
+
+
+def with_numbers(segmentation: Segmentation) -> Segmentation:
+    """The segmentation with its numbers, and with what speaks against them in its sidecar and warnings."""
+    found = numbers(segmentation)
+    against = plausibility.findings(segmentation, found)
+    warnings = [*segmentation.warnings, *plausibility.about(segmentation, against), *coverage.about(segmentation)]
+    told = {
+        "warnings": warnings,
+        "plausibility": plausibility.facts(against),
+        "coverage": coverage.facts(segmentation),
+    }
+    sidecar = segmentation.sidecar | told
+    return dataclasses.replace(segmentation, measured=found.as_row(), sidecar=sidecar, warnings=tuple(warnings))
 
 
 class Solver:
@@ -146,6 +125,7 @@ def _on_source_grid(
         | {"bias": provenance.bias(config, fields, scan.mask)},
         warnings=warnings,
         fields=fields,
+        intervals=tuple(outcome.intervals),
     )
 
 

@@ -59,7 +59,7 @@ def of(studies: Sequence[Study], words: Sequence[str], *, seed: int) -> frozense
     Raises:
         UsageError: a patient is unknown or has no reference labels, or nobody has any.
     """
-    able = sorted(s.patient for s in studies if s.truth is not None and not s.problems)
+    able = sorted(s.patient for s in studies if s.truth is not None and not s.problems and not s.label_problems)
     share = Fraction(1) if tuple(words) == (ALL,) else _share(words[0]) if len(words) == 1 else None
     if words and not able:
         raise UsageError("--labels: no patient has a file of reference labels; train without labels, or add some")

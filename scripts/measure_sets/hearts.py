@@ -14,7 +14,6 @@ import runner
 from sklearn.metrics import roc_auc_score
 
 from measure_sets import Facts, Figure, Set
-from measure_sets.thresholds import THRESHOLDS, Labels, brighter, labelled
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import labels as reference_labels
 from monai_deepgmm.images import nifti
@@ -22,6 +21,7 @@ from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.patients import discovery
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.results.thresholds import THRESHOLDS, Labels, brighter, labelled
 
 SCAR, OURS = "scar", "ours"
 #: What was injured: both tissues as one.

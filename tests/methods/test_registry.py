@@ -26,7 +26,8 @@ from monai_deepgmm.mixture import bias_field, fit, partial_volume
 from monai_deepgmm.mixture.fit import Diagnostics, Fit
 from monai_deepgmm.mixture.gaussian import Mixture, m_step
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.results.segment import Segmentation, segment
+from monai_deepgmm.results.segment import segment
+from monai_deepgmm.results.segmentation import Segmentation
 
 BRAIN = protocol.load("brain")
 SIDES = (30, 28, 6)

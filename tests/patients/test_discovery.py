@@ -7,56 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from folders import BRAIN, INFARCT, all_codes, codes, cohort, files, ids, one, touch
 
-from monai_deepgmm import protocol
-from monai_deepgmm.errors import CODES, UsageError
+from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import layout
-from monai_deepgmm.patients.discovery import Cohort, Study, find
+from monai_deepgmm.patients.discovery import Cohort, find
 
-INFARCT = protocol.load("infarct")
-BRAIN = protocol.load("brain")
 #: Of a folder of our own results.
 DESCRIPTION = b'{"DatasetType": "derivative", "GeneratedBy": [{"Name": "monai-deepgmm", "Version": "0.1.0"}]}'
-
-
-def touch(root: Path, *names: str, content: bytes = b"") -> Path:
-    """Files by their names; of a name such as ``p1/{LGE,T2}.nii`` one for each word."""
-    for name in names:
-        before, _, rest = name.partition("{")
-        words, _, after = rest.partition("}")
-        for word in words.split(","):
-            path = root / f"{before}{word}{after}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-    return root
-
-
-def cohort(root: Path, *names: str, protocol=INFARCT, **options) -> Cohort:
-    return find(touch(root, *names), protocol, **options)
-
-
-def one(root: Path, *names: str, **options) -> Study:
-    """The only patient."""
-    found = cohort(root, *names, **options)
-    assert len(found.studies) == 1
-    return found.studies[0]
-
-
-def ids(found: Cohort) -> list[str]:
-    return [study.patient for study in found.studies]
-
-
-def codes(study: Study) -> list[str]:
-    assert all(p.code in CODES and p.message and p.remedy for p in study.problems)
-    return [p.code for p in study.problems]
-
-
-def all_codes(found: Cohort) -> list[list[str]]:
-    return [codes(study) for study in found.studies]
-
-
-def files(root: Path, study: Study) -> dict[str, str]:
-    return {s: path.relative_to(root).as_posix() for s, path in study.images.items()}
 
 
 class TestMyops:
@@ -140,6 +98,35 @@ class TestNnunet:
         assert (study.mask, study.mask_labels) == (dataset / "masksTr/a_b.nii.gz", ())
         assert (study.truth, study.truth_labels) == (dataset / "labelsTr/a_b.nii.gz", None)
         assert study.problems == ()
+
+    @pytest.mark.parametrize("parts", ["Tr,Ts", "Ts"])
+    def test_test_images_are_patients_and_folders_are_not(self, tmp_path, parts):
+        touch(tmp_path, "dataset.json", content=b'{"channel_names": {"0": "LGE", "1": "T2"}}')
+        for number, part in enumerate(parts.split(",")):
+            touch(tmp_path, f"images{part}/p{number}_{{0000,0001}}.nii.gz", f"masks{part}/p{number}.nii.gz")
+            touch(tmp_path, f"labels{part}/p{number}.nii.gz")
+        found = cohort(tmp_path, "imagesVal/x.nii.gz")
+        assert (found.layout, all_codes(found)) == ("nnunet", [[]] * len(found.studies))
+        assert ids(found) == [f"p{n}" for n in range(len(parts.split(",")))]
+        assert all(s.truth.parent.name == f"labels{s.mask.parent.name[-2:]}" for s in found.studies)
+
+    def test_one_id_in_both_is_two_patients(self, tmp_path):
+        touch(tmp_path, "dataset.json", content=b'{"channel_names": {"0": "LGE"}}')
+        assert codes(one(tmp_path, "{imagesTr,imagesTs}/a_0000.nii.gz"))[:1] == ["E_DUPLICATE"]
+
+    def test_folders_of_a_data_set_that_says_nothing_are_no_patients(self, tmp_path):
+        with pytest.raises(UsageError, match="no patient"):
+            cohort(tmp_path / "a", "imagesTs/{T1,mask}.nii.gz", "labelsTs/x.nii.gz", protocol=BRAIN)
+        assert ids(cohort(tmp_path / "b", "imagesTs/{a_LGE,a_mask}.nii.gz")) == ["a"]
+        with pytest.raises(UsageError, match="data set's own folder: Dataset1_X"):
+            cohort(tmp_path / "c", "Dataset1_X/{dataset.json,imagesTr/a_0000.nii.gz,labelsTr/a.nii.gz}")
+
+    def test_the_ending_that_the_data_set_states(self, dataset):
+        touch(dataset, "dataset.json", content=b'{"channel_names": {"0": "LGE"}, "file_ending": ".nii"}')
+        study = one(dataset, "imagesTr/a_b_0000.nii")
+        assert (study.images["LGE"].name, codes(study)) == ("a_b_0000.nii", [])
+        touch(dataset, "dataset.json", content=b'{"channel_names": {"0": "LGE"}}')
+        assert codes(one(dataset)) == ["E_AMBIGUOUS"]
 
     def test_labels_are_not_taken_for_a_mask(self, dataset):
         touch(dataset, "dataset.json", content=b'{"channel_names": {"0": "LGE"}}')
@@ -520,10 +507,10 @@ class TestManifest:
         assert (study.mask_labels, study.truth_labels, study.problems) == ((), None, ())
 
     def test_a_file_that_does_not_exist(self, table):
-        text = "patient,T1,mask\na,i.nii,gone/m.nii\nb,i.nii,\n\0c,\0,i.nii\n"
+        text = "patient,T1,mask\na,i.nii,gone/m.nii\nb,i.nii,\n/c,gone,i.nii\n"
         found = table(text, protocol=BRAIN)
         problems = {s.patient: codes(s) for s in found.studies}
-        assert problems == {"a": ["E_FILE"], "b": ["E_MASK_NONE"], "\0c": ["E_ID", "E_FILE"]}
+        assert problems == {"a": ["E_FILE"], "b": ["E_MASK_NONE"], "/c": ["E_ID", "E_FILE"]}
         assert "m.nii" in found.studies[1].problems[0].message
         assert all_codes(table(text, protocol=BRAIN, mask="nonzero", patients=["a", "b"])) == [[], []]
 
@@ -531,7 +518,7 @@ class TestManifest:
         "patient",
         [
             *("", ".", "..", "...", "/etc", "a/b", "../a", "a/../b", "a..b", "a\\b", "\\\\host\\c"),
-            *("Summary.tsv", ".locks", "a\x07", "a\x7f", "a\0b"),
+            *("Summary.tsv", ".locks"),
         ],
     )
     def test_ids_that_are_refused(self, table, patient):

@@ -19,7 +19,7 @@ from PIL import Image, ImageColor
 from monai_deepgmm import protocol
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.results import measure, mosaic, report
-from monai_deepgmm.results.segment import Segmentation
+from monai_deepgmm.results.segmentation import Segmentation
 
 HOSTILE = "<script>alert('owned')</script>\"&"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -206,6 +206,27 @@ def test_a_page_shows_a_dash_for_what_no_fit_told(unit, shown):
     told = words(page_of(heart))
     assert f"88 % {shown}" in told
     assert "None" not in told
+
+
+def test_a_page_tells_the_ends_of_the_curve_and_how_sure_guessed_names_are():
+    heart = hearts()
+    heart.sidecar["fit"] = {"units": [{"slice": 1, "nll": 2.5, "trace": [2.75, 2.5, 2.625]}]}
+    told = words(page_of(heart))
+    assert "2.750 to 2.625" in told  # it rises in the end, and says so
+    assert "Certainty of the names: 90 %" in told
+    heart.sidecar["naming"] = {"rule": "fixed", "certainty": None, "units": [{"slice": 1, "certainty": None}]}
+    assert "Certainty" not in words(page_of(heart))
+
+
+def test_slices_that_the_picture_leaves_out_are_said():
+    heart = hearts()
+    assert "not shown" not in words(page_of(heart))
+    heart.sidecar["coverage"] = {"slices": 30}
+    assert "24 of 30 slices with mask, evenly spaced; the others are not shown" in words(page_of(heart))
+    heart.sidecar["fit"] = {"units": [{"slice": None, "nll": 2.5}]}
+    heart.sidecar["naming"] = {}
+    told = words(page_of(heart, slices=[]))
+    assert "8 evenly spaced slices in each of three orientations" in told
 
 
 def test_a_failed_patients_page_says_what_to_do():

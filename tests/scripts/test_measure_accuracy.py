@@ -11,10 +11,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import heart, save
-from measure_sets import brains, hearts, thresholds
+from measure_sets import brains, hearts
 
 from monai_deepgmm import protocol
 from monai_deepgmm.patients import discovery
+from monai_deepgmm.results import thresholds
 
 SHAPE = (48, 48, 2)
 #: The heart as the protocol's labels.

@@ -171,7 +171,7 @@ def test_the_training_configuration_has_the_commands_options_and_defaults():
     assert parser.get_parsed_content("settings") == plan().training
     assert raw["set"] == {}
     typed = vars(cli.parser().parse_args(["train", "in", "out"]))
-    for key in set(typed) - {"command", "directory", "model_dir", "verbose", "quiet"}:
+    for key in set(typed) - {"command", "directory", "model_dir", "verbose", "quiet", "config", "save_config"}:
         default, ours = typed[key], raw[key]
         assert ours == default or (not ours and not default and type(default) in (list, tuple)), key
     assert {*commands.TRAIN_KEYS} <= set(raw)

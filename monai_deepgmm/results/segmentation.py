@@ -1,0 +1,77 @@
+"""What one patient's segmentation produced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from monai_deepgmm.images.volume import Volume
+from monai_deepgmm.protocol import Protocol, Tissue
+from monai_deepgmm.results.uncertainty import Interval
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What one patient's segmentation produced, on the reference sequence's grid.
+
+    Attributes:
+        patient: the id.
+        protocol: what was looked for.
+        tissues: the tissues that the present sequences can show, in order of index.
+        images: sequence → intensities (X, Y, Z), resampled to the reference where needed, in order of reference.
+        mask: (X, Y, Z) bool.
+        labels: (X, Y, Z) uint8, the tissues' indices, 0 outside the mask.
+        probabilities: (K, X, Y, Z) float32 in order of ``tissues``, 0 outside the mask.
+        reference: the reference sequence's volume: geometry and source header.
+        slice_axis: the array axis along which slices are stacked.
+        sidecar: provenance, ready for JSON.
+        warnings: each begins with its code.
+        fields: sequence → bias field (X, Y, Z) float32, mean 1 over each image's mask and 1 outside; empty where none
+            was looked for.
+        intervals: of each tissue's volume, in order of ``tissues``; empty where none was computed.
+        measured: all that is measured, ready for JSON (``numbers.Numbers.as_row``); empty before it is.
+    """
+
+    patient: str
+    protocol: Protocol
+    tissues: tuple[Tissue, ...]
+    images: dict[str, np.ndarray]
+    mask: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+    reference: Volume
+    slice_axis: int
+    sidecar: dict[str, Any]
+    warnings: tuple[str, ...]
+    fields: dict[str, np.ndarray] = field(default_factory=dict)
+    intervals: tuple[Interval, ...] = ()
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def where(self, *tissues: str) -> NDArray[np.bool_]:
+        """Where the labels (X, Y, Z) are of one of these tissues; nowhere for those that the patient cannot show."""
+        chosen: NDArray[np.bool_] = np.zeros(256, dtype=bool)
+        chosen[[t.index for t in self.protocol.tissues if t.name in tissues]] = True
+        found: NDArray[np.bool_] = chosen[self.labels]
+        return found
+
+    def cropped(self) -> Segmentation:
+        """The part that holds the mask, with every slice: all that is measured is the same, and found in less time."""
+        box = [slice(None)] * 3
+        for axis in {0, 1, 2} - {self.slice_axis}:
+            inside = np.flatnonzero(self.mask.any(axis=tuple(a for a in range(3) if a != axis)))
+            box[axis] = slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(None)
+        here = tuple(box)
+        affine = self.reference.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ [part.start or 0 for part in box]
+        return replace(
+            self,
+            images={name: image[here] for name, image in self.images.items()},
+            mask=self.mask[here],
+            labels=self.labels[here],
+            probabilities=self.probabilities[:, *here],
+            reference=replace(self.reference, data=self.reference.data[here], affine=affine),
+            fields={name: field[here] for name, field in self.fields.items()},
+        )
