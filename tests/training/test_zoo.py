@@ -191,6 +191,19 @@ def test_tracking_an_inference(bundle, patients, tmp_path, tracked):
     assert told["seconds"] > 0
 
 
+def test_mlflow_itself_keeps_the_runs(patients, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    places = {"dataset_dir": patients, "output_dir": tmp_path / "out", "patients": ["pat1"]}
+    run = workflow(CONFIGS.parent, "inference", tracking="mlflow", **places, method="gmm", set={"max_iter": 10})
+    run.run()
+    run.finalize()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlruns.db'}")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "monai_experiment")
+    (kept,) = client.search_runs([experiment.experiment_id])
+    assert kept.info.status == "FINISHED"
+    assert (kept.data.metrics["ok"], kept.data.metrics["failed"]) == (1, 0)
+
+
 def test_a_wrong_folder_ends_with_one_line(tmp_path):
     typed = ("--config_file", str(CONFIGS / "inference.json"), "--dataset_dir", str(tmp_path / "nowhere"))
     command = [sys.executable, "-m", "monai.bundle", "run", *typed, "--output_dir", str(tmp_path / "out")]
