@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def run() -> int:
@@ -14,6 +21,7 @@ def run() -> int:
     if "--trust-code" not in sys.argv and sys.path and Path(sys.path[0] or os.curdir).resolve() != here:
         sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != Path.cwd()]
     try:
+        signal.signal(signal.SIGTERM, _stop)
         from monai_deepgmm.cli import main
 
         return main()

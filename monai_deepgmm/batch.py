@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import logging
 import re
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from monai.data import Dataset
 from monai_deepgmm import workers
 from monai_deepgmm.engine import Handler, PatientEngine
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyError, UsageError
-from monai_deepgmm.images import loading
+from monai_deepgmm.images import atomic_files, loading
 from monai_deepgmm.methods.config import Config
-from monai_deepgmm.patients.study import Cohort, Problem, Study
+from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.results import outputs
 from monai_deepgmm.results.log_file import log_file
-from monai_deepgmm.results.outputs import Row
+from monai_deepgmm.results.row_files import Row
 from monai_deepgmm.results.segment import Inferer, segment
 from monai_deepgmm.results.steps import Steps
 from monai_deepgmm.training import self_training
@@ -32,6 +33,9 @@ from monai_deepgmm.workers import Rows
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Row], None]
+#: How long a worker that nobody hears of is left to finish the patient that it is at.
+STILL_WORKING_SECONDS = 120
+_counting, _patients, _threads = threading.Lock(), 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +120,8 @@ def run(
         work = _work(studies, job, options)
     outputs.prepare(out, config.protocol)
     with log_file(out):
+        if not atomic_files.flushes():
+            logger.warning("OUT's file system cannot flush files to its disk (fsync): keep its power on until the end")
         return _run(studies, work, job, options, progress)
 
 
@@ -194,6 +200,9 @@ def _run(studies: Sequence[Study], work: Rows, job: Job, options: BatchOptions, 
         if options.fail_fast:
             _skip([s for s in studies if s.patient not in finished], job)
     finally:
+        for study in studies:
+            if study.patient not in finished:
+                outputs.tidy(job.out, study)
         outputs.sweep(job.out)
         trouble = _tables(job.out)
     if disk_full or trouble == "E_DISK":
@@ -206,7 +215,9 @@ def _run(studies: Sequence[Study], work: Rows, job: Job, options: BatchOptions, 
 
 def _work(studies: Sequence[Study], job: Job, options: BatchOptions) -> Rows:
     """Rows as they come. Only Dask's absence is found before the first is asked for."""
-    job = job if options.dask is None else dataclasses.replace(job, out=job.out.resolve())
+    if options.dask is not None:  # a worker that was started elsewhere has another working directory
+        job = dataclasses.replace(job, out=job.out.resolve())
+        studies = [study.with_whole_paths() for study in studies]
     return workers.rows(
         studies,
         functools.partial(process, job=job),
@@ -257,7 +268,10 @@ def process(study: Study, job: Job) -> Row:
     try:
         with _one_thread(), outputs.lock(job.out, study.patient):
             row = None if job.overwrite else outputs.done(job.out, study, job.config, job.customised)
-            return {**row, "resumed": True} if row else _anew(study, job)
+            if row is None:
+                return _anew(study, job)
+            outputs.forget_refused(job.out, study)
+            return {**row, "resumed": True}
     except StudyError as error:  # not even the failure could be written
         return _row(study, job.config) | _failure(error)
 
@@ -279,34 +293,49 @@ def _anew(study: Study, job: Job) -> Row:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One core per patient: the last digits do not depend on the machine, and small tensors are faster that way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """One core per patient: the last digits do not depend on the machine, and small tensors are faster that way.
+
+    A worker of Dask's may have several threads: the first to come sets the number, the last to leave sets it back.
+    """
+    global _patients, _threads
+    with _counting:
+        if _patients == 0:
+            _threads = torch.get_num_threads()
+        _patients += 1
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _counting:
+            _patients -= 1
+            if _patients == 0:
+                torch.set_num_threads(_threads)
 
 
 def _fail(out: Path, study: Study, row: Row) -> Row:
-    """Writes the failure. If even that is impossible, the row lives on in this run's answer only."""
+    """Writes the failure, apart from the patient's folder where that cannot be written."""
     written = {key: value for key, value in row.items() if key != "traceback"}  # it holds this machine's paths
     try:
         outputs.write_failure(out, study, written)
     except StudyError as error:
-        if error.code == "E_NAME":
-            refused = dataclasses.replace(study, problems=(Problem(error.code, error.message, error.remedy),))
-            outputs.write_failure(out, refused, written)
-        else:
-            outputs.clear(out, study)
-            return {**row, **_failure(error)} if error.code == "E_DISK" else row
+        outputs.clear(out, study)
+        if error.code == "E_DISK":
+            return {**row, **_failure(error)}
+        with suppress(StudyError):
+            outputs.write_refused(out, study, written)
     return row
 
 
-def _crashed(study: Study, job: Job) -> Row:
+def _crashed(study: Study, why: str, job: Job) -> Row:
+    """The row of a patient whose worker is dead or out of reach; one that it has finished all the same stays done."""
     remedy = "Give the patient more memory (fewer --jobs), or leave it out with --patients"
-    error = StudyError("E_CRASH", "the process died each time it handled this patient", remedy)
-    return _fail(job.out, study, _row(study, job.config) | _failure(error))
+    if why != workers.DIED:
+        remedy = "Look to the Dask cluster, and run the command again: what is done stays done"
+    row = _row(study, job.config) | _failure(StudyError("E_CRASH", why, remedy))
+    with outputs.lock(job.out, study.patient, wait_s=STILL_WORKING_SECONDS) as ours:
+        if not ours:  # the worker lives, and will write the row
+            return row
+        return outputs.done(job.out, study, job.config, job.customised) or _fail(job.out, study, row)
 
 
 def _row(study: Study, config: Config) -> Row:
@@ -355,8 +384,9 @@ def _tables(out: Path) -> str | None:
 def _log(row: Row) -> None:
     state = "done before" if row.get("resumed") else row["status"]
     detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else f"{row['seconds']:.1f} s"
-    logger.info("%s: %s (%s)", row["patient"].encode(errors="replace").decode(), state, detail)
+    patient = atomic_files.printable(row["patient"])
+    logger.info("%s: %s (%s)", patient, state, atomic_files.printable(detail))
     for warning in row["warnings"]:
-        logger.info("%s: %s", row["patient"].encode(errors="replace").decode(), warning)
+        logger.info("%s: %s", patient, atomic_files.printable(warning))
     if "traceback" in row:
         logger.debug("%s", row["traceback"])

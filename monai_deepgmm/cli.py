@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,13 +35,15 @@ __all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOFTWARE", "SOME_FAI
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (see the table in the README)."""
+    terminal.encode_anything()
     try:
         arguments = _parsed(list(sys.argv[1:] if argv is None else argv))
     except UsageError as error:
         print(f"deepgmm: {error}", file=sys.stderr)
         return USAGE
     terminal.show_log(arguments.verbose, arguments.quiet)
-    signal.signal(signal.SIGTERM, _interrupt)
+    if threading.current_thread() is threading.main_thread():  # only there does Python allow it
+        signal.signal(signal.SIGTERM, _interrupt)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)
@@ -213,7 +216,10 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     group.add_argument("--filter", nargs="+", default=(), metavar="ENTITY=VALUE", help=choose)
     group.add_argument("--patients", nargs="+", default=(), metavar="ID", help="only these patients")
     group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file, counted from 0")
-    group.add_argument("--max-voxels", type=_positive, default=1 << 28, metavar="N", help="refuse larger images")
+    spacing = "sform, pixdim, or X,Y,Z in mm: which voxel sizes count in a header that contradicts itself"
+    group.add_argument("--spacing", metavar="WHICH", help=spacing)
+    voxels = "the most voxels of a patient's sequences and mask together, on the reference's grid"
+    group.add_argument("--max-voxels", type=_positive, default=1 << 29, metavar="N", help=voxels)
     group = made.add_argument_group("how to compute")
     group.add_argument("--seed", type=int, default=0, help="of every random draw")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … or auto: cuda if there is one")

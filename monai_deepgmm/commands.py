@@ -28,7 +28,20 @@ logger = logging.getLogger("monai_deepgmm")
 
 #: The options of ``deepgmm train`` that the bundle's ``train.json`` takes as they are.
 TRAIN_KEYS = (
-    *("protocol", "asked", "layout", "mask", "frame", "max_voxels", "method", "loss", "network", "epochs", "resume"),
+    *(
+        "protocol",
+        "asked",
+        "layout",
+        "mask",
+        "frame",
+        "max_voxels",
+        "spacing",
+        "method",
+        "loss",
+        "network",
+        "epochs",
+        "resume",
+    ),
     *("labels", "seed", "device", "trust_code"),
 )
 
@@ -60,7 +73,7 @@ def segment(arguments: argparse.Namespace) -> int:
         rows = list(batch.dry_run(found, arguments.out, config, options))
         for row in rows:
             detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else "; ".join(row["warnings"])
-            print(f"{terminal.shown(row['patient'])}\t{row['status']}\t{detail}")
+            print(f"{terminal.shown(row['patient'])}\t{row['status']}\t{terminal.shown(detail)}")
         return _exit_code(sum(row["status"] == "failed" for row in rows), len(rows))
     with terminal.progress_bar(len(batch.select(found, options))) as bar:
         code = batch.run(found, arguments.out, config, options, progress=lambda row: bar.update())
@@ -90,7 +103,7 @@ def train(arguments: argparse.Namespace) -> int:
         }
     )
     for patient, error in prepared.failed.items():
-        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, error)
+        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, terminal.shown(str(error)))
     logger.info("the network and its bundle are in %s", arguments.model_dir)
     return _exit_code(len(prepared.failed), len(found.studies))
 
@@ -112,7 +125,7 @@ def means(arguments: argparse.Namespace) -> int:
     found = _find(arguments)
     computed, unused = class_means.compute(found.studies, protocol, preprocessing)
     for patient, error in unused.items():
-        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, error)
+        logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, terminal.shown(str(error)))
     atomic_files.write_whole(arguments.output, computed.as_json())
     for tissue, row in computed.means.items():
         print(f"{tissue:12s}" + "".join(f"  {sequence} {value:7.3f}" for sequence, value in row.items()))
@@ -224,6 +237,7 @@ def _find(arguments: argparse.Namespace) -> Cohort:
         truth_labels=arguments.truth_labels,
         filters=arguments.filter,
         patients=arguments.patients,
+        spacing=arguments.spacing,
         asked=arguments.asked,
     )
 

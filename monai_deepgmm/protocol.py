@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import yaml
 
-from monai_deepgmm import ranges, schema
+from monai_deepgmm import mask_shape, ranges, schema
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.mask_shape import MaskShape
 from monai_deepgmm.ranges import Range
 from monai_deepgmm.tissue import Anatomy, Enhancement, Hyperintense, RegionCriteria, Tissue
 
@@ -46,6 +47,7 @@ class Protocol:
             which it does not is flagged (``W_NAMES``).
         anchored: tissues whose levels and proportions the first sequence alone defines; others only add to it. Empty:
             all sequences are fitted together.
+        mask_shape: what its mask looks like; None: anything.
         plausible: what a result must lie within (``W_IMPLAUSIBLE``); empty: nothing is checked.
         method: the method where none is asked for; None: by what the protocol tells.
         settings: of that method, in place of its own defaults.
@@ -65,6 +67,7 @@ class Protocol:
     borders: tuple[tuple[str, str], ...] = ()
     deeper: tuple[tuple[str, str], ...] = ()
     anchored: tuple[str, ...] = ()
+    mask_shape: MaskShape | None = None
     plausible: tuple[Range, ...] = ()
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -164,6 +167,7 @@ def as_yaml(protocol: Protocol) -> str:
         "borders": [list(pair) for pair in protocol.borders],
         "deeper": [list(pair) for pair in protocol.deeper],
         "anchored": list(protocol.anchored),
+        "mask_shape": None if protocol.mask_shape is None else protocol.mask_shape.as_json(),
         "plausible": [one.as_yaml() for one in protocol.plausible],
         "method": None if protocol.method is None else {"name": protocol.method, **protocol.settings},
         "tissues": tissues,
@@ -206,6 +210,7 @@ def _parse(raw: Mapping[str, Any]) -> Protocol:
         borders=_pairs("borders", raw.get("borders") or (), own),
         deeper=_pairs("deeper", raw.get("deeper") or (), own),
         anchored=tuple(raw.get("anchored") or ()),
+        mask_shape=None if raw.get("mask_shape") is None else mask_shape.parse(raw["mask_shape"]),
         plausible=ranges.parse(raw.get("plausible") or (), own, sequences),
         method=settings.pop("name", None),
         settings=settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 import traceback
@@ -25,8 +26,7 @@ def print_cohort(found: Cohort) -> None:
         about = [("", p) for p in study.problems] + [("labels: ", p) for p in study.label_problems]
         problems = "; ".join(f"{what}{p.code}: {p.message}. {p.remedy}".rstrip(". ") for what, p in about) or "-"
         files = [study.images[s].name if s in study.images else "-" for s in sequences]
-        truth = _truth(study)
-        lines.append([shown(study.patient), *map(shown, files), shown(_mask(study)), shown(truth), problems])
+        lines.append([*map(shown, (study.patient, *files, _mask(study), _truth(study), problems))])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
@@ -36,7 +36,7 @@ def print_cohort(found: Cohort) -> None:
     more = f", {labels} whose reference labels cannot be used" if labels else ""
     print(f"\nlayout {found.layout}: {len(found.studies)} patients, {failing} with problems{more}")
     for note in found.notes:
-        print(f"note: {note}")
+        print(f"note: {shown(note)}")
 
 
 def _mask(study: Study) -> str:
@@ -126,6 +126,13 @@ class _Terminal(logging.StreamHandler[Any]):
         from tqdm import tqdm
 
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+def encode_anything() -> None:
+    """What a terminal's encoding lacks is written with escapes, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def keep_traceback(error: BaseException, out: Path | None) -> str:

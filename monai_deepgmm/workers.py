@@ -5,6 +5,7 @@ Workers are sent a study's paths and what to do with them, never arrays.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -13,31 +14,37 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.results.outputs import Row
+from monai_deepgmm.results.row_files import Row
 
 logger = logging.getLogger(__name__)
 Rows = Generator[Row, None, None]
 #: From a patient to its row; what is sent to a worker can be pickled.
 Step = Callable[[Study], Row]
+#: From a patient who has no row, and the reason, to one.
+Crash = Callable[[Study, str], Row]
+#: How long a scheduler, and then a first worker, is waited for.
+WAIT_SECONDS = 30
+DIED = "the process died each time it handled this patient"
 
 
-def rows(studies: Sequence[Study], process: Step, *, crashed: Step, jobs: int = 1, dask: str | None = None) -> Rows:
+def rows(studies: Sequence[Study], process: Step, *, crashed: Crash, jobs: int = 1, dask: str | None = None) -> Rows:
     """Each patient's row, in the order in which they are done.
 
     Args:
         studies: the patients.
         process: what is done to one of them.
-        crashed: the row, made in this process, of one whose worker died each time.
+        crashed: the row, made in this process, of one whose worker died each time or cannot be asked any more.
         jobs: processes that work at the same time; 1: this one.
         dask: the address of a Dask scheduler that does the work instead.
 
     Raises:
-        UsageError: Dask is not installed, or no scheduler answers; before the first row is asked for.
+        UsageError: Dask is not installed, no scheduler or worker answers, or a worker lacks this package; before the
+            first row is asked for.
     """
     if dask is not None:
         return _on_dask(studies, process, crashed, _dask_client(dask))
@@ -49,7 +56,7 @@ def rows(studies: Sequence[Study], process: Step, *, crashed: Step, jobs: int = 
 # Processes ---------------------------------------------------------------------------------------------------------
 
 
-def _in_processes(studies: Sequence[Study], process: Step, crashed: Step, jobs: int) -> Rows:
+def _in_processes(studies: Sequence[Study], process: Step, crashed: Crash, jobs: int) -> Rows:
     """In processes. If one dies, whoever has no row yet is tried again together, and at last each alone."""
     left = {study.patient: study for study in studies}
     for _ in range(2):
@@ -58,7 +65,7 @@ def _in_processes(studies: Sequence[Study], process: Step, crashed: Step, jobs: 
                 del left[row["patient"]]
                 yield row
     for study in left.values():
-        yield from list(_pooled([study], process, jobs)) or [crashed(study)]
+        yield from list(_pooled([study], process, jobs)) or [crashed(study, DIED)]
 
 
 def _pooled(studies: Sequence[Study], process: Step, jobs: int) -> Rows:
@@ -104,20 +111,62 @@ def _end_with_parent() -> None:
 
 
 def _dask_client(address: str) -> Any:
+    """A client of a scheduler that has workers, all of them with this package.
+
+    Raises:
+        UsageError: one of these is not so; after ``WAIT_SECONDS`` for a scheduler, and for a first worker.
+    """
     try:
         from distributed import Client
     except ImportError:
         raise UsageError("--dask needs Dask: pip install distributed") from None
     try:
-        return Client(address, timeout="30s")
+        client = Client(address, timeout=WAIT_SECONDS)
     except (OSError, ValueError) as error:
         raise UsageError(f"--dask {address}: no scheduler answers there ({error})") from error
+    try:
+        client.wait_for_workers(1, timeout=WAIT_SECONDS)
+        found = client.run(importlib.util.find_spec, "monai_deepgmm", on_error="return")
+    except TimeoutError:
+        _leave(client)
+        hint = "start some with dask worker"
+        raise UsageError(f"--dask {address}: no worker came within {WAIT_SECONDS} seconds; {hint}") from None
+    except OSError as error:
+        _leave(client)
+        raise UsageError(f"--dask {address}: the workers do not answer ({error})") from error
+    without = [worker for worker, spec in found.items() if spec is None or isinstance(spec, BaseException)]
+    if without:
+        _leave(client)
+        hint = "pip install 'monai-deepgmm[dask]' there, in this version"
+        raise UsageError(f"--dask {address}: the worker {without[0]} lacks monai-deepgmm; {hint}")
+    return client
 
 
-def _on_dask(studies: Sequence[Study], process: Step, crashed: Step, client: Any) -> Rows:
+def _leave(client: Any) -> None:
+    with suppress(OSError, TimeoutError):
+        client.close(timeout=5)
+
+
+def _on_dask(studies: Sequence[Study], process: Step, crashed: Crash, client: Any) -> Rows:
     from distributed import as_completed as dask_as_completed
 
-    with client:
+    try:
         futures = {client.submit(process, study, pure=False, retries=1): study for study in studies}
         for future in dask_as_completed(list(futures)):
-            yield crashed(futures[future]) if future.status != "finished" else future.result()
+            if future.status == "finished":
+                yield future.result()
+            else:
+                yield crashed(futures[future], _what_happened(future))
+    finally:
+        _leave(client)
+
+
+def _what_happened(future: Any) -> str:
+    from distributed import KilledWorker
+
+    if future.status != "error":
+        return "the connection to the Dask scheduler was lost before this patient was done"
+    error = future.exception()
+    if isinstance(error, KilledWorker):
+        return DIED
+    return f"a Dask worker could not take this patient on ({type(error).__name__}: {error})"

@@ -38,6 +38,7 @@ from endurance_run import (
     CLONE_NEWNET,
     CLONE_NEWNS,
     DOCUMENTED,
+    NO_NAMESPACES,
     Outcome,
     anonymous_mb,
     attempt,
@@ -200,7 +201,7 @@ def disks(work: Path, count: int, seed: int) -> Iterator[tuple[int, Outcome, Seq
             if not (
                 namespace(CLONE_NEWNS) and libc.mount(None, b"/", None, 0x44000, None) == 0 and sized(size, first=True)
             ):
-                print("no namespaces here")
+                print(NO_NAMESPACES)
                 os._exit(cli.OK)
 
         def larger(code: int, words: list[object] = words) -> list[object] | None:
@@ -227,7 +228,8 @@ def dask(workers: int = 2) -> Iterator[str | None]:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     started = [subprocess.Popen(c, **quiet) for c in (command, *[worker] * workers)]
     try:
-        time.sleep(8)
+        ready = f"from distributed import Client; Client({address!r}, timeout=100).wait_for_workers({workers}, 100)"
+        subprocess.run([sys.executable, "-c", ready], check=True, **quiet)
         yield address
     finally:
         for process in started:
@@ -296,6 +298,7 @@ def bombs(work: Path, count: int, seed: int) -> runner.Facts:
         outcome = attempt("segment", work / "in", work / "out", "-q", *words, before=cap)
         codes[str(outcome.code)] += 1
         told.append(f"{name} {outcome.above_mb:.0f} MB")
+        print(f"{told[-1]}, exit code {outcome.code}", file=sys.stderr, flush=True)
         most = max(most, outcome.above_mb)
         problem = outcome.wrong() or (
             "" if outcome.above_mb < BOMB_MB else f"{outcome.above_mb:.0f} MB above the imports"
@@ -334,7 +337,7 @@ def network(work: Path, count: int, seed: int) -> Iterator[tuple[int, Outcome, S
 
         sys.addaudithook(heard)
         if not namespace(CLONE_NEWNET):
-            print("no namespaces here")
+            print(NO_NAMESPACES)
 
     for words, code in commands[:count]:
         yield 1, attempt(*words, before=alone, limit_s=300), (code,)
@@ -397,7 +400,7 @@ def run(options: argparse.Namespace) -> int:
     print(runner.table(rows, text=2))
     for name, facts in done.items():
         print(*(f"\n{name}: {said}" for said in facts["wrong"][:10]), sep="", end="")
-    print(f"\n{runner.machine_line(next(iter(done.values()))['machine'])}")
+    print(f"\n\n{runner.machine_line(next(iter(done.values()))['machine'])}")
     return cli.SOME_FAILED if any(facts["wrong"] for facts in done.values()) else cli.OK
 
 

@@ -25,6 +25,8 @@ DOCUMENTED = (cli.OK, cli.SOME_FAILED, cli.USAGE, cli.ALL_FAILED)
 LIMIT_S = 60.0
 #: Words that tell of a mistake, whatever the exit code.
 SIGNS = ("Traceback", "E_INTERNAL", "E_CRASH", "differs: ")
+#: What a case says where its namespace could not be made.
+NO_NAMESPACES = "no namespaces here"
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 
 
@@ -143,16 +145,23 @@ def namespace(kind: int) -> bool:
 def counted(found: Iterator[tuple[int, Outcome, Sequence[int]]], seconds: float) -> runner.Facts:
     """How commands ended, of as many as that time allows: (cases, outcome, exit codes that may be) of each."""
     began = time.monotonic()
-    codes, wrong, number, most = Counter[str](), [], 0, 0.0
+    codes, wrong, number, most, bare = Counter[str](), [], 0, 0.0, False
     for count, outcome, allowed in found:
         number += count
-        most = max(most, outcome.above_mb)
+        most, bare = max(most, outcome.above_mb), bare or NO_NAMESPACES in outcome.said
         codes[str(outcome.code)] += 1
         if said := outcome.wrong(allowed):
             wrong.append(f"case {number}: {said}")
         if time.monotonic() - began > seconds:
             break
-    return {"cases": number, "codes": dict(sorted(codes.items())), "wrong": wrong, "above_mb": round(most)}
+    told = NO_NAMESPACES if bare else ""
+    return {
+        "cases": number,
+        "codes": dict(sorted(codes.items())),
+        "wrong": wrong,
+        "above_mb": round(most),
+        "told": told,
+    }
 
 
 def results(out: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from outcomes import row
 
 from monai_deepgmm import batch, cli, protocol
@@ -69,6 +70,10 @@ def left(out: Path) -> dict[str, object]:
             content = "seconds vary"
         found[name] = content
     return found
+
+
+def of_pat1(found: dict[str, object]) -> dict[str, object]:
+    return {name: content for name, content in found.items() if name.startswith("pat1/")}
 
 
 def whole(out: Path) -> bool:
@@ -221,6 +226,35 @@ def test_parts_are_together_the_whole(source, expected, tmp_path):
     codes = [main(arguments(source, tmp_path / "out", "--part", f"{i}/3")) for i in (3, 1, 2)]
     assert sorted(codes) == [0, 0, 1]
     assert left(tmp_path / "out") == expected
+
+
+def test_a_share_without_fsync_or_locks_is_noted_once_and_changes_nothing(source, expected, tmp_path, monkeypatch):
+    def unsupported(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(atomic_files, "_flushes", True)
+    monkeypatch.setattr(atomic_files.os, "fsync", unsupported)
+    monkeypatch.setattr(outputs.FileLock, "acquire", unsupported)
+    out = tmp_path / "out"
+    assert main(arguments(source, out, "--patients", "pat1")) == 0
+    assert of_pat1(left(out)) == of_pat1(expected)
+    assert (out / "deepgmm.log").read_text().count("fsync") == 1
+
+
+def test_a_device_without_double_precision_leaves_the_work_to_the_cpu(source, expected, tmp_path, monkeypatch):
+    ones = torch.ones
+
+    def single_only(*given, **named):
+        if named.get("device") == "cpu:0" and named.get("dtype") == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return ones(*given, **named)
+
+    monkeypatch.setattr(torch, "ones", single_only)
+    out = tmp_path / "out"
+    assert main(arguments(source, out, "--device", "cpu:0", "--patients", "pat1")) == 0
+    assert of_pat1(left(out)) == of_pat1(expected)
+    assert build(device="cpu:0").device == "cpu"
+    assert main(arguments(source, out, "--device", "meta")) == cli.USAGE
 
 
 def run(source: Path, out: Path, *, change=lambda studies: studies, progress=lambda row: None) -> int:

@@ -22,12 +22,19 @@ _PREFIX, _SUFFIX = ".deepgmm-", ".part"
 _STALE_SECONDS = 3600.0
 _ATTEMPTS = 5
 _BLOCK = 1 << 20
+_RENAMES_OPEN_FILES = sys.platform != "win32"
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_flushes = True
 
 
 def shown(path: Path) -> str:
     """A file's name as it may stand in a message: no folder, no control characters, no lone surrogates."""
-    name = Path(path).name or str(path)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return printable(Path(path).name or str(path))
+
+
+def printable(text: str) -> str:
+    """A text, such as a file's name, with escapes for what is no character to be seen."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def refused(path: Path, code: str, found: str, remedy: str) -> StudyError:
@@ -118,16 +125,35 @@ def _write_beside(path: Path, data: bytes) -> None:
             # The lock says that the writer lives; the system drops it when the process ends, however it ends.
             _lock(file)
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            _flush(file)
             if part.read_bytes() != data:
                 raise OSError(errno.EIO, "the bytes read back differ from those written")
+            if _RENAMES_OPEN_FILES:
+                os.replace(part, path)
+        if not _RENAMES_OPEN_FILES:
             os.replace(part, path)
     except BaseException:
         with suppress(OSError):
             part.unlink()
         raise
     _flush_folder(path.parent)
+
+
+def _flush(file: BinaryIO) -> None:
+    """Brings a file's bytes to the disk; ``flushes`` tells of a share that cannot say when that is done."""
+    global _flushes
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _flushes = False
+
+
+def flushes() -> bool:
+    """Whether every file that this process wrote is on its disk for certain."""
+    return _flushes
 
 
 def _lock(file: BinaryIO) -> bool:

@@ -12,14 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from monai_deepgmm.images.grid import slice_axis
 from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.measured import limited, measured
 from monai_deepgmm.protocol import Protocol
 
 #: Voxels kept around the mask where the crop would cut it.
 MARGIN = 2
-#: An axis is taken for the slice axis when its spacing is larger than the others' by this factor.
-SLICE_FACTOR = 1.5
 
 
 class Crops(NamedTuple):
@@ -35,6 +34,7 @@ class Crops(NamedTuple):
         scan_shape: (X, Y, Z).
         zero: (B, M) what the scan's 0 has become: no signal, which a field that multiplies intensities leaves alone.
         measured: (B, M, *S) where each sequence has a usable value (``measured.measured``).
+        seen: (B, M, *S) where each sequence was measured at all (``coverage.find``); None: everywhere.
     """
 
     image: Tensor
@@ -46,6 +46,7 @@ class Crops(NamedTuple):
     scan_shape: tuple[int, int, int]
     zero: Tensor
     measured: Tensor
+    seen: Tensor | None = None
 
     def cut(self, volume: NDArray[Any]) -> NDArray[Any]:
         """Cuts any other array (X, Y, Z) on the scan's grid as the image was cut: (B, *S), 0 beyond the scan."""
@@ -65,13 +66,6 @@ class Crops(NamedTuple):
             here, there = _overlap(corner, image.shape[1:], self.scan_shape)
             out[(slice(None), *there)] = image[(slice(None), *here)]
         return out
-
-
-def slice_axis(spacing_mm: tuple[float, float, float]) -> int:
-    """The axis along which slices are stacked: the one with clearly the largest spacing, or else the last."""
-    order = np.argsort(spacing_mm, kind="stable")
-    clear = spacing_mm[order[2]] > SLICE_FACTOR * spacing_mm[order[1]]
-    return int(order[2]) if clear else 2
 
 
 def crops(patient: Scan, protocol: Protocol) -> Crops:
@@ -103,12 +97,34 @@ def crops(patient: Scan, protocol: Protocol) -> Crops:
     cut = torch.stack([_cut(whole, corner, size) for corner in corners]).double()
     cut = cut.squeeze(2 + axis) if by_slice else cut
     image, mask, covered = cut[:, :-2], cut[:, -2:-1], cut[:, -1:]
-    seen = measured(image, mask)
+    usable, seen = measured(image, mask), _seen(patient, corners, size, axis if by_slice else None)
+    if seen is not None and by_slice:
+        image, usable = _without_data(image, mask, seen), usable & seen
     image = limited(image, mask) if by_slice else image
-    image, zero = _zscore(image, mask if protocol.crop_mm is None else covered)
+    over = mask if protocol.crop_mm is None else covered
+    image, zero = _zscore(image, over.expand_as(image) if seen is None or not by_slice else over * seen)
     kept = tuple(s for i, s in enumerate(spacing) if i not in stack)
     slices = tuple(int(i) for i in found)
-    return Crops(image * covered, mask, kept, slices, axis, corners, patient.mask.shape, zero, seen)
+    return Crops(image * covered, mask, kept, slices, axis, corners, patient.mask.shape, zero, usable, seen)
+
+
+def _seen(patient: Scan, corners: NDArray[np.int64], size: NDArray[np.int64], axis: int | None) -> Tensor | None:
+    """Where each sequence was measured, cut like the images (B, M, *S); None: everywhere."""
+    if patient.coverage is None or patient.coverage.whole():
+        return None
+    whole = torch.from_numpy(patient.coverage.seen)
+    cut = torch.stack([_cut(whole, corner, size) for corner in corners])
+    return cut if axis is None else cut.squeeze(2 + axis)
+
+
+def _without_data(image: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
+    """The images with the median of what was measured in the mask where a sequence was not: neither dark nor bright."""
+    out = image.clone()
+    for values, inside, here in zip(out, mask[:, 0] > 0, seen, strict=True):
+        for channel, known in zip(values, here, strict=True):
+            if (inside & known).any():
+                channel[~known] = channel[inside & known].median()
+    return out
 
 
 def _box(mask: NDArray[np.bool_], axis: int | None, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -154,7 +170,7 @@ def _cut(whole: Tensor, corner: NDArray[np.int64], size: NDArray[np.int64]) -> T
 
 
 def _zscore(image: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sequence of each image with mean 0 and deviation 1 over ``over`` (B, 1, *S); where its 0 is then (B, M)."""
+    """Each sequence of each image with mean 0 and deviation 1 over ``over`` (B, M, *S); where its 0 is then (B, M)."""
     axes = tuple(range(2, image.ndim))
     count = over.sum(axes, keepdim=True).clamp_min(1)
     mean = (image * over).sum(axes, keepdim=True) / count

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
+from monai_deepgmm.images import placement
 from monai_deepgmm.images.atomic_files import refused, shown
+from monai_deepgmm.patients.spacing import Spacing
 
 MIN_BYTES = 348
 
@@ -25,8 +26,6 @@ _REFUSED = {
     2048: "complex",
     2304: "RGBA",
 }
-_MILLIMETRES = {"": 1.0, "metres": 1000.0, "micron": 0.001, "an unknown unit, taken for mm": 1.0}
-_UNITS = {0: "", 1: "metres", 2: "", 3: "micron"}
 _MAX_OFFSET = 1 << 26
 _RESAVE = "Export the image again, or convert it to .nii.gz anew"
 
@@ -56,6 +55,7 @@ class ReadPlan(NamedTuple):
         intercept: see ``slope``.
         offset: the byte where the voxels begin.
         affine: (4, 4) voxel index → mm (RAS).
+        placed: whether the header says where the image lies.
         warnings: each begins with a code.
     """
 
@@ -66,6 +66,7 @@ class ReadPlan(NamedTuple):
     intercept: float
     offset: int
     affine: NDArray[np.float64]
+    placed: bool
     warnings: tuple[str, ...]
 
 
@@ -104,7 +105,9 @@ def parse(path: Path, block: bytes) -> nib.Nifti1Header:
     return kind.header(block, endianness=order, check=False)
 
 
-def plan(path: Path, header: nib.Nifti1Header, *, frame: int | None, max_voxels: int) -> ReadPlan:
+def plan(
+    path: Path, header: nib.Nifti1Header, *, frame: int | None, max_voxels: int, spacing: Spacing = None
+) -> ReadPlan:
     """Checks all that a header says.
 
     Args:
@@ -112,9 +115,10 @@ def plan(path: Path, header: nib.Nifti1Header, *, frame: int | None, max_voxels:
         header: as parsed.
         frame: which frame of a 4-D file is wanted, counted from 0.
         max_voxels: the most voxels, all frames together.
+        spacing: which voxel sizes count where the header contradicts itself.
 
     Raises:
-        StudyError: ``E_HEADER``, ``E_DTYPE``, ``E_SIZE``, ``E_DIM``, ``E_SCALE`` or ``E_AFFINE``.
+        StudyError: ``E_HEADER``, ``E_DTYPE``, ``E_SIZE``, ``E_DIM``, ``E_SCALE``, ``E_AFFINE`` or ``E_SPACING``.
     """
     shape = _shape(path, header)
     stored = _stored(path, header)
@@ -124,8 +128,9 @@ def plan(path: Path, header: nib.Nifti1Header, *, frame: int | None, max_voxels:
         raise refused(path, "E_SIZE", found, "Raise --max-voxels if the image is really that large")
     _check_frames(path, shape, frame)
     slope, intercept, scaling = _scaling(path, header)
-    affine, placing = _affine(path, header, (*shape, 1)[:3])
-    return ReadPlan(header, shape, stored, slope, intercept, offset, affine, scaling + placing)
+    place = placement.place(path, header, (*shape, 1)[:3], spacing=spacing)
+    warnings = scaling + place.warnings
+    return ReadPlan(header, shape, stored, slope, intercept, offset, place.affine, place.known, warnings)
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -186,84 +191,3 @@ def _scaling(path: Path, header: nib.Nifti1Header) -> tuple[float, float, tuple[
     if intercept == 0 or math.isnan(intercept):
         return 1.0, 0.0, ()
     return 1.0, 0.0, (f"W_SCALE: {shown(path)}: with the slope {slope:g} the intercept {intercept:g} is not applied",)
-
-
-def _affine(
-    path: Path, header: nib.Nifti1Header, shape: tuple[int, ...]
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """The affine in mm: the sform if its code is positive, else the qform, else the voxel sizes."""
-    name, warnings = shown(path), []
-    repaired, odd = _repaired_pixdim(header)
-    if odd:
-        warnings.append(f"W_PIXDIM: {name}: a voxel size is zero, negative or not finite")
-    has_sform, has_qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
-    if has_sform:
-        affine = np.array(header.get_sform(), dtype=np.float64)
-        if has_qform and not _same_placement(affine, _qform(repaired)):
-            warnings.append(f"W_QFORM: {name}: qform and sform place the image differently; the sform is used")
-    elif has_qform:
-        affine = _qform(repaired)
-    else:
-        warnings.append(f"W_NOFORM: {name}: neither sform nor qform is set; placed by the voxel sizes alone")
-        affine = _centred(repaired, shape)
-    unit = _UNITS.get(int(header["xyzt_units"]) & 7, "an unknown unit, taken for mm")
-    if unit:
-        warnings.append(f"W_UNITS: {name}: the header gives lengths in {unit}; the affine is used in mm")
-    affine[:3] *= _MILLIMETRES[unit]
-    if not _invertible(affine):
-        remedy = "Repair the header's sform or qform, or export the image again"
-        raise refused(path, "E_AFFINE", "the affine holds NaN, is singular or is out of all proportion", remedy)
-    if _sheared(affine):
-        warnings.append(f"W_SHEAR: {name}: the image axes are not at right angles")
-    return affine, tuple(warnings)
-
-
-def _repaired_pixdim(header: nib.Nifti1Header) -> tuple[nib.Nifti1Header, bool]:
-    """A copy with positive voxel sizes and a valid qfac, and whether a size in use had to be changed."""
-    repaired = header.copy()
-    sizes = np.abs(np.array(header["pixdim"][1:4], dtype=np.float64))
-    sizes[~np.isfinite(sizes) | (sizes == 0)] = 1.0
-    used = min(int(header["dim"][0]), 3)
-    odd = not np.array_equal(sizes[:used], header["pixdim"][1 : used + 1])
-    repaired["pixdim"][1:4] = sizes
-    repaired["pixdim"][0] = -1.0 if header["pixdim"][0] == -1 else 1.0
-    return repaired, odd
-
-
-def _qform(header: nib.Nifti1Header) -> NDArray[np.float64]:
-    """The qform; all NaN when its quaternion is not one."""
-    try:
-        with np.errstate(all="ignore"):
-            return np.array(header.get_qform(), dtype=np.float64)
-    except (ValueError, HeaderDataError):
-        return np.full((4, 4), np.nan)
-
-
-def _centred(header: nib.Nifti1Header, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """By voxel sizes alone: the first axis to the left and the origin in the middle, as nibabel and MONAI have it."""
-    steps = np.array(header["pixdim"][1:4], dtype=np.float64) * (-1, 1, 1)
-    affine = np.diag([*steps, 1.0])
-    affine[:3, 3] = -steps * (np.array(shape) - 1) / 2
-    return affine
-
-
-def _same_placement(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
-    # A single-precision quaternion near a half turn is good to some 3e-4 rad, hence not the corners' distance.
-    with np.errstate(all="ignore"):
-        size = np.linalg.norm(a[:3, :3], axis=0)
-        turned = np.linalg.norm(a[:3, :3] - b[:3, :3], axis=0) <= 1e-3 * size
-        moved = np.linalg.norm(a[:3, 3] - b[:3, 3]) <= 1e-3
-    return bool(turned.all() and moved)
-
-
-def _invertible(affine: NDArray[np.float64]) -> bool:
-    with np.errstate(all="ignore"):
-        spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
-        if not (np.isfinite(affine).all() and spacing_mm.min() > 1e-6 and np.abs(affine).max() < 1e7):
-            return False
-        return bool(abs(np.linalg.det(affine[:3, :3] / spacing_mm)) > 1e-4)
-
-
-def _sheared(affine: NDArray[np.float64]) -> bool:
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    return bool(np.abs(axes.T @ axes - np.eye(3)).max() > 1e-3)

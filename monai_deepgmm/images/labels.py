@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import nifti
+from monai_deepgmm.images import nifti, voxelwise
 from monai_deepgmm.patients.discovery import Study
 from monai_deepgmm.protocol import Protocol
 
@@ -46,9 +46,13 @@ def read(study: Study, protocol: Protocol, sequences: Sequence[str], *, like: ni
         raise StudyError(
             "E_TRUTH", f"no reference labels were found{why}", "Add a file of them, or leave this patient out"
         )
-    volume = nifti.read(study.truth, dtype=np.float64)
+    volume = nifti.read(study.truth, spacing=study.spacing, beside=like.data.size, dtype=np.float64)
     name, data, warnings = f"{volume.name} (reference labels)", volume.data, list(volume.warnings)
-    if not nifti.grids_equal(volume, like):
+    if nifti.grids_equal(volume, like):
+        pass
+    elif same := voxelwise.note(volume, like, labels=True):
+        warnings.append(f"W_PLACE: {same}")
+    else:
         if not nifti.overlaps(volume, like):
             remedy = "Check that both belong to the same patient and examination"
             raise StudyError("E_GRID", f"{name} does not overlap {like.name}", remedy)

@@ -5,6 +5,7 @@ What is wrong with a patient is found here and nowhere later.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import grid, nifti
+from monai_deepgmm.images import coverage, grid, mask_edges, nifti, stack_size
 from monai_deepgmm.images import mask as masks
+from monai_deepgmm.images.coverage import Coverage
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS, Volume
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
@@ -31,6 +33,7 @@ class Scan:
         reference: the first sequence's volume: grid and source header.
         inputs: sequence (or "mask") → {"file", "sha256", "shape", "spacing_mm", "resampled"}.
         warnings: each begins with its code.
+        coverage: where each sequence was measured; None: everywhere.
     """
 
     patient: str
@@ -40,6 +43,7 @@ class Scan:
     reference: Volume
     inputs: dict[str, dict[str, Any]]
     warnings: tuple[str, ...]
+    coverage: Coverage | None = None
 
 
 def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS) -> Scan:
@@ -49,7 +53,7 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
         study: the files.
         protocol: which sequence is the reference, which are needed.
         frame: which frame of a 4-D file, counted from 0.
-        max_voxels: a larger image is refused before it is read.
+        max_voxels: of sequences and mask together; more are refused before any is read.
 
     Raises:
         StudyError: with the code and the remedy of whatever is wrong; the codes are those of ``nifti.read``, the
@@ -58,40 +62,31 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
     for problem in study.problems:
         raise StudyError(problem.code, problem.message, problem.remedy)
     sequences = tuple(s for s in protocol.sequences if s in study.images)
-    volumes = {s: nifti.read(study.images[s], frame=frame, max_voxels=max_voxels) for s in sequences}
+    stack_size.check(study, sequences, frame=frame, max_voxels=max_voxels)
+    read = functools.partial(nifti.read, frame=frame, max_voxels=max_voxels, spacing=study.spacing)
+    volumes = {s: read(study.images[s]) for s in sequences}
     _refuse_identical(volumes)
     reference = volumes[sequences[0]]
     warnings = [f"{w} ({s})" for s, volume in volumes.items() for w in volume.warnings]
-    warnings += _about_spacing(reference)
-    channels, inputs = [], {}
-    for sequence, volume in volumes.items():
-        data, note = grid.on_grid(volume, reference, nearest=False)
-        channels.append(data)
-        inputs[sequence] = grid.facts(volume, resampled=note is not None)
-        warnings += [note] if note else []
-    image = np.stack(channels)
-    found = masks.read(study, protocol, sequences, reference, frame=frame, max_voxels=max_voxels)
+    placed = {s: grid.on_grid(volume, reference, nearest=False) for s, volume in volumes.items()}
+    inputs = {s: grid.facts(volume, resampled=bool(placed[s].note or placed[s].taken)) for s, volume in volumes.items()}
+    image = np.stack([one.data for one in placed.values()])
+    found = masks.read(study, protocol, volumes, frame=frame, max_voxels=max_voxels)
     inputs["mask"] = found.facts
+    for one in placed.values():
+        share = one.inside[found.voxels].mean()
+        warnings += [f"W_RESAMPLED: {one.note} and covers {100 * share:.1f} % of the mask"] if one.note else []
+        warnings += [f"W_PLACE: {one.taken}"] if one.taken else []
     image, broken = _finite(image, found.voxels, sequences)
+    axis = grid.slice_axis(reference.spacing_mm)
+    moved = mask_edges.about(image, found.voxels, reference.spacing_mm, axis, protocol)
     mask, beyond = masks.without_padding(image, found.voxels, len(protocol.components(sequences)))
-    warnings += [*found.warnings, *broken, *beyond]
     _refuse_constant(image, mask, sequences)
-    return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings))
-
-
-def _about_spacing(volume: Volume) -> list[str]:
-    """A warning where the header's voxel sizes contradict the affine that grids and volumes are computed with."""
-    stated = np.abs(np.asarray(volume.header["pixdim"][1:4], dtype=float))
-    used = np.array(volume.spacing_mm)
-    if volume.header["sform_code"] <= 0 or any("W_UNITS" in w for w in volume.warnings):
-        return []
-    if not np.isfinite(stated).all() or (stated == 0).any() or np.allclose(stated, used, rtol=0.01):
-        return []
-    listed = [" × ".join(f"{size:.3g}" for size in sizes) for sizes in (used, stated)]
-    return [
-        f"W_SPACING: {volume.name} has voxels of {listed[0]} mm by its sform, but {listed[1]} by pixdim; volumes "
-        "follow the sform"
-    ]
+    inside = np.stack([one.inside for one in placed.values()])
+    seen = coverage.find(image, mask, inside, axis)
+    mask, blank = coverage.without_blank(mask, seen)
+    warnings += [*found.warnings, *moved, *broken, *beyond, *blank, *seen.notes(mask, sequences)]
+    return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings), seen)
 
 
 def _refuse_identical(volumes: dict[str, Volume]) -> None:

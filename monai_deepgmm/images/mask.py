@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import grid, nifti
+from monai_deepgmm.images import background, grid, mask_examination, nifti
 from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.patients.study import Study
@@ -36,65 +38,81 @@ class Mask(NamedTuple):
 def read(
     study: Study,
     protocol: Protocol,
-    sequences: tuple[str, ...],
-    reference: Volume,
+    volumes: Mapping[str, Volume],
     *,
     frame: int | None,
     max_voxels: int,
 ) -> Mask:
-    """The mask of a study, from its file or by its rule.
+    """The mask of a study, from its file or by its rule, examined.
 
     Args:
         study: its mask's file, labels and rule.
-        protocol: the tissues that the mask must have room for.
-        sequences: those present.
-        reference: the image of the first of them.
+        protocol: the tissues that the mask must have room for, and what it looks like.
+        volumes: the images by sequence; the first is the reference.
         frame: which frame of a 4-D mask.
         max_voxels: a larger file is refused before it is read.
 
     Raises:
-        StudyError: ``E_MASK_*``, ``E_GRID``, or a code of ``nifti.read``.
+        StudyError: ``E_MASK_*``, ``E_HEAD``, ``E_GRID``, or a code of ``nifti.read``.
     """
+    sequences, reference = tuple(volumes), next(iter(volumes.values()))
+    notes: list[str] = []
     if study.mask_rule == "nonzero":
-        mask = np.isfinite(reference.data) & (reference.data != 0)
-        facts: dict[str, Any] = {"rule": f"voxels of {sequences[0]} that are not 0"}
-        name, notes = reference.name, []
-        if mask.all():
-            notes = [f"W_MASK: no voxel of {name} is 0, so the mask is the whole image; is it skull-stripped?"]
+        found = background.foreground(reference, sequences[0], protocol)
+        mask, facts, name, notes = found.mask, {"rule": found.rule}, reference.name, list(found.warnings)
     else:
-        mask, facts, notes, name = _from_file(study, reference, frame=frame, max_voxels=max_voxels)
+        mask, facts, notes, name = _from_file(study, protocol, volumes, frame=frame, max_voxels=max_voxels)
     if not mask.any():
         labels = f" with any of the values {_listed(study.mask_labels)}" if study.mask_labels else ""
         remedy = f"Draw the {protocol.mask}, or name the values that mean it with --mask-labels"
         raise StudyError("E_MASK_EMPTY", f"the mask {name} has no voxel{labels} on the grid of {sequences[0]}", remedy)
     needed = MIN_VOXELS_PER_TISSUE * len(protocol.components(sequences))
-    if (found := int(mask.sum())) < needed:
-        message = f"the mask {name} has {found} voxels, but {needed} are needed"
+    if (count := int(mask.sum())) < needed:
+        message = f"the mask {name} has {count} voxels, but {needed} are needed"
         raise StudyError("E_MASK_SMALL", message, f"Check that it covers the {protocol.mask}")
-    return Mask(mask, facts, tuple(notes))
+    examined = mask_examination.examine(mask, reference, protocol)
+    if study.mask_rule != "nonzero":
+        background.refuse_head(reference.data, examined.mask, reference, protocol)
+        notes += background.about_rest(reference, examined.mask, protocol)
+    return Mask(examined.mask, facts, (*notes, *examined.warnings))
 
 
 def _from_file(
-    study: Study, reference: Volume, *, frame: int | None, max_voxels: int
+    study: Study, protocol: Protocol, volumes: Mapping[str, Volume], *, frame: int | None, max_voxels: int
 ) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
     if study.mask is None:
         raise StudyError("E_MASK_NONE", "no mask was found", "Add a mask file, or use --mask nonzero")
-    volume = nifti.read(Path(study.mask), frame=frame, max_voxels=max_voxels, dtype=np.float64)
+    chosen = study.mask_named or bool(study.mask_labels)
+    named = list(mask_examination.about_name(study.mask.name, study.patient, protocol, asked_for=chosen))
+    reference = next(iter(volumes.values()))
+    volume = nifti.read(
+        Path(study.mask),
+        frame=frame,
+        max_voxels=max_voxels,
+        spacing=study.spacing,
+        beside=reference.data.size,
+        dtype=np.float64,
+    )
     whole = np.rint(volume.data)
     good = np.isfinite(volume.data) & np.isclose(volume.data, whole, rtol=0, atol=1e-3)
     if not good.all():
         odd = volume.data[~good].flat[0]
         remedy = "Threshold the mask, or resample it with nearest neighbour"
         raise StudyError("E_MASK_FRACTIONAL", f"the mask {volume.name} holds {odd:g}, not a whole number", remedy)
-    chosen = np.isin(whole, study.mask_labels) if study.mask_labels else whole != 0
-    binary = Volume(
-        chosen.astype(np.float64), volume.affine, volume.header, volume.source_shape, volume.name, volume.sha256
-    )
-    data, note = grid.on_grid(binary, reference, nearest=True)
-    facts = grid.facts(volume, resampled=note is not None)
+    if not study.mask_labels:
+        mask_examination.refuse_values(whole, volume.name)
+    drawn = np.isin(whole, study.mask_labels) if study.mask_labels else whole != 0
+    binary = dataclasses.replace(volume, data=drawn.astype(np.float64))
+    if volume.placed:
+        mask_examination.refuse_elsewhere(binary, volumes)
+    placed = grid.on_grid(binary, reference, nearest=True)
+    facts = grid.facts(volume, resampled=bool(placed.note or placed.taken))
     facts["values"] = [float(v) for v in study.mask_labels] or "any but 0"
-    notes = [f"{w} (mask)" for w in volume.warnings] + ([note] if note else [])
-    return data > 0.5, facts, notes, volume.name
+    notes = [f"{w} (mask)" for w in volume.warnings] + named
+    notes += [f"W_MASK_PLACE: {placed.taken}"] if placed.taken else []
+    if placed.note:
+        notes += [f"W_RESAMPLED: {placed.note}", *mask_examination.about_loss(binary, reference)]
+    return placed.data > 0.5, facts, notes, volume.name
 
 
 def without_padding(
@@ -105,7 +123,7 @@ def without_padding(
     share = padded.sum() / mask.sum()
     if share == 0 or int((mask & ~padded).sum()) < MIN_VOXELS_PER_TISSUE * tissues:
         return mask, []
-    note = f"W_PADDING: {100 * share:.1f} % of the mask is 0 in every sequence at its border; it has no label"
+    note = f"W_MASK_PADDING: {100 * share:.1f} % of the mask is 0 in every sequence at its border; it has no label"
     return mask & ~padded, [note]
 
 

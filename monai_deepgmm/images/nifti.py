@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +20,7 @@ from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import atomic_files, header
 from monai_deepgmm.images.atomic_files import refused
 from monai_deepgmm.images.volume import Volume, grids_equal, overlaps, resample
+from monai_deepgmm.patients.spacing import Spacing
 
 __all__ = [
     "DEFAULT_MAX_VOXELS",
@@ -29,7 +33,10 @@ __all__ = [
     "write_probabilities",
 ]
 
-DEFAULT_MAX_VOXELS = 1 << 28  # 512 × 512 × 1024
+#: Of a patient's stack: three sequences and the mask of 512 × 512 × 512 voxels.
+DEFAULT_MAX_VOXELS = 1 << 29
+#: A file that is small, or packs better than this, is nearly empty and may hold but a small part of the voxels.
+_SMALL_BYTES, _VOXELS_PER_BYTE, _NEARLY_EMPTY = 1 << 20, 32, 64
 
 _BLOCK = 1 << 16
 _DRAIN_BYTES = 1 << 28
@@ -111,7 +118,13 @@ class _Stream:
 
 
 def read(
-    path: Path, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS, dtype: DTypeLike = np.float32
+    path: Path,
+    *,
+    frame: int | None = None,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    spacing: Spacing = None,
+    beside: int = 0,
+    dtype: DTypeLike = np.float32,
 ) -> Volume:
     """Reads one NIfTI-1 or NIfTI-2 file, once, to its last byte and checksum.
 
@@ -119,6 +132,8 @@ def read(
         path: a ``.nii`` or ``.nii.gz`` file.
         frame: which frame of a 4-D file, counted from 0; a file with a single frame does not look at it.
         max_voxels: a header that promises more voxels (all frames together) is refused before any is read.
+        spacing: which voxel sizes count where the header contradicts itself.
+        beside: how many voxels the image has that a mask or labels belong to; these may be nearly empty and as large.
         dtype: of ``Volume.data``: float32 for images, float64 for masks and labels.
 
     Returns:
@@ -126,21 +141,16 @@ def read(
 
     Raises:
         StudyError: ``E_FILE``, ``E_EMPTY``, ``E_GZIP``, ``E_FORMAT``, ``E_HEADER``, ``E_DICOM``, ``E_SIZE``,
-            ``E_DIM``, ``E_DTYPE``, ``E_SCALE`` or ``E_AFFINE``.
+            ``E_DIM``, ``E_DTYPE``, ``E_SCALE``, ``E_AFFINE`` or ``E_SPACING``.
     """
     path = Path(path)
     _refuse_folder(path)
     with atomic_files.open_regular(path) as file:
         stream = _Stream(file, path)
-        _refuse_foreign(path, stream)
-        try:
-            plan = header.plan(path, _header(path, stream), frame=frame, max_voxels=max_voxels)
+        with _true_cause(path, stream):
+            plan = header.plan(path, _header(path, stream), frame=frame, max_voxels=max_voxels, spacing=spacing)
+            _refuse_nearly_empty(path, file, plan, max_voxels, beside)
             raw = _voxels(path, stream, plan)
-        except StudyError as error:
-            if stream.packed and error.code != "E_GZIP":
-                # A damaged stream unpacks to nonsense: then E_GZIP, raised here, is the true cause.
-                stream.drain(_DRAIN_BYTES)
-            raise
     return Volume(
         data=_scaled(raw, plan, frame=frame, dtype=dtype),
         affine=plan.affine,
@@ -149,7 +159,48 @@ def read(
         name=path.name,
         sha256=stream.sha256,
         warnings=plan.warnings,
+        placed=plan.placed,
     )
+
+
+def plan(
+    path: Path, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS, spacing: Spacing = None, beside: int
+) -> header.ReadPlan:
+    """What ``read`` will read of a file, without its voxels.
+
+    Raises:
+        StudyError: what the header alone shows.
+    """
+    path = Path(path)
+    _refuse_folder(path)
+    with atomic_files.open_regular(path) as file:
+        stream = _Stream(file, path)
+        with _true_cause(path, stream):
+            found = header.plan(path, _header(path, stream), frame=frame, max_voxels=max_voxels, spacing=spacing)
+            _refuse_nearly_empty(path, file, found, max_voxels, beside)
+    return found
+
+
+@contextmanager
+def _true_cause(path: Path, stream: _Stream) -> Iterator[None]:
+    """Refuses what is no NIfTI; a damaged stream unpacks to nonsense, and then E_GZIP is the true cause of an error."""
+    _refuse_foreign(path, stream)
+    try:
+        yield
+    except StudyError as error:
+        if stream.packed and error.code != "E_GZIP":
+            stream.drain(_DRAIN_BYTES)
+        raise
+
+
+def _refuse_nearly_empty(path: Path, file: BinaryIO, plan: header.ReadPlan, max_voxels: int, beside: int) -> None:
+    """Refuses a small file that unpacks to a large image of nothing, which no scanner makes."""
+    found, size = math.prod(plan.shape), os.fstat(file.fileno()).st_size
+    full = _VOXELS_PER_BYTE * size if size >= _SMALL_BYTES else 0
+    if found > max(max_voxels // _NEARLY_EMPTY, full, 2 * beside):
+        message = f"{size} bytes unpack to {found} voxels, so the image is nearly empty"
+        remedy = f"Crop it, or raise --max-voxels to {_NEARLY_EMPTY * found} if it is right"
+        raise refused(path, "E_SIZE", message, remedy)
 
 
 def _refuse_folder(path: Path) -> None:

@@ -23,6 +23,7 @@ class Volume:
         name: the file's name.
         sha256: of the file's bytes, in hexadecimal.
         warnings: each begins with a code, such as "W_QFORM: …".
+        placed: whether the header says where the image lies.
     """
 
     data: NDArray[np.floating]
@@ -32,6 +33,7 @@ class Volume:
     name: str
     sha256: str
     warnings: tuple[str, ...] = ()
+    placed: bool = True
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

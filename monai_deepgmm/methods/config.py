@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from monai_deepgmm.methods.model_spec import ModelReference
 from monai_deepgmm.methods.task import MethodConfig
 from monai_deepgmm.networks.definition import network_definition
 from monai_deepgmm.protocol import Protocol
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def build(
     Raises:
         UsageError: any of it is unknown or does not fit together.
     """
-    check_device(device)
+    device = usable_device(device)
     found = protocols.load(protocol)
     name = method or registry.default_method(found, means=means, model=model)
     if model is not None and name != "network":
@@ -188,16 +191,25 @@ def _preprocessing(
     return values, dataclasses.replace(prepared, n4=used)
 
 
-def check_device(device: str) -> None:
-    """Tries whether tensors can live on a device.
+def usable_device(device: str) -> str:
+    """Where tensors are to live: the device itself, or the CPU where a device has not what mixtures need.
+
+    Mixtures are fitted with double precision and Cholesky factors; both are tried before any patient is.
 
     Raises:
-        UsageError: they cannot.
+        UsageError: there is no such device, or it does not work.
     """
     import torch
 
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device}: cannot be used here ({reason})") from error
+    try:
+        one = torch.ones(1, 1, dtype=torch.float64, device=device)
+        torch.cholesky_solve(one, torch.linalg.cholesky(one)).cpu()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        logger.warning("--device %s has no double precision (%s); the CPU is used", device, str(error).splitlines()[0])
+        return "cpu"
+    return device

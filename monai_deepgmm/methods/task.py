@@ -33,6 +33,7 @@ class Images(NamedTuple):
         enhancement: what late enhancement shows in the wall, likewise.
         seed: of every random draw.
         measured: where each sequence was ``(B, M, *S)``; None: everywhere inside the mask.
+        organ: the whole organ ``(B, 1, *S)`` where the mask is only what of it was measured; the borders are its own.
     """
 
     image: Tensor
@@ -49,6 +50,7 @@ class Images(NamedTuple):
     enhancement: Enhancement | None = None
     seed: int = 0
     measured: Tensor | None = None
+    organ: Tensor | None = None
 
     def anatomy(self) -> protocols.Anatomy:
         """Where the protocol's tissues can be.
@@ -62,9 +64,11 @@ class Images(NamedTuple):
 
     def border(self) -> Ring:
         """The wall's borders: ``ring``, or found now."""
-        return self.ring or endocardium.ring(
-            self.image, self.mask, self.anatomy(), self.sequences, self.spacing_mm, slices=self.slices
-        )
+        if self.ring is not None:
+            return self.ring
+        organ = self.mask if self.organ is None else self.organ
+        found = endocardium.ring(self.image, organ, self.anatomy(), self.sequences, self.spacing_mm, slices=self.slices)
+        return found if self.organ is None else found._replace(inside=found.inside * self.mask)
 
     def with_wall(self) -> Self:
         """The same, with the wall's borders and enhancement, found once for all; itself where there is no anatomy."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.networks.unet import FILTERS
@@ -145,10 +146,28 @@ def seeded(target: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
 
 
 def fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network whose weights are drawn from a seed; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """A network whose weights are drawn from a seed, and from no generator that other threads draw from too."""
+    with _Drawing(torch.Generator().manual_seed(seed)):
         return make()
+
+
+class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets every draw in this thread come from one generator, though layers do not take one.
+
+    Args:
+        generator: on the CPU.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.generator = generator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operation, with the generator where it takes one."""
+        given = dict(kwargs or {})
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            given["generator"] = self.generator
+        return func(*args, **given)
 
 
 def logits(network: nn.Module, image: Tensor) -> Tensor:

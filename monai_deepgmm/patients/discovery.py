@@ -15,6 +15,7 @@ from monai_deepgmm.errors import NobodyError, UsageError
 from monai_deepgmm.patients import bids, dataset_json, label_meanings, task_check
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients import manifest as manifests
+from monai_deepgmm.patients import spacing as spacings
 from monai_deepgmm.patients.claims import Claims, Found, claim
 from monai_deepgmm.patients.directory import NIFTI, Tree, holds_dicom, listed, scan, shown
 from monai_deepgmm.patients.formats import foreign
@@ -33,6 +34,8 @@ RESERVED = {
     *("itksnap_labels.txt", "readme.md", ".bidsignore", "measurements_slices.tsv"),
     *("evaluation.tsv", "evaluation.json", ".locks", ".refused", "model", ".cohort"),
 }
+#: What Windows takes for a device, whatever follows a dot.
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
 
 def find(
@@ -46,6 +49,7 @@ def find(
     truth_labels: Sequence[str] = (),
     filters: Sequence[str] = (),
     patients: Sequence[str] = (),
+    spacing: str | Sequence[float] | None = None,
     asked: bool = True,
 ) -> Cohort:
     """Finds the patients of a folder by their files' names; no image is opened.
@@ -62,6 +66,7 @@ def find(
             the layout says, or else the protocol's indices.
         filters: which of several files is meant, by BIDS's entities (``acq=tse``).
         patients: the ids to keep; empty: all.
+        spacing: which voxel sizes count in headers that contradict themselves: sform, pixdim, or three in mm.
         asked: the protocol is the user's choice and no default.
 
     Returns:
@@ -82,7 +87,8 @@ def find(
         cohort = _from_manifest(root, Path(manifest), protocol, given, asked=asked)
     else:
         cohort = _from_layout(root, layout, protocol, given, wanted, asked=asked)
-    studies = _unique(_with_usable_id(study) for study in cohort.studies)
+    rule = spacings.parse(spacing)
+    studies = _unique(replace(_with_usable_id(study), spacing=rule) for study in cohort.studies)
     return replace(cohort, studies=_selected(studies, (patients,) if isinstance(patients, str) else patients))
 
 
@@ -237,6 +243,9 @@ def _with_usable_id(study: Study) -> Study:
     elif (size := len(os.fsencode(name))) > MAX_ID_BYTES:
         message = f"the id begins with {shown(name[:20])!r} and has {size} bytes; {MAX_ID_BYTES} are possible"
         problem = Problem("E_NAME", message, "Shorten it")
+    elif name.partition(".")[0].strip().upper() in DEVICES or name[-1] in ". " or ":" in name:
+        message = f"the id {name!r} cannot be a folder's name on Windows and on shares that it reads"
+        problem = Problem("E_NAME", message, "Use an id that is no device, without a colon, a last dot or a last space")
     return replace(study, problems=(problem, *study.problems)) if problem else study
 
 

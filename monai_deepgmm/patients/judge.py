@@ -64,6 +64,7 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
         mask=tree.path(mask_file) if mask_file else None,
         mask_labels=() if asked.mask else asked.mask_labels or (known if from_truth else ()),
         mask_rule="nonzero" if asked.mask else "file",
+        mask_named=layout is None,
         truth=tree.path(truth) if truth else None,
         truth_labels=own if meanings is None or meanings.problem else dict(meanings.tissues),
         truth_names=meanings,

@@ -134,20 +134,12 @@ def _unread(rows: Sequence[tuple[int, list[str]]], columns: list[str | None]) ->
     return (f"the columns {', '.join(unread)} hold images of no known sequence and are not read",) if unread else ()
 
 
-def _check_cells(path: Path, line: int, cells: list[str]) -> None:
-    for number, cell in enumerate(cells, 1):
-        if any(ord(c) < 32 or ord(c) == 127 for c in cell.strip()):
-            what = f"cell {number} holds a control character: {cell[:40]!r}"
-            raise UsageError(f"--manifest {path.name}, line {line}: {what}; is it a table?")
-
-
 def _found(path: Path, line: int, cells: list[str], columns: list[str | None]) -> Found:
     if any(cell.strip() for cell in cells[len(columns) :]):
         raise UsageError(
             f"--manifest {path.name}, line {line}: {len(cells)} cells, but the first line has {len(columns)}; "
             "put quotes around a path that holds the separator"
         )
-    _check_cells(path, line, cells)
     found, here = Found(""), path.parent
     for column, cell in zip(columns, cells, strict=False):
         if column == "patient":

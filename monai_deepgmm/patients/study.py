@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from monai_deepgmm.patients.spacing import Spacing
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class Study:
         mask: the mask's file; None with ``mask_rule`` "nonzero", or when there is none.
         mask_labels: which values of the mask's file count; empty: every value but 0.
         mask_rule: "file", or "nonzero" for the voxels of the reference sequence that are not 0.
+        mask_named: whether the user named this very file.
         truth: the file with the reference labels, for evaluation and means only.
         truth_labels: value in the truth's file → index of the protocol's tissue; empty: values are the indices.
+        spacing: which voxel sizes count in a header that contradicts itself.
         truth_names: what was said of these values beside the layout; None: nothing.
         problems: why it cannot be segmented; empty when it can be tried.
         label_problems: why the reference labels cannot be used; they do not stop a segmentation.
@@ -63,11 +68,22 @@ class Study:
     mask: Path | None = None
     mask_labels: tuple[float, ...] = ()
     mask_rule: str = "file"
+    mask_named: bool = False
     truth: Path | None = None
     truth_labels: Mapping[int, int] | None = None
+    spacing: Spacing = None
     truth_names: Meanings | None = None
     problems: tuple[Problem, ...] = ()
     label_problems: tuple[Problem, ...] = ()
+
+    def with_whole_paths(self) -> Self:
+        """The same for a process with another working directory."""
+
+        def whole(path: Path | None) -> Path | None:
+            return path if path is None else Path(os.path.abspath(path))  # not resolved: links keep their names
+
+        images = {sequence: Path(os.path.abspath(path)) for sequence, path in self.images.items()}
+        return replace(self, images=images, mask=whole(self.mask), truth=whole(self.truth))
 
 
 @dataclass(frozen=True)

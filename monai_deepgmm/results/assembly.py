@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.errors import StudyError
+from monai_deepgmm.images.cropping import Crops
 from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.mask import MIN_VOXELS_PER_TISSUE
 from monai_deepgmm.images.preparation import Prepared
@@ -59,8 +60,13 @@ class Assembly(NamedTuple):
         return resp
 
 
-def assemble(prepared: Prepared, config: Config) -> Assembly:
+def assemble(prepared: Prepared, config: Config, *, wall: Images | None = None) -> Assembly:
     """What the configuration's method is given of a patient.
+
+    Args:
+        prepared: the patient, or a part of it.
+        config: the method, the protocol, the means.
+        wall: the whole patient, with the wall's borders and enhancement where they are known already.
 
     Raises:
         StudyError: ``E_MASK_SMALL``, no image has enough voxels for a fit; ``E_MODEL`` or ``E_MEANS``, the network or
@@ -71,15 +77,18 @@ def assemble(prepared: Prepared, config: Config) -> Assembly:
     regions = getattr(config.method, "finds_regions", False)
     tissues = (config.protocol.visible if regions else config.protocol.components)(sequences)
     channels = [prepared.scan.sequences.index(s) for s in sequences]
-    image, mask = crops.image[:, channels].to(config.device), crops.mask.to(config.device)
+    image, organ = crops.image[:, channels].to(config.device), crops.mask.to(config.device)
+    known = _known(crops, channels)
+    mask = organ if known is None else organ * known.to(organ)
     means = None if config.means is None else config.means.tensor(tissues, sequences)
     if means is None:
         # In slices of a small organ the signatures were chosen with everything inside the mask.
         seen = None if crops.slices else crops.measured[:, channels].to(config.device)
-        expected = naming.signature_map(image, mask, tissues, sequences, crops.spacing_mm, measured=seen)
+        expected = naming.signature_map(image, organ, tissues, sequences, crops.spacing_mm, measured=seen)
+        expected = expected if known is None else expected * mask
     else:
         expected = starts.means_start(image, mask, means)
-    large = _large(prepared, len(tissues), config)
+    large = _large(mask, len(tissues), config)
     chosen = slice(None) if len(large) == len(image) else large  # a volume is not worth copying
     images = Images(
         image[chosen],
@@ -94,10 +103,25 @@ def assemble(prepared: Prepared, config: Config) -> Assembly:
         crops.zero[large][:, channels],
         seed=config.seed,
         measured=crops.measured[large][:, channels].to(config.device),
+        organ=None if known is None else organ[chosen],
     )
-    if config.presence and images.slices:
+    if wall is not None:
+        images = _with_wall_of(images, wall)
+    elif config.presence and images.slices:
         images = images.with_wall()
     return Assembly(images, large, image, mask)
+
+
+def _with_wall_of(images: Images, whole: Images) -> Images:
+    """The images with what is known of the wall in the same slices of the whole patient."""
+    index = [whole.slices.index(s) for s in images.slices]
+    ring, late = whole.ring, whole.enhancement
+    if ring is not None:
+        inside = ring.inside[index] * images.mask
+        ring = ring._replace(inside=inside, angle=ring.angle[index], outer=ring.outer[index], inner=ring.inner[index])
+    if late is not None:
+        late = late._replace(fraction=late.fraction[index], evidence=late.evidence[index])
+    return images._replace(ring=ring, enhancement=late)
 
 
 def _sequences(scan: Scan, config: Config) -> tuple[str, ...]:
@@ -117,9 +141,17 @@ def _sequences(scan: Scan, config: Config) -> tuple[str, ...]:
     return known
 
 
-def _large(prepared: Prepared, tissues: int, config: Config) -> Tensor:
+def _known(crops: Crops, channels: list[int]) -> Tensor | None:
+    """Where all sequences were measured in slices ``(B, 1, *S)``; None: everywhere, or the fit marginalises."""
+    if crops.seen is None or not crops.slices:
+        return None
+    known = crops.seen[:, channels].all(1, keepdim=True)
+    return None if bool((known | (crops.mask == 0)).all()) else known
+
+
+def _large(mask: Tensor, tissues: int, config: Config) -> Tensor:
     """The indices of the images with enough voxels for a fit; a trained network needs no voxels to learn from."""
-    mask = prepared.crops.mask
+    mask = mask.cpu()
     if config.model is not None:
         return torch.arange(len(mask))
     needed = MIN_VOXELS_PER_TISSUE * tissues

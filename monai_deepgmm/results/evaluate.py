@@ -195,8 +195,8 @@ def write(out: Path, evaluation: Evaluation) -> None:
     table = csv.writer(text, delimiter="\t", lineterminator="\n")
     table.writerow(names)
     table.writerows([_cell(getattr(row, name)) for name in names] for row in evaluation.rows)
-    atomic_files.write_whole(out / "evaluation.tsv", text.getvalue().encode())
-    document = json.dumps(as_json(evaluation), indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_files.write_whole(out / "evaluation.tsv", text.getvalue().encode("utf-8", "surrogateescape"))
+    document = json.dumps(as_json(evaluation), indent=2, allow_nan=False)
     atomic_files.write_whole(out / "evaluation.json", f"{document}\n".encode())
 
 
@@ -219,6 +219,7 @@ def summary(evaluation: Evaluation) -> str:
     odd = [f"  {name}: {warning}" for name, one in evaluation.patients.items() for warning in one.warnings]
     text += odd[:_SHOWN] + ([f"  and {len(odd) - _SHOWN} more warnings: see evaluation.json"] * (len(odd) > _SHOWN))
     text += evaluation.warnings
+    text = [atomic_files.printable(line) for line in text]
     return "\n".join(text)
 
 
@@ -233,7 +234,7 @@ def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, uni
         message = f"there is no {path.name}: the patient failed or was not segmented{why}"
         raise StudyError("E_FILE", message, "See summary.tsv, or run deepgmm segment")
     sequences, axis = _sidecar(path.with_name(f"{study.patient}_dseg.json"), protocol)
-    prediction = nifti.read(path, dtype=np.float64)
+    prediction = nifti.read(path, spacing=study.spacing, beside=nifti.DEFAULT_MAX_VOXELS, dtype=np.float64)
     labels, warnings = truth.read(study, protocol, sequences, like=prediction)
     tissues = protocol.visible(sequences)
     rows = [

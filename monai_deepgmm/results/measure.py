@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.results import uncertainty, wall
 from monai_deepgmm.results.segmentation import Segmentation
 from monai_deepgmm.results.wall import Rays
@@ -25,7 +25,8 @@ class Measurement(NamedTuple):
         volume_ml: voxels times the size of a voxel, which comes from the affine.
         mass_g: the volume times the protocol's density; None where it gives none.
         percent: of the protocol's denominator (``percent_of``); None for a tissue that is no part of it, such as
-            blood, which is no part of the wall, and None where the denominator is empty.
+            blood, which is no part of the wall, and None where the denominator is empty. Only what was measured by a
+            sequence that shows the tissue counts.
         expected_ml: the probabilities of the tissue, summed over the mask, times the size of a voxel. Where it
             departs from ``volume_ml``, many voxels could as well have been another tissue.
         percent_of: what ``percent`` is a percentage of.
@@ -85,8 +86,8 @@ def measure(segmentation: Segmentation) -> list[Measurement]:
     """
     voxel_ml = float(segmentation.reference.voxel_ml)
     protocol = segmentation.protocol
-    counts, inside = _counts(segmentation)
-    total, denominator = counts.sum(0), int(_denominator(counts, inside, protocol).sum())
+    counts, _ = _counts(segmentation)
+    total = counts.sum(0)
     expected = segmentation.probabilities.sum(axis=(1, 2, 3), dtype=np.float64) * voxel_ml
     unknown = uncertainty.Interval(0.0, 0.0, None, None)
     intervals = segmentation.intervals or (unknown,) * len(segmentation.tissues)
@@ -101,7 +102,7 @@ def measure(segmentation: Segmentation) -> list[Measurement]:
                 voxels=voxels,
                 volume_ml=tidy(voxels * voxel_ml),
                 mass_g=None if density is None else tidy(voxels * voxel_ml * density),
-                percent=_percent(voxels, denominator, tissue.name, protocol),
+                percent=_percent(voxels, int(_denominators(segmentation, tissue).sum()), tissue.name, protocol),
                 expected_ml=tidy(float(expected[k])),
                 percent_of=protocol.percent_name,
                 low_ml=tidied(intervals[k].low_ml),
@@ -125,23 +126,31 @@ def measure_slices(segmentation: Segmentation, rays: Rays | None = None) -> list
     voxel_ml, affine = float(segmentation.reference.voxel_ml), segmentation.reference.affine
     protocol = segmentation.protocol
     counts, inside = _counts(segmentation)
-    denominators = _denominator(counts, inside, protocol)
+    denominators = {t.name: _denominators(segmentation, t) for t in segmentation.tissues}
     rows = []
     for k in map(int, np.flatnonzero(inside)):
         place = tidy(wall.position_mm(k, affine, segmentation.slice_axis))
         around = wall.WallSummary() if rays is None else wall.summary(rays, at=k)
         for tissue in segmentation.tissues:
             voxels = int(counts[k, tissue.index])
-            percent = _percent(voxels, int(denominators[k]), tissue.name, protocol)
+            percent = _percent(voxels, int(denominators[tissue.name][k]), tissue.name, protocol)
             ring = map(tidied, around)
             rows.append(SliceMeasurement(k, tissue.name, voxels, tidy(voxels * voxel_ml), percent, place, *ring))
     return rows
 
 
-def _counts(segmentation: Segmentation) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels per slice and label (slices, 256), and mask voxels per slice (slices,)."""
-    labels = np.moveaxis(segmentation.labels, segmentation.slice_axis, 0)
-    mask = np.moveaxis(segmentation.mask, segmentation.slice_axis, 0)
+def _denominators(segmentation: Segmentation, tissue: Tissue) -> np.ndarray:
+    """Voxels per slice of what a tissue is a percentage of (slices,): where a sequence that shows it was measured."""
+    shown = [seen for sequence, seen in segmentation.seen.items() if sequence in tissue.seen_in]
+    counts, inside = _counts(segmentation, np.logical_or.reduce(shown) if shown else None)
+    return _denominator(counts, inside, segmentation.protocol)
+
+
+def _counts(segmentation: Segmentation, within: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels per slice and label (slices, 256), and mask voxels per slice (slices,), perhaps only within a place."""
+    place = segmentation.mask if within is None else segmentation.mask & within
+    labels = np.moveaxis(np.where(place, segmentation.labels, 0), segmentation.slice_axis, 0)
+    mask = np.moveaxis(place, segmentation.slice_axis, 0)
     counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in labels])
     return counts, np.count_nonzero(mask, axis=(1, 2))
 

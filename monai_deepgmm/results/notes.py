@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.images.preparation import Prepared
-from monai_deepgmm.methods import naming
+from monai_deepgmm.methods import exchange_check, naming
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.mixture import bias_field
 from monai_deepgmm.protocol import Protocol, Tissue
@@ -23,7 +23,7 @@ CERTAIN = 0.5
 def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config) -> Iterator[str]:
     """All warnings that a fit gives rise to, in the order of reading."""
     yield from _about_sequences(config.protocol, assembly.images.sequences)
-    yield from _about_order(prepared, config.protocol.components(assembly.images.sequences))
+    yield from _about_order(prepared, assembly, config.protocol.components(assembly.images.sequences))
     yield from _about_fit(prepared, assembly, outcome)
     yield from _about_names(assembly, outcome, config)
     yield from _about_volumes(assembly, outcome)
@@ -40,7 +40,7 @@ def _about_sequences(protocol: Protocol, sequences: tuple[str, ...]) -> Iterator
     yield f"W_MISSING: without {', '.join(absent)}: {told}"
 
 
-def _about_order(prepared: Prepared, tissues: tuple[Tissue, ...]) -> Iterator[str]:
+def _about_order(prepared: Prepared, assembly: Assembly, tissues: tuple[Tissue, ...]) -> Iterator[str]:
     crops, sequences = prepared.crops, prepared.scan.sequences
     seen = None if crops.slices else crops.measured
     swapped = naming.looks_swapped(
@@ -49,6 +49,11 @@ def _about_order(prepared: Prepared, tissues: tuple[Tissue, ...]) -> Iterator[st
     if swapped is not None:
         order = ", ".join(f"{a} like {b}" for a, b in zip(sequences, swapped, strict=True) if a != b)
         yield f"W_SWAPPED: the sequences look exchanged ({order}); check which file is which"
+    elif found := exchange_check.exchanged(assembly.images):
+        yield (
+            f"W_SWAPPED: {found.late} and {found.other} look exchanged (the wall is {found.ratio:.2f} times as uneven "
+            f"on {found.late}, where scar shines); check which file is which"
+        )
 
 
 def _about_fit(prepared: Prepared, assembly: Assembly, outcome: Outcome) -> Iterator[str]:

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
-import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.results import dataset, outliers, report, uncertainty
+from monai_deepgmm.results import dataset, outliers, report, row_files, uncertainty
 from monai_deepgmm.results.measure import Measurement, SliceMeasurement
 from monai_deepgmm.results.provenance import versions
+from monai_deepgmm.results.row_files import REFUSED, Row
 from monai_deepgmm.results.segmentation import Segmentation
 from monai_deepgmm.results.ventricle import Ventricle
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks; there, two runs must not share an output folder
-    fcntl = None  # type: ignore[assignment]
 
 SUMMARY = ("patient", "status", "code", "message", "seconds", "method", "warnings")
 MEASUREMENTS = (*Measurement._fields, *Ventricle._fields)
@@ -34,10 +33,11 @@ SLICES = ("patient", *SliceMeasurement._fields)
 SHADING = ("_bias.nii.gz", "_corrected.nii.gz")
 #: Ids that no folder can bear; their rows go where no patient's folder can be.
 UNUSABLE = {"E_ID", "E_NAME"}
-REFUSED = ".refused"
 LOCKS = ".locks"
 
-Row = dict[str, Any]
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+#: What a file system says that knows no locks; there, two runs must not share an output folder.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 # Before any work ---------------------------------------------------------------------------------------------------
@@ -59,13 +59,20 @@ def check(out: Path, cohort: Cohort) -> None:
         hint = f", or a folder below {derivatives.name}/ in layout bids" if cohort.layout == "bids" else ""
         raise UsageError(f"OUT: {out} lies inside the input folder; name a folder outside it{hint}")
     for study in cohort.studies:
-        if not _unusable(study) and (folder := target / study.patient) in (source, *source.parents):
-            raise UsageError(f"OUT: the results of {study.patient} would fall on the input folder, {folder}")
+        if not _unusable(study) and _harms(place := target / study.patient, source):
+            raise UsageError(f"OUT: the results of {study.patient} would fall on the input folder, {place}")
     if out.exists() and not out.is_dir():
         raise UsageError(f"OUT: {out} is a file; name a folder")
     near = next(p for p in (target, *target.parents) if p.exists())
     if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK) or _read_only(near):
         raise UsageError(f"OUT: {out} cannot be written here; check the permissions of {near}")
+
+
+def _harms(place: Path, source: Path) -> bool:
+    """Whether a patient's folder is the input folder or holds it, or is a link into it."""
+    if place in (source, *source.parents):
+        return True
+    return place.is_symlink() and source in (found := place.resolve(), *found.parents)
 
 
 def _read_only(folder: Path) -> bool:
@@ -102,7 +109,7 @@ def sweep(out: Path) -> None:
 def folder(out: Path, study: Study) -> Path:
     """Where a patient's files go; where no folder can bear the id, a place that none can collide with."""
     if _unusable(study):
-        return out / REFUSED / _digest(study.patient)[:16]
+        return row_files.refused_file(out, study.patient).with_suffix("")
     return out / study.patient
 
 
@@ -116,10 +123,16 @@ def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: 
         steps: what is done otherwise than the configuration says, as ``Steps.as_json`` tells it, or None.
     """
     mask = {"labels": list(study.mask_labels), "rule": study.mask_rule}
-    content = {"inputs": dict(hashes), "mask": mask, "configuration": config.as_json(), "versions": versions()}
+    content = {
+        "inputs": dict(hashes),
+        "mask": mask,
+        "spacing": study.spacing,
+        "configuration": config.as_json(),
+        "versions": versions(),
+    }
     if steps is not None:
         content["steps"] = dict(steps)
-    return _digest(json.dumps(content, sort_keys=True))
+    return row_files.digest(json.dumps(content, sort_keys=True))
 
 
 def _hashes_now(study: Study) -> dict[str, str]:
@@ -136,23 +149,33 @@ def _hashes_read(sidecar: Mapping[str, Any]) -> dict[str, str]:
 def done(out: Path, study: Study, config: Config, steps: Mapping[str, Any] | None = None) -> Row | None:
     """The row of a patient whose files are all there and were made from the same inputs and configuration."""
     place = folder(out, study)
-    row = _read(place / f"{study.patient}_row.json") if not study.problems else None
+    row = row_files.read_json(place / f"{study.patient}_row.json") if not study.problems else None
     if not row or row.get("status") != "ok":
         return None
-    wanted = ["_dseg.nii.gz", "_dseg.json", "_preview.png", "_report.html"]
+    wanted = ["_dseg.nii.gz", "_dseg.json", "_preview.png"]
     wanted += ["_probseg.nii.gz", "_entropy.nii.gz"] * config.probabilities
     if config.fields:
         present = [s for s in config.protocol.sequences if s in study.images]
         wanted += [f"_{s}{suffix}" for s in present for suffix in SHADING]
-    if not all((place / f"{study.patient}{suffix}").is_file() for suffix in wanted):
+    page = place / f"{study.patient}_report.html"
+    hashes = row.get("files")
+    if not page.is_file() or not all(_as_written(place / f"{study.patient}{suffix}", hashes) for suffix in wanted):
         return None
-    sidecar = _read(place / f"{study.patient}_dseg.json")
+    sidecar = row_files.read_json(place / f"{study.patient}_dseg.json")
     try:
         now = fingerprint(study, config, _hashes_now(study), steps)
         same = sidecar is not None and sidecar.get("fingerprint") == now
     except StudyError:
         return None
     return row if same else None
+
+
+def _as_written(path: Path, hashes: object) -> bool:
+    """Whether a file holds what the run wrote that made the row."""
+    try:
+        return isinstance(hashes, dict) and hashes.get(path.name) == atomic_files.sha256(path)
+    except StudyError:
+        return False
 
 
 def write(
@@ -189,9 +212,14 @@ def write(
     made_from = fingerprint(study, config, _hashes_read(segmentation.sidecar), steps)
     sidecar = {**segmentation.sidecar, "fingerprint": made_from}
     sidecar |= {} if steps is None else {"steps": dict(steps)}
-    atomic_files.write_whole(place / f"{name}_dseg.json", _json(sidecar))
-    row = {**row, "warnings": list(segmentation.warnings), **segmentation.measured}
-    atomic_files.write_whole(place / f"{name}_row.json", _json(row))
+    atomic_files.write_whole(place / f"{name}_dseg.json", row_files.as_bytes(sidecar))
+    row = {
+        **row,
+        "warnings": list(segmentation.warnings),
+        **segmentation.measured,
+        "files": {path.name: atomic_files.sha256(path) for path in sorted(place.iterdir()) if _is_result(path, name)},
+    }
+    atomic_files.write_whole(place / f"{name}_row.json", row_files.as_bytes(row))
     report.rebuild_patient(place)
     return row
 
@@ -199,12 +227,34 @@ def write(
 def write_failure(out: Path, study: Study, row: Row) -> None:
     """Writes a failed (or skipped) patient's row and page; no label file of it is left, not even an older one."""
     if _unusable(study):
-        _made(out / REFUSED)
-        atomic_files.write_whole(folder(out, study).with_suffix(".json"), _json(row))
+        write_refused(out, study, row)
         return
     place = _fresh(out, study)
-    atomic_files.write_whole(place / f"{study.patient}_row.json", _json(row))
+    atomic_files.write_whole(place / f"{study.patient}_row.json", row_files.as_bytes(row))
     report.rebuild_patient(place)
+
+
+def write_refused(out: Path, study: Study, row: Row) -> None:
+    """Writes the row of a patient whose folder cannot be made or written."""
+    _made(out / REFUSED)
+    atomic_files.write_whole(row_files.refused_file(out, study.patient), row_files.as_bytes(row))
+
+
+def forget_refused(out: Path, study: Study) -> None:
+    """Removes a row that says that a patient's folder could not be written, since now it could."""
+    with contextlib.suppress(OSError):
+        row_files.refused_file(out, study.patient).unlink()
+
+
+def tidy(out: Path, study: Study) -> None:
+    """Removes what a writer that was stopped has left of a patient: files without a row, unless another run has it."""
+    place = folder(out, study)
+    row = place / f"{study.patient}_row.json"
+    if not place.is_dir() or row.exists():
+        return
+    with contextlib.suppress(StudyError), lock(out, study.patient, wait_s=0) as ours:
+        if ours and not row.exists():
+            clear(out, study)
 
 
 def clear(out: Path, study: Study) -> None:
@@ -230,7 +280,12 @@ def clear(out: Path, study: Study) -> None:
 def _fresh(out: Path, study: Study) -> Path:
     place = _made(folder(out, study))
     clear(out, study)
+    forget_refused(out, study)
     return place
+
+
+def _is_result(path: Path, patient: str) -> bool:
+    return path.is_file() and path.name.startswith(f"{patient}_") and not path.name.endswith(".html")
 
 
 def _made(place: Path) -> Path:
@@ -246,41 +301,45 @@ def _unusable(study: Study) -> bool:
 
 
 @contextlib.contextmanager
-def lock(out: Path, what: str) -> Iterator[None]:
+def lock(out: Path, what: str, *, wait_s: float = -1) -> Iterator[bool]:
     """Holds a lock of the output folder while one patient (or the tables) is worked on; runs wait for each other.
+
+    Args:
+        out: the output folder.
+        what: the patient.
+        wait_s: how many seconds to wait for another run; below 0: as long as it takes.
+
+    Yields:
+        Whether the lock is held; False: another run had it for all that time.
 
     Raises:
         StudyError: ``E_DISK`` or ``E_WRITE``, the lock's file cannot be made.
     """
-    if fcntl is None:
-        yield
-        return
-    path = _made(out / LOCKS) / _digest(what)[:16]
+    path = _made(out / LOCKS) / row_files.digest(what)[:16]
+    held = FileLock(path)
     try:
-        file = path.open("w")
+        held.acquire(timeout=wait_s)
+    except Timeout:
+        yield False
+        return
+    except NotImplementedError:
+        pass
     except OSError as error:
-        raise atomic_files.unwritten(path, error) from error
-    with file:
-        with contextlib.suppress(OSError):  # a file system without locks: go on without
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        if error.errno not in _NO_LOCKS:
+            raise atomic_files.unwritten(path, error) from error
+    try:
+        yield True
+    finally:
+        held.release()
 
 
 # Tables ------------------------------------------------------------------------------------------------------------
 
 
-def rows(out: Path) -> list[Row]:
-    """Every patient's row, sorted by id, from the patients' own folders."""
-    found = [p / f"{p.name}_row.json" for p in out.iterdir() if p.is_dir() and not p.name.startswith(REFUSED)]
-    found += (out / REFUSED).glob("*.json")
-    read = [row for path in found if path.is_file() and (row := _read(path)) is not None]
-    return sorted((row for row in read if isinstance(row.get("patient"), str)), key=lambda row: _bytes(row["patient"]))
-
-
 def rebuild_tables(out: Path) -> list[Row]:
     """Rebuilds summary, measurements and index from the patients' rows, so that parts and resumed runs agree."""
     with lock(out, "tables"):
-        found = rows(out)
+        found = row_files.read_all(out)
         beside = outliers.warnings(found)
         summary = [{**row, "message": _sentence(row), "warnings": _joined(row, beside)} for row in found]
         atomic_files.write_whole(out / "summary.tsv", _tsv(summary, SUMMARY))
@@ -310,24 +369,5 @@ def _tsv(table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return "" if value is None else " ".join(str(value).replace("\t", " ").splitlines())
-
-
-def _json(content: object) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(_bytes(text)).hexdigest()
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
+    # Ids stay byte for byte but for what would end a line or a cell, or move the cursor of whoever looks at it.
+    return "" if value is None else _CONTROLS.sub(lambda found: repr(found[0])[1:-1], str(value))

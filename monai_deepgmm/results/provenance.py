@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.nifti import Volume
 from monai_deepgmm.images.preparation import Prepared
 from monai_deepgmm.methods import enhancement
@@ -39,6 +40,7 @@ class Outcome(NamedTuple):
         intervals: of each tissue's volume.
         entropy: the mean over the mask, 0 to 1.
         contradictions: what of the found tissues contradicts the protocol, in words.
+        slices: those of the regions' images; empty: the fit's.
     """
 
     fit: Fit
@@ -47,6 +49,7 @@ class Outcome(NamedTuple):
     intervals: Sequence[Interval] = ()
     entropy: float = 0.0
     contradictions: Sequence[str] = ()
+    slices: tuple[int, ...] = ()
 
 
 def versions() -> dict[str, str]:
@@ -77,7 +80,7 @@ def sidecar(
         "slice_axis": prepared.crops.slice_axis,
         "converged": None if converged is None else bool(converged.all()),
         "naming": _named(outcome, images, slices, config),
-        "presence": _presence(outcome.regions, images, slices) if config.presence else None,
+        "presence": _presence(outcome.regions, images, list(outcome.slices) or slices) if config.presence else None,
         "uncertainty": {
             "entropy": round(outcome.entropy, 4),
             "level": uncertainty.LEVEL,
@@ -106,6 +109,13 @@ def bias(config: Config, fields: Mapping[str, NDArray[np.float32]], mask: NDArra
         "rule": "N4 before the fit" if config.preprocessing.n4 else own,
         "range": {s: [round(float(b[mask].min()), 4), round(float(b[mask].max()), 4)] for s, b in fields.items()},
     }
+
+
+def coverage(scan: Scan) -> dict[str, Any] | None:
+    """Of each sequence the share of the mask that it covers, and of each slice that it lacks; None: all of it."""
+    if scan.coverage is None or scan.coverage.whole():
+        return None
+    return scan.coverage.facts(scan.mask, scan.sequences)
 
 
 def _named(outcome: Outcome, images: Images, slices: list[int | None], config: Config) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jinja2
 from monai_deepgmm import protocol
 from monai_deepgmm.errors import CODES, UsageError
 from monai_deepgmm.images.atomic_files import shown, write_whole
-from monai_deepgmm.results import outliers
+from monai_deepgmm.results import outliers, row_files
 from monai_deepgmm.results.mosaic import UNCERTAINTY_COLORS, omitted, preview
 
 __all__ = ["index", "page", "preview", "rebuild", "rebuild_index", "rebuild_patient"]
@@ -159,8 +159,8 @@ def rebuild(out: Path) -> int:
     Raises:
         UsageError: OUT holds no results.
     """
-    folders = _folders(out)
-    if not folders and not any((out / ".refused").glob("*.json")):
+    folders = [out / name for name in row_files.folders(out)]
+    if not folders and not any((out / row_files.REFUSED).glob("*.json")):
         raise UsageError(f"{shown(out)}: no results here; give the folder that deepgmm segment wrote to")
     for folder in folders:
         rebuild_patient(folder)
@@ -171,27 +171,30 @@ def rebuild(out: Path) -> int:
 def rebuild_patient(folder: Path) -> None:
     """Writes ``<patient>_report.html`` from the row, sidecar and picture beside it."""
     name = folder.name
-    row = _read_row(folder / f"{name}_row.json", name)
-    done = row.get("status") == "ok"
-    picture = folder / f"{name}_preview.png"
-    html = page(
-        row,
-        _read(folder / f"{name}_dseg.json") if done else None,
-        _list(row.get("measurements")),
-        picture.read_bytes() if done and picture.is_file() else None,
-    )
+    row = row_files.read_row(folder / f"{name}_row.json", name)
+    done, measurements = row["status"] == "ok", _list(row.get("measurements"))
+    file = folder / f"{name}_preview.png"
+    picture = file.read_bytes() if done and file.is_file() else None
+    sidecar = folder / f"{name}_dseg.json"
+    facts = row_files.read_json(sidecar) if done else None
+    try:
+        if done and facts is None:
+            raise ValueError("no JSON object")
+        html = page(row, facts, measurements, picture)
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        note = f"W_SIDECAR: {shown(sidecar)} is missing or damaged; run deepgmm segment again"
+        kept = {**row, "slices": [], "warnings": [*_list(row.get("warnings")), note]}
+        html = page(kept, None, measurements, picture)
     write_whole(folder / f"{name}_report.html", _encoded(html))
 
 
 def rebuild_index(out: Path, title: str | None = None) -> None:
     """Writes ``index.html`` from the patients' rows; the title is the data set's name if none is given."""
-    rows = [_read_row(folder / f"{folder.name}_row.json", folder.name) for folder in _folders(out)]
-    refused = [_read_row(file, file.stem) for file in sorted((out / ".refused").glob("*.json"))]
+    rows = row_files.read_all(out)
     measurements = [m for row in rows for m in _list(row.get("measurements"))]
     beside = outliers.warnings(rows)
     rows = [{**row, "warnings": [*_list(row.get("warnings")), *beside.get(row["patient"], ())]} for row in rows]
-    name = _map(_read(out / "dataset_description.json")).get("Name")
-    rows += [{**row, "page": False} for row in refused]
+    name = _map(row_files.read_json(out / "dataset_description.json")).get("Name")
     html = index(rows, measurements, title or str(name or "Segmentations"), _written_colors(out))
     write_whole(out / "index.html", _encoded(html))
 
@@ -329,32 +332,6 @@ def _ventricle(numbers: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         for key, (name, unit) in VENTRICLE.items()
         if (value := numbers.get(key)) is not None
     ]
-
-
-def _folders(out: Path) -> list[Path]:
-    """The patients' folders: those that hold a row."""
-    if not out.is_dir():
-        return []
-    return sorted(f for f in out.iterdir() if (f / f"{f.name}_row.json").is_file())
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is none that can be read."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _read_row(file: Path, patient: str) -> dict[str, Any]:
-    """A patient's row; one that cannot be read becomes a failed row, so that one file does not hide the others."""
-    row = _read(file)
-    if row is not None:
-        return {"patient": patient, **row}
-    remedy = "delete this patient's folder and run deepgmm segment again"
-    message = f"{shown(file)}: the row is not a JSON object"
-    return {"patient": patient, "status": "failed", "code": "E_FILE", "message": message, "remedy": remedy}
 
 
 def _written_colors(out: Path) -> dict[str, str]:

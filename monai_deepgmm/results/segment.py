@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from monai.transforms import Compose
 from numpy.typing import NDArray
 
+from monai_deepgmm.errors import StudyError
+from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.preparation import Prepared, prepare
 from monai_deepgmm.methods import name_check, naming, region_filter
 from monai_deepgmm.methods.config import Config
@@ -19,9 +22,10 @@ from monai_deepgmm.methods.region_filter import Region
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.results import coverage, notes, plausibility, provenance, uncertainty
+from monai_deepgmm.results import coverage, notes, parts, plausibility, provenance, uncertainty
 from monai_deepgmm.results.assembly import Assembly, assemble
 from monai_deepgmm.results.numbers import numbers
+from monai_deepgmm.results.parts import Part
 from monai_deepgmm.results.provenance import Outcome
 from monai_deepgmm.results.segmentation import Segmentation
 
@@ -44,13 +48,14 @@ def segment(
         StudyError: the patient cannot be segmented; the code says why.
     """
     prepared = prepare(study, preprocessing or config.preprocessing.transforms(config.protocol))
-    assembly = assemble(prepared, config)
     inferer = inferer or Solver(config)
-    fit = inferer(assembly.images)
-    fit, names = named(fit, assembly.images, config)
-    fit, regions = filtered(fit, assembly.images, config)
-    outcome = Outcome(fit, names, regions, contradictions=name_check.contradictions(fit, assembly.images))
-    return with_numbers(_on_source_grid(study, prepared, assembly, outcome, config, inferer))
+    divided = parts.split(prepared, config)
+    wall = parts.wall(prepared, config) if len(divided) > 1 else None
+    first, *others = _solved(divided, wall, config, inferer)
+    probabilities, outcome = _together(first, others, wall, prepared, config)
+    elsewhere = np.any([np.zeros_like(prepared.scan.mask), *(other.part.takes for other in others)], axis=0)
+    first = first._replace(outcome=outcome)
+    return with_numbers(_on_source_grid(study, prepared, first, probabilities, elsewhere, config, inferer))
 
 
 def with_numbers(segmentation: Segmentation) -> Segmentation:
@@ -61,10 +66,69 @@ def with_numbers(segmentation: Segmentation) -> Segmentation:
     told = {
         "warnings": warnings,
         "plausibility": plausibility.facts(against),
-        "coverage": coverage.facts(segmentation),
+        "coverage": coverage.facts(segmentation) | {"sequences": segmentation.sidecar["coverage"]},
     }
     sidecar = segmentation.sidecar | told
     return dataclasses.replace(segmentation, measured=found.as_row(), sidecar=sidecar, warnings=tuple(warnings))
+
+
+class Solved(NamedTuple):
+    """What came of one part of a patient; that of most patients is everything.
+
+    Attributes:
+        part: its images, and the voxels that it labels.
+        assembly: what the method was given.
+        outcome: what it found.
+        unfiltered: its fit with all regions.
+    """
+
+    part: Part
+    assembly: Assembly
+    outcome: Outcome
+    unfiltered: Fit
+
+    def probabilities(self, *, filtered: bool = True) -> NDArray[np.float32]:
+        """Of the part's tissues, on the scan's grid (K, X, Y, Z)."""
+        fit = self.outcome.fit if filtered else self.unfiltered
+        return self.part.prepared.crops.restore(self.assembly.everywhere(fit).cpu())
+
+
+def _solved(divided: tuple[Part, ...], wall: Images | None, config: Config, inferer: Inferer) -> Iterator[Solved]:
+    """Each part fitted, named and filtered; one that is too small for a fit is left out if it is not the last."""
+    count = 0
+    for number, part in enumerate(divided, 1):
+        try:
+            assembly = assemble(part.prepared, config, wall=wall)
+        except StudyError as error:
+            if error.code != "E_MASK_SMALL" or (number == len(divided) and count == 0):
+                raise
+            continue
+        whole, names = named(inferer(assembly.images), assembly.images, config)
+        fit, regions = filtered(whole, assembly.images, config)
+        contradictions = name_check.contradictions(fit, assembly.images)
+        count += 1
+        yield Solved(part, assembly, Outcome(fit, names, regions, contradictions=contradictions), whole)
+
+
+def _together(
+    first: Solved, others: list[Solved], wall: Images | None, prepared: Prepared, config: Config
+) -> tuple[NDArray[np.float32], Outcome]:
+    """The probabilities of all parts (K, X, Y, Z), and the first one's outcome with the regions of all.
+
+    Regions are decided in the whole patient where its wall is known, since a region's neighbours may be another part's.
+    """
+    tissues = first.assembly.images.tissues
+    joint = wall is not None and len(others) > 0 and wall.tissues == tissues and config.presence
+    probabilities = first.probabilities(filtered=not joint)
+    for other in others:
+        found, known = other.probabilities(filtered=not joint), other.assembly.images.tissues
+        parts.merged(found, known, other.part.takes, probabilities, tissues, config.protocol)
+    if not joint or wall is None:
+        return probabilities, first.outcome
+    resp = torch.from_numpy(np.stack([prepared.crops.cut(p) for p in probabilities], 1)).to(wall.image)
+    labelled = (resp.sum(1, keepdim=True) > 0).to(wall.mask)
+    resp, regions = region_filter.decide(resp, wall._replace(mask=wall.mask * labelled))
+    return prepared.crops.restore(resp.cpu()), first.outcome._replace(regions=regions, slices=wall.slices)
 
 
 class Solver:
@@ -97,19 +161,26 @@ def filtered(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region
 
 
 def _on_source_grid(
-    study: Study, prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config, inferer: Inferer
+    study: Study,
+    prepared: Prepared,
+    first: Solved,
+    probabilities: NDArray[np.float32],
+    elsewhere: NDArray[np.bool_],
+    config: Config,
+    inferer: Inferer,
 ) -> Segmentation:
     """Labels by Bayes' rule (S §2) on the grid of the scan, and what is to be told of them."""
-    scan, crops, images = prepared.scan, prepared.crops, assembly.images
-    probabilities = crops.restore(assembly.everywhere(outcome.fit).cpu())
+    scan, assembly, outcome, main = prepared.scan, first.assembly, first.outcome, first.part.prepared
+    images = assembly.images
     index = np.array([t.index for t in images.tissues], dtype=np.uint8)
-    labels = np.where(scan.mask, index[probabilities.argmax(0)], 0).astype(np.uint8)
+    labelled = scan.mask & (probabilities > 0).any(0)
+    labels = np.where(labelled, index[probabilities.argmax(0)], 0).astype(np.uint8)
     outcome = outcome._replace(
-        intervals=_intervals(labels, probabilities, prepared, assembly, config, inferer),
+        intervals=_intervals(labels, elsewhere, probabilities, main, assembly, config, inferer),
         entropy=float(uncertainty.entropy(probabilities)[scan.mask].mean()),
     )
-    fields = _fields(outcome.fit, prepared, assembly)
-    warnings = (*scan.warnings, *notes.about(prepared, assembly, outcome, config))
+    fields = _fields(outcome.fit, main, assembly)
+    warnings = (*scan.warnings, *notes.about(main, assembly, outcome, config))
     taken_off = 1 if prepared.fields is None else prepared.fields
     return Segmentation(
         patient=study.patient,
@@ -120,30 +191,42 @@ def _on_source_grid(
         labels=labels,
         probabilities=probabilities,
         reference=scan.reference,
-        slice_axis=crops.slice_axis,
-        sidecar=provenance.sidecar(prepared, assembly, outcome, config, warnings)
-        | {"bias": provenance.bias(config, fields, scan.mask)},
+        slice_axis=main.crops.slice_axis,
+        sidecar=provenance.sidecar(main, assembly, outcome, config, warnings)
+        | {"bias": provenance.bias(config, fields, scan.mask), "coverage": provenance.coverage(scan)},
         warnings=warnings,
         fields=fields,
         intervals=tuple(outcome.intervals),
+        seen=_seen(scan),
     )
+
+
+def _seen(scan: Scan) -> dict[str, np.ndarray]:
+    """Where each sequence was measured; empty where all were everywhere."""
+    if scan.coverage is None or scan.coverage.whole():
+        return {}
+    return dict(zip(scan.sequences, scan.coverage.seen, strict=True))
 
 
 def _intervals(
     labels: NDArray[np.uint8],
+    elsewhere: NDArray[np.bool_],
     probabilities: NDArray[np.float32],
     prepared: Prepared,
     assembly: Assembly,
     config: Config,
     inferer: Inferer,
 ) -> list[uncertainty.Interval]:
-    """Where each tissue's volume may lie."""
+    """Where each tissue's volume may lie; what another part has labelled, ``elsewhere``, is the same in all refits."""
     reference, tissues = prepared.scan.reference, assembly.images.tissues
-    volumes = [int((labels == t.index).sum()) * reference.voxel_ml for t in tissues]
+    volumes, fixed = (
+        [int((places == t.index).sum()) * reference.voxel_ml for t in tissues] for places in (labels, labels[elsewhere])
+    )
+    refits = _refitted_ml(assembly, config, inferer, reference.voxel_ml)
     deviations = uncertainty.standard_deviations(
         volumes,
         probabilities,
-        _refitted_ml(assembly, config, inferer, reference.voxel_ml),
+        [[a + b for a, b in zip(v, fixed, strict=True)] for v in refits],
         voxel_ml=reference.voxel_ml,
         pixel_mm2=math.prod(s for a, s in enumerate(reference.spacing_mm) if a != prepared.crops.slice_axis),
     )

@@ -32,6 +32,7 @@ class Segmentation:
         fields: sequence → bias field (X, Y, Z) float32, mean 1 over each image's mask and 1 outside; empty where none
             was looked for.
         intervals: of each tissue's volume, in order of ``tissues``; empty where none was computed.
+        seen: sequence → where it was measured (X, Y, Z) bool; empty where all were everywhere.
         measured: all that is measured, ready for JSON (``numbers.Numbers.as_row``); empty before it is.
     """
 
@@ -48,6 +49,7 @@ class Segmentation:
     warnings: tuple[str, ...]
     fields: dict[str, np.ndarray] = field(default_factory=dict)
     intervals: tuple[Interval, ...] = ()
+    seen: dict[str, np.ndarray] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
 
     def where(self, *tissues: str) -> NDArray[np.bool_]:

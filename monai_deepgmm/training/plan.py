@@ -16,7 +16,7 @@ from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.images.preprocessing import Preprocessing
 from monai_deepgmm.methods import known_means, training_config
-from monai_deepgmm.methods.config import check_device
+from monai_deepgmm.methods.config import usable_device
 from monai_deepgmm.methods.known_means import Means
 from monai_deepgmm.methods.settings import parsed
 from monai_deepgmm.methods.training_config import ALPHA, BETA, GAMMA, LOSSES, METHODS, WITH_LABELS, TrainingConfig
@@ -105,7 +105,7 @@ def plan(
     Raises:
         UsageError: any of it is unknown or does not fit together, or the device cannot be used.
     """
-    check_device(device)
+    usable_device(device)
     found = protocol if isinstance(protocol, Protocol) else protocols.load(protocol)
     words = label_split.asked(labels)
     if epochs is not None and epochs < 1:

@@ -113,7 +113,8 @@ def prepare_cohort(cohort: Cohort, plan: TrainingPlan) -> PreparedCohort:
         training=settings.decisive(),
         window=window,
     )
-    read = json.dumps([_decisive(plan), [p.inputs for p in patients]], sort_keys=True)
+    rules = [str(study.spacing) for study in cohort.studies if study.spacing is not None]
+    read = json.dumps([_decisive(plan), [p.inputs for p in patients], *rules[:1]], sort_keys=True)
     steps = math.ceil(len(train) * windows / settings.batch_size)
     epochs = plan.epochs or min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
     start = math.floor(START_SHARE.get(settings.loss, 0.0) * epochs)

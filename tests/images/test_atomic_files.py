@@ -74,6 +74,18 @@ def test_a_failed_write_keeps_the_older_file_and_leaves_no_temporary(tmp_path, m
     assert parts(tmp_path) == ["labels.nii.gz"]
 
 
+def test_a_share_that_cannot_flush_is_written_to_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic_files, "_flushes", True)
+    atomic_files.write_whole(tmp_path / "a", b"x")
+    assert atomic_files.flushes()
+    monkeypatch.setattr(atomic_files, "_RENAMES_OPEN_FILES", False)  # as Windows has it
+    monkeypatch.setattr(atomic_files.os, "fsync", failing(errno.EINVAL))
+    atomic_files.write_whole(tmp_path / "a", b"y")
+    assert (tmp_path / "a").read_bytes() == b"y"
+    assert parts(tmp_path) == ["a"]
+    assert not atomic_files.flushes()
+
+
 def test_bytes_that_read_back_differently_are_a_failure_and_an_interrupt_leaves_no_temporary(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(atomic_files.Path, "read_bytes", lambda _: b"rotten")

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,11 @@ def frames(files: Files) -> None:
     save(files["LGE"], np.stack([data, data], axis=-1))
 
 
+def without_place(what: str) -> Bend:
+    """One file saved with an identity affine."""
+    return lambda files: save(files[what], np.asanyarray(nib.load(files[what]).dataobj), np.eye(4))
+
+
 MIDDLE, CORNER = (24, 24, 0), (0, 0, 0)
 MOVED = AFFINE + np.array([[0, 0, 0, 5000], *[[0] * 4] * 3])
 #: what is wrong → how to do it, the code, and the file that the message has to name
@@ -113,7 +119,7 @@ FAILS: dict[str, tuple[Bend, str, str]] = {
     "mask fractional": (voxels("gd", lambda d: d * 0.4999), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
     "mask NaN": (voxels("gd", at(math.nan, CORNER)), "E_MASK_FRACTIONAL", "bad_gd.nii.gz"),
     "mask small": (voxels("gd", lambda d: at(500, MIDDLE)(np.zeros_like(d))), "E_MASK_SMALL", "bad_gd.nii.gz"),
-    "mask elsewhere": (lambda f: save(f["gd"], heart(), MOVED), "E_GRID", "bad_gd.nii.gz"),
+    "mask elsewhere": (lambda f: save(f["gd"], heart(), MOVED), "E_MASK_GRID", "bad_gd.nii.gz"),
     "sequence elsewhere": (
         lambda f: save(f["T2"], np.asanyarray(nib.load(f["T2"]).dataobj), MOVED),
         "E_GRID",
@@ -126,6 +132,14 @@ FAILS: dict[str, tuple[Bend, str, str]] = {
     "dicom series": (becomes(dicom_folder), "E_DICOM", "bad_LGE.nii.gz"),
     "dangling link": (becomes(lambda p: p.symlink_to("gone.nii.gz")), "E_FILE", "bad_LGE.nii.gz"),
     "pipe": (becomes(os.mkfifo), "E_FILE", "bad_LGE.nii.gz"),
+    "pixdim is not the sform's": (
+        fields("T2", qform_code=0, pixdim=[1, 1.5, 1.5, 10, 1, 1, 1, 1]),
+        "E_SPACING",
+        "1.5 × 1.5 × 10",
+    ),
+    "LGE without a place": (without_place("LGE"), "E_SPACING", "bad_LGE.nii.gz"),
+    "T2 without a place": (without_place("T2"), "E_SPACING", "bad_T2.nii.gz"),
+    "mask without a place and cut": (lambda f: save(f["gd"], heart()[:-2], np.eye(4)), "E_GRID", "46 × 48 × 2"),
 }
 
 
@@ -167,6 +181,14 @@ def in_metres(what: str) -> Bend:
     return fields(what, xyzt_units=1, qform_code=0, **rows)
 
 
+UNIT = {f"srow_{axis}": [*row, 0] for axis, row in zip("xyz", np.eye(3), strict=True)}
+
+
+def unit_sform(*sizes: float) -> Bend:
+    """All files with the identity for sform, as EMIDEC's have it; with these sizes in pixdim."""
+    return all_files(lambda what: fields(what, qform_code=0, pixdim=[1, *sizes, 1, 1, 1, 1], **UNIT))
+
+
 def swapped(files: Files) -> None:
     other = files["LGE"].with_name("other")
     files["T2"].rename(other)
@@ -182,6 +204,8 @@ WORKS: dict[str, tuple[Bend, str]] = {
     "zero pixdim": (fields("LGE", qform_code=0, pixdim=[1, 0, 1.5, 8, 1, 1, 1, 1]), "W_PIXDIM"),
     "qform differs": (fields("LGE", qform_code=1, qoffset_x=3), "W_QFORM"),
     "both codes 0": (all_files(lambda what: fields(what, qform_code=0, sform_code=0)), "W_NOFORM"),
+    "unit sform": (unit_sform(1.5, 1.5, 8), "W_SPACING"),
+    "mask without a place": (without_place("gd"), "W_MASK_PLACE"),
     "swapped": (swapped, "W_SWAPPED"),
     "T2 missing": (lambda f: f["T2"].unlink(), "W_MISSING"),
     "T2 on another grid": (
@@ -208,11 +232,42 @@ def test_what_is_odd_is_segmented_and_recorded(cohort, tmp_path, case):
     labels = nib.load(out / "bad" / "bad_dseg.nii.gz")
     assert labels.shape == (48, 48, 2)
     assert set(np.unique(labels.dataobj)) <= {0, 1, 2, 3, 4}
-    if case == "metres":  # measured in ml
+    if case in ("metres", "unit sform", "mask without a place"):  # measured in ml
         with (out / "measurements.tsv").open() as file:
             rows = [row for row in csv.DictReader(file, delimiter="\t") if row["patient"] == "bad"]
         total = sum(float(row["volume_ml"]) for row in rows)
         assert total == pytest.approx(np.count_nonzero(heart()) * 1.5 * 1.5 * 8 / 1000, rel=1e-4)
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize(
+    ("spacing", "voxel_ml"), [(None, None), ("sform", 0.018), ("pixdim", 0.0225), ("1.5,1.5,4", 0.009)]
+)
+def test_spacing_decides_what_a_header_leaves_open(cohort, tmp_path, spacing, voxel_ml, capsys):
+    all_files(lambda what: fields(what, qform_code=0, pixdim=[1, 1.5, 1.5, 10, 1, 1, 1, 1]))(files_of(cohort))
+    out, chosen = tmp_path / "out", [] if spacing is None else ["--spacing", spacing]
+    assert main(["segment", str(cohort), str(out), *chosen]) == (1 if spacing is None else 0)
+    assert main(["evaluate", str(out), str(cohort), *chosen]) == (1 if spacing is None else 0)
+    row = summary(out)["bad"]
+    if spacing is None:
+        assert row["code"] == "E_SPACING"
+        assert "--spacing" in row["message"]
+        return
+    assert (
+        "W_SPACING: bad_LGE.nii.gz has voxels of 1.5 × 1.5 × 8 mm by its sform, but 1.5 × 1.5 × 10" in row["warnings"]
+    )
+    rows = list(csv.DictReader((out / "measurements.tsv").open(), delimiter="\t"))
+    found = {m["patient"]: float(m["volume_ml"]) / int(m["voxels"]) for m in rows}
+    assert found == pytest.approx({"good": 0.018, "bad": voxel_ml}, rel=1e-4)
+    labels, source = (nib.load(p).header for p in (out / "bad" / "bad_dseg.nii.gz", files_of(cohort)["LGE"]))
+    for field in ("pixdim", "srow_x", "srow_z", "sform_code", "qform_code"):
+        np.testing.assert_array_equal(labels[field], source[field])
+
+
+@pytest.mark.parametrize("given", ["qform", "1,2", "1,1,0", "a,b,c", "1,1,inf"])
+def test_a_spacing_that_is_none_is_refused(cohort, capsys, given):
+    assert main(["scan", str(cohort), "--spacing", given]) == 2
+    assert "--spacing" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_picture")
@@ -231,9 +286,9 @@ def test_one_slice_is_enough_and_a_trailing_axis_of_size_1_is_restored(tmp_path,
 @pytest.mark.usefixtures("no_picture")
 def test_a_frame_of_a_cine_is_chosen_on_demand_and_max_voxels_is_checked_before_reading(cohort, tmp_path):
     args = ["segment", str(cohort), str(tmp_path / "out")]
-    assert main([*args, "--max-voxels", str(48 * 48 * 2 - 1)]) == 3
+    assert main([*args, "--max-voxels", str(4 * 48 * 48 * 2 - 1)]) == 3
     assert {row["code"] for row in summary(tmp_path / "out").values()} == {"E_SIZE"}
-    assert main([*args, "--max-voxels", str(48 * 48 * 2)]) == 0
+    assert main([*args, "--max-voxels", str(4 * 48 * 48 * 2)]) == 0
     for what in ("LGE", "gd"):
         path = files_of(cohort)[what]
         data = np.asanyarray(nib.load(path).dataobj)
@@ -242,6 +297,29 @@ def test_a_frame_of_a_cine_is_chosen_on_demand_and_max_voxels_is_checked_before_
     assert nib.load(tmp_path / "out" / "bad" / "bad_dseg.nii.gz").shape == (48, 48, 2)
     assert main([*args, "--frame", "2"]) == 1
     assert summary(tmp_path / "out")["bad"]["code"] == "E_DIM"
+
+
+@pytest.mark.parametrize("what", ["LGE", "T2", "gd"])
+def test_a_small_file_that_unpacks_to_gigabytes_takes_no_memory(cohort, tmp_path, what):
+    path, shape = files_of(cohort)[what], (512, 512, 256)
+    header = nib.load(path).header.copy()
+    header["dim"][1:4], header["vox_offset"] = shape, 352
+    header.set_data_dtype(np.uint8)
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(4 + math.prod(shape)), 1))
+    assert path.stat().st_size < 1 << 20
+    tracemalloc.start()
+    assert main(["segment", str(cohort), str(tmp_path / "out"), "--patients", "bad"]) == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    row = summary(tmp_path / "out")["bad"]
+    assert row["code"] == "E_SIZE"
+    assert path.name in row["message"]
+    assert "--max-voxels" in row["message"]
+    assert peak < 64 << 20
+
+
+#: Which values of the labels make up the mask, where no layout says so.
+LABELS = ("--mask-labels", "200", "500", "1220", "2221")
 
 
 def one_folder(cohort: Path, patient: str, make_patient) -> None:
@@ -254,7 +332,7 @@ def one_folder(cohort: Path, patient: str, make_patient) -> None:
 
 @pytest.mark.parametrize(
     "patient",
-    ["<script>alert(1)<", "two words", "Müller-日本", "-rf", "dot.", " lead", "a%2Fb", "x" * 200, "p\udcff"],
+    ["<script>alert(1)<", "two words", "Müller-日本", "-rf", ".dot", " lead", "a%2Fb", "x" * 200, "p\udcff"],
     ids=ascii,
 )
 def test_hostile_names_work_and_are_kept_byte_for_byte(tmp_path, make_patient, patient):
@@ -275,13 +353,14 @@ def test_hostile_names_work_and_are_kept_byte_for_byte(tmp_path, make_patient, p
 def test_ids_of_a_manifest_that_cannot_be_folders_fail_alone(cohort, tmp_path):
     bad = {
         "../x": "E_ID", "a/b": "E_ID", "/abs": "E_ID", "a..b": "E_ID", ".locks": "E_ID", "index.html": "E_ID",
-        "y" * 201: "E_NAME", "Case": "E_DUPLICATE", "case": "E_DUPLICATE", "twice": "E_DUPLICATE",
+        "Nul.1": "E_NAME", "COM3": "E_NAME", "a:b": "E_NAME", "dot.": "E_NAME", "end ": "E_NAME", "y" * 201: "E_NAME",
+        "Case": "E_DUPLICATE", "case": "E_DUPLICATE", "twice": "E_DUPLICATE",
     }  # fmt: skip
     line = "cohort/good_LGE.nii.gz,cohort/good_T2.nii.gz,cohort/good_gd.nii.gz\n"
     manifest = tmp_path / "m.csv"
     manifest.write_text("patient,LGE,T2,mask\n" + "".join(f"{p},{line}" for p in ("fine", *bad, "twice")))
     out = tmp_path / "deep" / "out"
-    assert main(["segment", str(cohort), str(out), "--manifest", str(manifest)]) == 1
+    assert main(["segment", str(cohort), str(out), "--manifest", str(manifest), *LABELS]) == 1
     rows = summary(out)
     assert {p: row["code"] for p, row in rows.items()} == {"fine": "", **bad}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cohort", "deep", "m.csv"]

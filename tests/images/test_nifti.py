@@ -317,6 +317,7 @@ def random_geometry(seed: int) -> bytes:
         image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", SECRET))
     image.header.set_qform(affine, code=int(rng.integers(1, 5)), strip_shears=True)
     image.header.set_sform(affine, code=int(rng.integers(1, 5)))
+    sheared = affine + np.outer([1, 0, 0, 0], [0.2] * 4)
     image.header.set_xyzt_units(*((None, None) if kind == "slope" else ("mm", "sec")))
     fields = {
         "qform_only": {"sform_code": 0},
@@ -325,7 +326,10 @@ def random_geometry(seed: int) -> bytes:
         "no_form": {"sform_code": 0, "qform_code": 0},
         "slope": {"scl_slope": 0.25, "scl_inter": -7},
         "metres": {"xyzt_units": 1 | 16},
-        "shear": {"srow_x": (affine + 0.2)[0]},
+        "shear": {
+            "srow_x": sheared[0],
+            "pixdim": [image.header["pixdim"][0], *np.linalg.norm(sheared[:3, :3], axis=0), 1, 1, 1, 1],
+        },
     }.get(kind, {})
     content = bytearray(image.to_bytes())
     header = image_kind.header_class(bytes(content[: image.header.sizeof_hdr]), check=False)

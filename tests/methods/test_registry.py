@@ -79,7 +79,8 @@ DEEP = (
 OTHERWISE = {
     **dict.fromkeys(("gmm", "svgmm"), GMM),
     **dict.fromkeys(("deepg", "deepsvg"), DEEP),
-    "anatomy": "sigma_mm=0.5 temper=0.9 dof=null outliers=0.1 tol=0.5 max_iter=1 presence=false perturbations=2",
+    "anatomy": "sigma_mm=0.5 denoise_mm=1 temper=0.9 dof=null outliers=0.1 tol=0.5 max_iter=1 presence=false "
+    "perturbations=2",
     "pvgmm": "degree=0 pooling=0.9 coupling=0.5 tol=0.5 max_iter=1 floor=0.5 require_bic_gain=false",
 }
 CHANGES = [(method, *pair) for method, text in OTHERWISE.items() for pair in parsed(text.split()).items()]

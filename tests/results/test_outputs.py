@@ -173,6 +173,7 @@ def test_the_maps_lie_where_their_source_does(tmp_path, make_patient, case):
         image.header.set_xyzt_units("mm", "sec")
         image.set_sform(affine if sform else None, sform)
         image.set_qform(affine if qform else None, qform)
+        image.header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
         image.header["descrip"] = SECRET
         nib.save(image, path)
     assert segment(tmp_path / "in", tmp_path / "out", "--probabilities") == 0

@@ -59,6 +59,7 @@ def test_a_right_heart_is_not_flagged_and_its_numbers_stand_in_the_sidecar(out):
         "on_first_slice": True,
         "on_last_slice": True,
         "gaps": [],
+        "sequences": None,
     }
 
 

@@ -1,0 +1,83 @@
+"""Whether late enhancement and a sequence on which blood is bright too were exchanged.
+
+On both the wall is dark and the cavity bright, so that signatures cannot tell them apart. But scar shines on one of
+them alone: there the wall is uneven, measured by the contrast between blood and wall, and even on the other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt, gaussian_filter
+
+from monai_deepgmm.methods.task import Images
+
+#: Late enhancement's unevenness over the other sequence's is less than this only where they were exchanged. Of 25
+#: patients with infarcts the least is .83, and .46 to .78 in most of them when exchanged.
+LEAST_RATIO = 0.8
+#: Wall and blood are looked at this far from their borders, in mm, after smoothing by so much.
+RIM_MM, SMOOTHING_MM = 2.0, 0.7
+#: The darker third of the wall is healthy; so many voxels show a level.
+HEALTHY_QUANTILE, ENOUGH = 0.33, 20
+
+
+class Exchange(NamedTuple):
+    """Two sequences that look exchanged.
+
+    Attributes:
+        late: that called late enhancement.
+        other: that which looks like it.
+        ratio: the unevenness of the wall on ``late`` over that on ``other``.
+    """
+
+    late: str
+    other: str
+    ratio: float
+
+
+def exchanged(images: Images) -> Exchange | None:
+    """The sequence that looks more like late enhancement than that which is called so; None where there is none.
+
+    Args:
+        images: the slices of a patient.
+    """
+    anatomy = images.protocol.anatomy
+    if anatomy is None or anatomy.enhancement is None or not images.slices:
+        return None
+    late = anatomy.enhancement.sequence
+    rivals = [s for s in images.sequences if anatomy.contrast.get(s, 0) > 0 and s != late]
+    if late not in images.sequences or not rivals:
+        return None
+    first, *others = (_unevenness(images, s) for s in (late, *rivals))
+    ratios = {s: first / u for s, u in zip(rivals, others, strict=True) if np.isfinite([first, u]).all() and u > 0}
+    if not ratios or min(ratios.values()) >= LEAST_RATIO:
+        return None
+    other = min(ratios, key=lambda s: ratios[s])
+    return Exchange(late, other, ratios[other])
+
+
+def _unevenness(images: Images, sequence: str) -> float:
+    """The wall's standard deviation over the contrast of blood and healthy wall, in the middle slice; NaN: unknown."""
+    spacing = np.array(images.spacing_mm)
+    values = images.image[:, images.sequences.index(sequence)].cpu().numpy()
+    inside = images.border().inside[:, 0].cpu().numpy() > 0
+    found = []
+    for image, organ, cavity in zip(values, images.mask[:, 0].cpu().numpy() > 0, inside, strict=True):
+        core = organ & ~cavity & _deep(organ, spacing) & _deep(~cavity, spacing)
+        blood = cavity & _deep(cavity, spacing)
+        if min(core.sum(), blood.sum()) < ENOUGH:
+            continue
+        smooth = gaussian_filter(image, SMOOTHING_MM / spacing)
+        contrast = float(np.median(smooth[blood]) - np.quantile(smooth[core], HEALTHY_QUANTILE))
+        if contrast > 0:
+            found.append(float(smooth[core].std()) / contrast)
+    return float(np.median(found)) if found else float("nan")
+
+
+def _deep(place: NDArray[np.bool_], spacing: NDArray[np.floating]) -> NDArray[np.bool_]:
+    if not place.any() or place.all():
+        return place
+    deep: NDArray[np.bool_] = distance_transform_edt(place, sampling=spacing) > RIM_MM
+    return deep
