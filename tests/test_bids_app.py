@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from scenes import BRAIN, INFARCT, labels
+from scenes import BRAIN, INFARCT, labels, write_mask
 
 from monai_deepgmm import bids_app
 from monai_deepgmm.results import dataset
@@ -30,7 +30,8 @@ def bids(tmp_path_factory, make_patient) -> Path:
         for kind, name in (("LGE", "LGE"), ("T2", "T2w"), ("C0", "cine"), ("gd", "desc-lv_mask")):
             anat = root / ("derivatives/masks" if kind == "gd" else "") / place / "anat"
             anat.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(files[kind], anat / f"{stem}_{name}.nii.gz")
+            put = write_mask if kind == "gd" else shutil.copyfile
+            put(files[kind], anat / f"{stem}_{name}.nii.gz")
     description = {"Name": "phantoms", "BIDSVersion": "1.10.0"}
     (root / "dataset_description.json").write_text(json.dumps(description))
     (root / ".bidsignore").write_text("*_LGE.nii.gz\n*_cine.nii.gz\n")  # BIDS knows no sequences of the heart

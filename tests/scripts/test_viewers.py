@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 import nibabel as nib
 import numpy as np
 import pytest
-from scenes import INFARCT, labels
+from scenes import INFARCT, labels, write_mask
 
 from monai_deepgmm.cli import main
 
@@ -36,9 +36,7 @@ def patient(tmp_path, make_patient) -> dict[str, Path]:
     """The files of one patient, in a folder as MONAI Label's datastore may hold it."""
     made, place = make_patient(tmp_path / "made", "p"), tmp_path / "in" / "pat1"
     place.mkdir(parents=True)
-    mask = nib.load(made["gd"])
-    nib.save(nib.Nifti1Image((np.asarray(mask.dataobj) > 0).astype(np.uint8), mask.affine), place / "mask.nii.gz")
-    files = {"mask": place / "mask.nii.gz"}
+    files = {"mask": write_mask(made["gd"], place / "mask.nii.gz")}
     for kind, name in (("LGE", "LGE"), ("T2", "T2"), ("C0", "bSSFP")):
         files[name] = Path(shutil.copyfile(made[kind], place / f"{name}.nii.gz"))
     return files
