@@ -7,7 +7,24 @@ nor MONAI.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from monai_deepgmm.methods.config import Config
+    from monai_deepgmm.methods.config import build as configure
+    from monai_deepgmm.mixture.em import fit_em
+    from monai_deepgmm.mixture.fit import Fit
+    from monai_deepgmm.mixture.gaussian import Mixture
+    from monai_deepgmm.networks.gmm_loss import GMMLoss
+    from monai_deepgmm.networks.nll_loss import MixtureNLL
+    from monai_deepgmm.networks.unet import UNet
+    from monai_deepgmm.patients.discovery import find as find_cohort
+    from monai_deepgmm.patients.study import Study
+    from monai_deepgmm.protocol import Protocol
+    from monai_deepgmm.protocol import load as load_protocol
+    from monai_deepgmm.results.evaluate import evaluate
+    from monai_deepgmm.results.segment import segment
+    from monai_deepgmm.results.segmentation import Segmentation
 
 _EXPORTS = {
     "Protocol": "protocol",

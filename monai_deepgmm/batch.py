@@ -18,6 +18,7 @@ import torch
 from monai.data import Dataset
 
 from monai_deepgmm import workers
+from monai_deepgmm.engine import Handler, PatientEngine
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyError, UsageError
 from monai_deepgmm.images import atomic_files, loading
 from monai_deepgmm.methods.config import Config
@@ -153,6 +154,7 @@ class Batch:
         output_dir: the output folder.
         config: what to do.
         options: how to go about it.
+        val_handlers: MONAI's or ignite's handlers, which follow the run patient by patient.
     """
 
     def __init__(
@@ -164,16 +166,22 @@ class Batch:
         output_dir: str | Path,
         config: Config,
         options: BatchOptions,
+        val_handlers: Sequence[Handler] = (),
     ) -> None:
         studies = tuple(item["study"] for item in dataset.data)
         self.cohort, self.output_dir = dataclasses.replace(cohort, studies=studies), Path(output_dir)
         self.config, self.options = config, options
         self.steps = Steps.unless_default(dataset.transform, inferer, config)
+        self.engine = PatientEngine(val_handlers)
         self.exit_code = OK
 
     def run(self) -> int:
         """Segments every patient, and returns (and keeps) the exit code of ``run``."""
-        self.exit_code = run(self.cohort, self.output_dir, self.config, self.options, steps=self.steps)
+        self.engine.begin(len(select(self.cohort, self.options)))
+        progress = self.engine.patient
+        asked = (self.cohort, self.output_dir, self.config, self.options)
+        self.exit_code = run(*asked, steps=self.steps, progress=progress)
+        self.engine.end()
         return self.exit_code
 
 

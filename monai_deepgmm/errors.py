@@ -89,3 +89,11 @@ class StudyError(Exception):
     def __str__(self) -> str:
         """``message. remedy`` on one line."""
         return f"{self.message}. {self.remedy}".rstrip(". ") + "." if self.remedy else self.message
+
+
+def users_own(error: BaseException) -> UsageError | StudyError | OSError | None:
+    """What a user can mend of an error's causes; the parser of MONAI's configurations wraps them several times."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, UsageError | StudyError | OSError):
+        found = found.__cause__ or found.__context__
+    return found

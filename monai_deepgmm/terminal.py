@@ -10,9 +10,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED
+from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, USAGE, StudyError, users_own
 from monai_deepgmm.patients.study import Cohort, Problem, Study
 
 
@@ -168,3 +169,21 @@ def show_log(verbose: int, quiet: int) -> None:
     # What MONAI's and ignite's own loggers would tell, our log tells.
     logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
     logging.getLogger("ignite.engine.engine").setLevel(logging.CRITICAL)
+
+
+def end_with_one_line() -> None:
+    """For bundles: a program that nobody's ``except`` saves ends with what the user can mend, not with a traceback.
+
+    Anything else ends as before. The exit code is that of the command: 2, or 1 for a patient's error.
+    """
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        cause = users_own(error)
+        if cause is None:
+            before(kind, error, where)
+        else:
+            print(f"monai-deepgmm: {cause}", file=sys.stderr)
+            sys.exit(SOME_FAILED if isinstance(cause, StudyError) else USAGE)
+
+    sys.excepthook = hook

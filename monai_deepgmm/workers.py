@@ -119,7 +119,7 @@ def _dask_client(address: str) -> Any:
     try:
         from distributed import Client
     except ImportError:
-        raise UsageError("--dask needs Dask: pip install 'monai-deepgmm[dask]'") from None
+        raise UsageError("--dask needs Dask: pip install distributed") from None
     try:
         client = Client(address, timeout=WAIT_SECONDS)
     except (OSError, ValueError) as error:

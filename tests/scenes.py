@@ -54,6 +54,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def write_mask(reference: Path, path: Path) -> Path:
+    """Writes the mask that reference labels make."""
+    image = nib.load(reference)
+    nib.save(nib.Nifti1Image((np.asarray(image.dataobj) > 0).astype(np.uint8), image.affine, dtype=np.uint8), path)
+    return path
+
+
 def labels(out: Path, patient: str) -> NDArray[np.uint8]:
     """A patient's label map."""
     return np.asarray(nib.load(out / patient / f"{patient}_dseg.nii.gz").dataobj)

@@ -87,12 +87,13 @@ def test_the_configuration_has_the_commands_options_and_defaults():
         assert (list(options[name]) if isinstance(options[name], tuple) else options[name]) == given, name
 
 
-@pytest.mark.parametrize("names", ["inference", "inference evaluate", "train", "train multi_gpu_train"])
+@pytest.mark.parametrize("names", ["inference", "evaluate", "inference evaluate", "train", "train multi_gpu_train"])
 def test_whatever_a_configuration_defines_is_used(names):
     """By what it runs, or by MONAI's own tools, which want the network's definition and where the bundle lies."""
     parsed = ConfigParser()
     parsed.read_config([str(CONFIGS / f"{name}.json") for name in names.split()])
     raw, used = parsed.get(), {"_meta_", "imports", "initialize", "run", "finalize", "network_def", "bundle_root"}
+    used |= {"output_dir"}  # where MONAI's tracking writes
     for _ in raw:
         text = json.dumps([raw[key] for key in used & set(raw)])
         used |= {key for key in raw if re.search(rf"@{key}\b", text)}

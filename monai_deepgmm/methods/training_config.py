@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -150,11 +151,13 @@ class TrainingConfig:
         check_choice("label_rule", self.label_rule, (None, *LABEL_RULES))
         for name in ("augment", "amp", "tensorboard"):
             check_choice(name, getattr(self, name), (True, False))
-        if not isinstance(self.mlflow, str | None):
-            raise UsageError(f"mlflow: got {self.mlflow!r}, expected a tracking URI")
+        # MLflow keeps no runs in plain folders any more.
+        uri = self.mlflow is None or (isinstance(self.mlflow, str) and re.match(r"(?!file:)[\w+-]+:", self.mlflow))
+        if not uri:
+            raise UsageError(f"mlflow: got {self.mlflow!r}, expected a tracking URI, such as sqlite:///mlruns.db")
         for name, package in (("tensorboard", "tensorboard"), ("mlflow", "mlflow")):
             if getattr(self, name) and importlib.util.find_spec(package) is None:
-                raise UsageError(f"{name} needs {package}: pip install 'monai-deepgmm[tracking]'")
+                raise UsageError(f"{name} needs {package}: pip install {package}")
 
     @property
     def spatial(self) -> bool:

@@ -33,7 +33,8 @@ MASK_RULES = ("file", "auto", "nonzero")
 #: What lies beside the patients' folders in a run's results.
 RESERVED = {
     *("summary.tsv", "measurements.tsv", "dseg.tsv", "dataset_description.json", "index.html", "deepgmm.log"),
-    *("measurements_slices.tsv", "masks.tsv"),
+    *("itksnap_labels.txt", "readme.md", ".bidsignore", "measurements_slices.tsv", "masks.tsv"),
+    *("agreement.html", "review.tsv"),
     *("evaluation.tsv", "evaluation.json", ".locks", ".refused", "model", ".cohort"),
 }
 #: Where names of files must be such as Windows takes, and what it takes for a device, whatever follows a dot.

@@ -20,10 +20,10 @@ from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.results import outliers, report, row_files, uncertainty
+from monai_deepgmm.results import dataset, outliers, report, row_files, uncertainty
 from monai_deepgmm.results.measure import Measurement, SliceMeasurement
 from monai_deepgmm.results.pictures import PICTURES, pictures
-from monai_deepgmm.results.provenance import DISCLAIMER, versions
+from monai_deepgmm.results.provenance import versions
 from monai_deepgmm.results.row_files import REFUSED, Row
 from monai_deepgmm.results.segmentation import Segmentation
 from monai_deepgmm.results.ventricle import Ventricle
@@ -83,7 +83,7 @@ def _read_only(folder: Path) -> bool:
 
 
 def prepare(out: Path, protocol: Protocol) -> None:
-    """Makes the folder, with the two files that make it a BIDS derivative.
+    """Makes the folder, with the files that make it a BIDS derivative.
 
     Raises:
         UsageError: it cannot be made.
@@ -94,16 +94,8 @@ def prepare(out: Path, protocol: Protocol) -> None:
     except OSError as error:
         refusal = atomic_files.unwritten(out, error)
         raise refusal if refusal.code == "E_DISK" else UsageError(f"OUT: {refusal}") from error
-    description = {
-        "Name": f"{protocol.title}: tissue segmentation",
-        "BIDSVersion": "1.10.0",
-        "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "monai-deepgmm", "Version": versions()["monai-deepgmm"]}],
-        "Disclaimer": DISCLAIMER,
-    }
-    atomic_files.write_whole(out / "dataset_description.json", row_files.as_bytes(description))
-    table = [{"index": t.index, "name": t.name, "color": t.color} for t in protocol.tissues]
-    atomic_files.write_whole(out / "dseg.tsv", _tsv(table, ("index", "name", "color")))
+    for name, content in dataset.files(protocol).items():
+        atomic_files.write_whole(out / name, content)
     sweep(out)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from monai_deepgmm import protocol
-from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.errors import UsageError, users_own
 from monai_deepgmm.images import atomic_files
 from monai_deepgmm.methods import trained_network
 from monai_deepgmm.methods.known_means import Means
@@ -24,15 +24,21 @@ from monai_deepgmm.training.plan import TrainingPlan
 from monai_deepgmm.training.prepare import PreparedCohort
 
 PROTOCOL, PROVENANCE, MEANS, CURVES = "protocol.yaml", "provenance.json", "means.json", "training.svg"
-#: The configurations of a model's folder; what a training decided is written into the first two and the metadata.
+#: The configurations of a model's folder; what a training decided is written into the first three and the metadata.
 CONFIGS = ("train.json", "inference.json", "evaluate.json", "multi_gpu_train.json", "logging.conf", "metadata.json")
+#: What else makes a folder a bundle that can be passed on.
+PAPERS = ("LICENSE", "docs/README.md")
+
+
+def shipped() -> Path:
+    """The bundle that comes with the package: inside it where that is installed, or beside it in a checkout."""
+    here = Path(__file__).parents[1]
+    return here / "bundle" if (here / "bundle" / "configs").is_dir() else here.parent / "bundle"
 
 
 def configs() -> Path:
-    """The folder of the bundle's configurations: inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).parents[1]
-    installed = here / "bundle" / "configs"
-    return installed if installed.is_dir() else here.parent / "bundle" / "configs"
+    """The folder of that bundle's configurations."""
+    return shipped() / "configs"
 
 
 # Training --------------------------------------------------------------------------------------------------------
@@ -66,10 +72,7 @@ def train(options: Mapping[str, Any], *, files_of: Sequence[str] = ("train.json"
         workflow.run()
         workflow.finalize()
     except Exception as error:
-        # The configuration's parser wraps what goes wrong inside it.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UsageError | StudyError | OSError):
-            cause = cause.__cause__ or cause.__context__
+        cause = users_own(error)
         if cause is None:
             raise
         raise cause from error
@@ -100,7 +103,7 @@ def begin(
     _check_folder(place, prepared.fingerprint, resume=resume)
     if (place / CHECKPOINT).is_file():
         _load_best(place, network)
-    for part in ("", "configs", "models"):
+    for part in ("", "configs", "docs", "models"):
         (place / part).mkdir(parents=True, exist_ok=True)
         atomic_files.stale_temporaries(place / part)
     atomic_files.write_whole(place / SPEC, prepared.spec.as_json())
@@ -110,7 +113,10 @@ def begin(
     for name in CONFIGS:
         shutil.copyfile(configs() / name, place / "configs" / name)
     _adapt(place / "configs" / "train.json", _training_keys(prepared, plan))
-    _adapt(place / "configs" / "inference.json", _inference_keys(prepared, plan))
+    for name in PAPERS:
+        shutil.copyfile(shipped() / name, place / name)
+    for name in ("inference.json", "evaluate.json"):
+        _adapt(place / "configs" / name, _inference_keys(prepared, plan))
     _adapt(place / "configs" / "metadata.json", _metadata_keys(prepared))
 
 
@@ -260,11 +266,13 @@ def _metadata_keys(prepared: PreparedCohort) -> dict[str, Any]:
     shape = trained_network.sides(spec)
     seen = [*spec.sequences, "relative depth"]
     known = f"(of which {len(prepared.labelled)} labelled)" if prepared.labelled else "unlabelled"
+    required = json.loads((configs() / "metadata.json").read_text(encoding="utf-8"))["required_packages_version"]
     return {
-        "version": metadata.version("monai-deepgmm"),
-        "monai_version": metadata.version("monai"),
-        "pytorch_version": metadata.version("torch"),
-        "numpy_version": metadata.version("numpy"),
+        "version": _version("monai-deepgmm"),
+        "monai_version": _version("monai"),
+        "pytorch_version": _version("torch"),
+        "numpy_version": _version("numpy"),
+        "required_packages_version": {name: _version(name) for name in required},
         "data_source": f"{sum(prepared.patients)} {known} patients of the user's own",
         "network_data_format#inputs#image#num_channels": spec.channels,
         "network_data_format#inputs#image#spatial_shape": shape,
@@ -273,6 +281,11 @@ def _metadata_keys(prepared: PreparedCohort) -> dict[str, Any]:
         "network_data_format#outputs#pred#spatial_shape": shape,
         "network_data_format#outputs#pred#channel_def": {str(i): name for i, name in enumerate(spec.tissues)},
     }
+
+
+def _version(package: str) -> str:
+    """What is installed, as an index knows it: without the name of a local build, such as ``+cpu``."""
+    return metadata.version(package).partition("+")[0]
 
 
 def _json(content: object) -> bytes:

@@ -112,6 +112,7 @@ class Checkpoint:
         scheduler: its state.
         evaluator: its best metric.
         metric: the evaluator's metric that is the lower the better.
+        interval: how many epochs lie between two validations; what came after the last one is not kept.
         fingerprint: of the plan and the data; a checkpoint with another one is not gone on from.
         tol: see ``TrainingConfig``.
         patience: see ``TrainingConfig``.
@@ -128,6 +129,7 @@ class Checkpoint:
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         evaluator: Engine,
         metric: str,
+        interval: int = 1,
         fingerprint: str,
         tol: float,
         patience: int,
@@ -136,7 +138,7 @@ class Checkpoint:
     ) -> None:
         self.folder, self.metric, self.fingerprint = Path(folder), metric, fingerprint
         self.network = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-        self.optimizer, self.scheduler, self.evaluator = optimizer, scheduler, evaluator
+        self.optimizer, self.scheduler, self.evaluator, self.interval = optimizer, scheduler, evaluator, interval
         self.tol, self.patience, self.resume, self.writes = tol, patience, resume, writes
         self.history: list[dict[str, float]] = []
         self.stopped = False
@@ -145,10 +147,13 @@ class Checkpoint:
 
     def attach(self, engine: Engine) -> None:
         """To a trainer."""
+        if not 1 <= self.interval <= (engine.state.max_epochs or self.interval):
+            limits = f"1 to {engine.state.max_epochs}, the number of epochs"
+            raise UsageError(f"val_interval: got {self.interval}, expected {limits}")
         engine.add_event_handler(Events.STARTED, self._restore)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self._save)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._explain)
 
     def _restore(self, engine: Engine) -> None:
@@ -179,8 +184,8 @@ class Checkpoint:
         self._lr = self.optimizer.param_groups[0]["lr"]
 
     def _collect(self, engine: Engine) -> None:
-        images = len(engine.state.output["image"])
-        self._loss += engine.state.output["loss"].item() * images
+        images = len(engine.state.output)  # one dictionary each, every one with the loss of them all
+        self._loss += float(engine.state.output[0]["loss"]) * images
         self._count += images
 
     def _save(self, engine: Engine) -> None:

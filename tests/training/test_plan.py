@@ -139,8 +139,14 @@ def test_plans_that_make_no_sense_are_refused(options, said):
 @pytest.mark.parametrize("package", ["tensorboard", "mlflow"])
 def test_tracking_says_what_to_install(monkeypatch, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=rf"{package}.*pip install 'monai-deepgmm\[tracking\]'"):
+    with pytest.raises(UsageError, match=rf"{package}.*pip install {package}"):
         plan(settings={package: "sqlite:///x" if package == "mlflow" else True})
+
+
+@pytest.mark.parametrize("place", ["mlruns", "/data/mlruns", "file:///data/mlruns"])
+def test_runs_are_not_tracked_in_plain_folders(place):
+    with pytest.raises(UsageError, match="expected a tracking URI, such as sqlite:"):
+        plan(settings={"mlflow": place})
 
 
 def test_a_plan_tells_no_password_and_a_model_no_tracking(monkeypatch, found):
