@@ -259,7 +259,7 @@ def test_a_device_without_double_precision_leaves_the_work_to_the_cpu(source, ex
 
 def run(source: Path, out: Path, *, change=lambda studies: studies, progress=lambda row: None) -> int:
     """In two processes, by way of the function."""
-    found = discovery.find(source, protocol.load("infarct"))
+    found = discovery.find(source, protocol.load("infarct"), mask="file")
     found = dataclasses.replace(found, studies=change(found.studies))
     config, options = build(probabilities=True), batch.BatchOptions(jobs=2)
     return batch.run(found, out, config, options, progress=progress)

@@ -115,9 +115,10 @@ def test_exit_codes_tell_none_some_and_all_apart(cohort, tmp_path):
     (folder / "pat1_LGE.nii.gz").write_bytes(b"")
     assert run("segment", folder, tmp_path / "out") == cli.SOME_FAILED
     (folder / "pat2_gd.nii.gz").unlink()
-    assert run("segment", folder, tmp_path / "out") == cli.ALL_FAILED
-    assert run("segment", folder, tmp_path / "out", "--dry-run") == cli.ALL_FAILED
-    assert run("scan", folder) == cli.SOME_FAILED
+    drawn = ("--mask", "file")
+    assert run("segment", folder, tmp_path / "out", *drawn) == cli.ALL_FAILED
+    assert run("segment", folder, tmp_path / "out", *drawn, "--dry-run") == cli.ALL_FAILED
+    assert run("scan", folder, *drawn) == cli.SOME_FAILED
 
 
 REFUSED = {

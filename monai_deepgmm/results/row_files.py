@@ -93,6 +93,7 @@ def _sound(row: Mapping[str, Any]) -> bool:
         and all(isinstance(m, dict) and _measurement(m, row["patient"]) for m in measured)
         and isinstance(slices, list)
         and all(isinstance(s, dict) for s in slices)
+        and isinstance(row.get("ventricle"), dict | None)
     )
 
 

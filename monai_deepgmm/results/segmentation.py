@@ -76,4 +76,5 @@ class Segmentation:
             probabilities=self.probabilities[:, *here],
             reference=replace(self.reference, data=self.reference.data[here], affine=affine),
             fields={name: field[here] for name, field in self.fields.items()},
+            seen={name: seen[here] for name, seen in self.seen.items()},
         )

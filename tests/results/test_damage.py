@@ -94,7 +94,8 @@ def test_an_id_that_begins_like_the_refused_ones_is_in_the_tables(made, tmp_path
         path.rename(path.with_name(path.name.replace("pat1", ".refused-1")))
     manifest = folder / "m.csv"
     manifest.write_text("patient,LGE,T2,mask\n.refused-1,.refused-1_LGE.nii.gz,.refused-1_T2.nii.gz,pat2_gd.nii.gz\n")
-    assert main(["segment", str(folder), str(tmp_path / "out"), "--manifest", str(manifest)]) == 0
+    labels = ("--mask-labels", "200", "500", "1220", "2221")
+    assert main(["segment", str(folder), str(tmp_path / "out"), "--manifest", str(manifest), *labels]) == 0
     assert summary(tmp_path / "out")[".refused-1"][0] == "ok"
 
 

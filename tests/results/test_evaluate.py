@@ -192,7 +192,9 @@ def test_a_reference_on_another_grid_is_resampled_and_said(folders):
 def test_nobody_is_dropped_in_silence(folders):
     far = AFFINE.copy()
     far[:3, 3] = 1e4
-    folders.add("E no overlap", TRUTH, truth_affine=far)
+    near = AFFINE.copy()
+    near[:3, 3] = 5
+    folders.add("E no overlap", TRUTH, affine=near, truth_affine=far)
     folders.add("D no truth", TRUTH, None)
     folders.add("C failed", None)
     folders.add("B other labels", TRUTH, TRUTH + 20, labels=None)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import AFFINE, heart, save
 from outcomes import image_of, labels_of, sidecar, study
+from scenes import write_mask
 
 from monai_deepgmm.cli import main
 from monai_deepgmm.errors import StudyError
@@ -230,7 +232,8 @@ def test_bids_derivatives_are_the_one_place_inside_that_is_allowed(tmp_path, mak
     root = tmp_path / "bids"
     for folder, name, what in (("", "LGE", "LGE"), ("", "T2w", "T2"), ("derivatives/masks", "desc-lv_mask", "gd")):
         (root / folder / "sub-01" / "anat").mkdir(parents=True, exist_ok=True)
-        (root / folder / "sub-01" / "anat" / f"sub-01_{name}.nii.gz").write_bytes(made[what].read_bytes())
+        shutil.copy(made[what], root / folder / "sub-01" / "anat" / f"sub-01_{name}.nii.gz")
+    write_mask(made["gd"], root / "derivatives" / "masks" / "sub-01" / "anat" / "sub-01_desc-lv_mask.nii.gz")
     assert segment(root, root / "results") == 2
     assert segment(root, root / "derivatives") == 2
     for _ in range(2):  # the second time, its own results lie in the input

@@ -183,7 +183,7 @@ def test_broken_patients_are_left_out_with_the_reason(patients, tmp_path, capsys
     [
         (["{tmp}/gone", "{tmp}/model"], "there is no folder gone"),
         (["{tmp}/empty", "{tmp}/model"], "no patient found"),
-        (["{tmp}/maskless", "{tmp}/model"], "no patient can be trained on (pat1:"),
+        (["{tmp}/maskless", "{tmp}/model", "--mask", "file"], "no patient can be trained on (pat1:"),
         (["{in}", "{in}"], "inside the input folder"),
         (["{in}", "{in}/model"], "inside the input folder"),
         (["{in}", "{tmp}/file"], "is a file"),
