@@ -82,6 +82,7 @@ def test_the_configuration_has_the_commands_options_and_defaults():
         "help_method",
         "config",
         "save_config",
+        "redo",
     }:
         given = [] if raw[name] == {} else raw[name]  # --set is a list of strings there and a mapping here
         assert (list(options[name]) if isinstance(options[name], tuple) else options[name]) == given, name

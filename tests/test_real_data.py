@@ -69,6 +69,12 @@ def test_three_sequences_on_three_grids(tmp_path, method):
     head = sitk.OtsuThreshold(sitk.ReadImage(str(t1)), 0, 1)
     largest = sitk.RelabelComponent(sitk.ConnectedComponent(head)) == 1
     sitk.WriteImage(largest, str(folder / "mask.nii.gz"))
+    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "head"), "--method", method, *BRAIN]) == 3
+    assert "E_HEAD" in (tmp_path / "head" / "summary.tsv").read_text(encoding="utf-8")
+    head = nib.load(folder / "mask.nii.gz")
+    where = np.stack(np.meshgrid(*map(np.arange, head.shape), indexing="ij"), -1) * head.header.get_zooms()
+    away = np.linalg.norm(where - where[np.asarray(head.dataobj) > 0].mean(0), axis=-1)
+    nib.save(nib.Nifti1Image((away < 60).astype(np.uint8), head.affine, head.header), folder / "mask.nii.gz")
     segmented(tmp_path / "in", tmp_path / "out", method, *BRAIN)
     check(t1, tmp_path / "out", "patient01", np.asarray(nib.load(folder / "mask.nii.gz").dataobj) > 0)
     assert "W_RESAMPLED" in (tmp_path / "out" / "summary.tsv").read_text(encoding="utf-8")

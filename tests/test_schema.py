@@ -98,7 +98,7 @@ def test_a_mark_of_the_byte_order_and_utf16_are_read(tmp_path):
         (("density_g_per_ml: 1.05", "density_g_per_ml: .inf"), "density_g_per_ml: got inf, expected a number above 0"),
         (("share: 0.2\n", "share: 1e400\n"), "tissues[2].share: got inf"),
         (("size: 4.25", "size: nan"), "tissues[2].evidence.size: got 'nan', expected a number"),
-        (("color: '#f0e442'", "color: yellow"), "tissues[2].color: got 'yellow', expected a color such as"),
+        (("color: '#58c98b'", "color: yellow"), "tissues[2].color: got 'yellow', expected a color such as"),
         (("T2", "Mask"), "sequences: mask is what a column of a manifest is called"),
         (("required: []", "required: [T1]"), "required: 'T1' is unknown; choose of LGE, T2, bSSFP"),
         (("crop_mm: 120", "crop_mm: 0"), "normalisation.crop_mm: got 0, expected a number from 1 to 10000, or null"),

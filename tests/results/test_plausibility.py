@@ -66,7 +66,7 @@ def test_a_right_heart_is_not_flagged_and_its_numbers_stand_in_the_sidecar(out):
 def test_the_page_shows_the_ventricle_and_claims_no_more_than_is_known(out):
     page = (out / "right" / "right_report.html").read_text("utf-8")
     whole = row(out, "right")["ventricle"]
-    assert f'<td>LV mass</td><td class="n">{whole["lv_mass_g"]:.1f} ' in page
+    assert f'<td>LV mass</td><td class="n"><strong>{whole["lv_mass_g"]:.1f}</strong> g' in page
     assert "not available: no insertion point" in page
     assert "processed, not reviewed" in page
     # The default method's names are fixed: there is nothing to be certain of.

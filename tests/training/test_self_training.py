@@ -87,7 +87,7 @@ def stamps(out: Path) -> dict[str, int]:
 def test_the_networks_folder_is_a_whole_bundle_and_the_sidecar_names_it(run, patients):
     assert set(contents(run / "model")) == {
         *(f"configs/{name}" for name in bundle.CONFIGS),
-        *("models/model.pt", "models/checkpoint.pt", "model.json", "protocol.yaml"),
+        *("models/model.pt", "models/checkpoint.pt", "model.json", "protocol.yaml", "LICENSE", "docs/README.md"),
         *("provenance.json", "training.tsv", "training.svg"),
     }
     told = provenance(run)
