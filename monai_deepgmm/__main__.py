@@ -19,7 +19,8 @@ def run() -> int:
     # ``python -m`` looks for modules where the user happens to stand, which may be a stranger's folder.
     here = Path(__file__).resolve().parents[1]
     if "--trust-code" not in sys.argv and sys.path and Path(sys.path[0] or os.curdir).resolve() != here:
-        sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != Path.cwd()]
+        # Where this package itself lies stays: worker processes find it by the same list.
+        sys.path[:] = [p for p in sys.path if p and (Path(p).resolve() == here or Path(p).resolve() != Path.cwd())]
     try:
         signal.signal(signal.SIGTERM, _stop)
         from monai_deepgmm.cli import main

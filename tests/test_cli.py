@@ -394,3 +394,15 @@ def test_an_error_of_this_software_is_one_line_with_a_code_and_a_traceback_in_th
     for text in (said, (out / "deepgmm.log").read_text()):
         assert "Traceback" in text
         assert "by none" in text
+
+
+def test_the_package_stays_to_be_found_where_the_user_stands_in_its_folder(tmp_path):
+    """As with an installed command from a checkout: worker processes look where this one looks."""
+    root = Path(cli.__file__).parents[1]
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]; from monai_deepgmm.__main__ import run\n"
+        f"sys.argv = ['deepgmm', 'protocols-that-are-none']\ntry: run()\nexcept SystemExit: pass\n"
+        f"assert {str(root)!r} in sys.path, sys.path"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
