@@ -144,13 +144,8 @@ def read(
             ``E_DIM``, ``E_DTYPE``, ``E_SCALE``, ``E_AFFINE`` or ``E_SPACING``.
     """
     path = Path(path)
-    _refuse_folder(path)
-    with atomic_files.open_regular(path) as file:
-        stream = _Stream(file, path)
-        with _true_cause(path, stream):
-            plan = header.plan(path, _header(path, stream), frame=frame, max_voxels=max_voxels, spacing=spacing)
-            _refuse_nearly_empty(path, file, plan, max_voxels, beside)
-            raw = _voxels(path, stream, plan)
+    with _planned(path, frame=frame, max_voxels=max_voxels, spacing=spacing, beside=beside) as (stream, plan):
+        raw = _voxels(path, stream, plan)
     return Volume(
         data=_scaled(raw, plan, frame=frame, dtype=dtype),
         affine=plan.affine,
@@ -171,14 +166,22 @@ def plan(
     Raises:
         StudyError: what the header alone shows.
     """
-    path = Path(path)
+    with _planned(Path(path), frame=frame, max_voxels=max_voxels, spacing=spacing, beside=beside) as (_, found):
+        return found
+
+
+@contextmanager
+def _planned(
+    path: Path, *, frame: int | None, max_voxels: int, spacing: Spacing, beside: int
+) -> Iterator[tuple[_Stream, header.ReadPlan]]:
+    """A file's stream behind its header, and what is to be read of it."""
     _refuse_folder(path)
     with atomic_files.open_regular(path) as file:
         stream = _Stream(file, path)
         with _true_cause(path, stream):
             found = header.plan(path, _header(path, stream), frame=frame, max_voxels=max_voxels, spacing=spacing)
             _refuse_nearly_empty(path, file, found, max_voxels, beside)
-    return found
+            yield stream, found
 
 
 @contextmanager

@@ -50,7 +50,8 @@ def exchanged(images: Images) -> Exchange | None:
     rivals = [s for s in images.sequences if anatomy.contrast.get(s, 0) > 0 and s != late]
     if late not in images.sequences or not rivals:
         return None
-    first, *others = (_unevenness(images, s) for s in (late, *rivals))
+    places = _places(images)
+    first, *others = (_unevenness(images, s, places) for s in (late, *rivals))
     ratios = {s: first / u for s, u in zip(rivals, others, strict=True) if np.isfinite([first, u]).all() and u > 0}
     if not ratios or min(ratios.values()) >= LEAST_RATIO:
         return None
@@ -58,15 +59,22 @@ def exchanged(images: Images) -> Exchange | None:
     return Exchange(late, other, ratios[other])
 
 
-def _unevenness(images: Images, sequence: str) -> float:
+def _places(images: Images) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """The core of the wall and that of the cavity in each slice (H, W)."""
+    spacing = np.array(images.spacing_mm)
+    organs, cavities = (m[:, 0].cpu().numpy() > 0 for m in (images.mask, images.border().inside))
+    return [
+        (organ & ~cavity & _deep(organ, spacing) & _deep(~cavity, spacing), cavity & _deep(cavity, spacing))
+        for organ, cavity in zip(organs, cavities, strict=True)
+    ]
+
+
+def _unevenness(images: Images, sequence: str, places: list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> float:
     """The wall's standard deviation over the contrast of blood and healthy wall, in the middle slice; NaN: unknown."""
     spacing = np.array(images.spacing_mm)
     values = images.image[:, images.sequences.index(sequence)].cpu().numpy()
-    inside = images.border().inside[:, 0].cpu().numpy() > 0
     found = []
-    for image, organ, cavity in zip(values, images.mask[:, 0].cpu().numpy() > 0, inside, strict=True):
-        core = organ & ~cavity & _deep(organ, spacing) & _deep(~cavity, spacing)
-        blood = cavity & _deep(cavity, spacing)
+    for image, (core, blood) in zip(values, places, strict=True):
         if min(core.sum(), blood.sum()) < ENOUGH:
             continue
         smooth = gaussian_filter(image, SMOOTHING_MM / spacing)
