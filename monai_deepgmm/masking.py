@@ -63,7 +63,7 @@ def run(
         logger.info("%s: %s %s", row["patient"], row["status"], row["message"] or row["confidence"])
         if row["code"] == "E_DISK":
             break
-    atomic_files.write_whole(_made(out) / TABLE, _table(rows))
+    atomic_files.write_whole(atomic_files.folder(out) / TABLE, _table(rows))
     if rows[-1]["code"] == "E_DISK":
         return DISK_FULL
     failed = sum(row["status"] == "failed" for row in rows)
@@ -81,7 +81,7 @@ def _one(study: Study, out: Path, protocol: Protocol, *, frame: int | None, max_
         if not study.problems:
             path.unlink(missing_ok=True)
         scan = loading.load(study, protocol, frame=frame, max_voxels=max_voxels)
-        _made(path.parent)
+        atomic_files.folder(path.parent)
         nifti.write_labels(path, scan.mask.astype(np.uint8), like=scan.reference)
         held = scan.mask.any(tuple(a for a in range(3) if a != int(np.argmax(scan.reference.spacing_mm))))
         volume = float(scan.mask.sum() * np.prod(scan.reference.spacing_mm) / 1000)
@@ -111,14 +111,6 @@ def _written(sidecar: Path) -> str | None:
 
 def _sentence(failure: Row) -> str:
     return f"{failure['message']}. {failure['remedy']}".rstrip(". ")
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise atomic_files.unwritten(folder, error) from error
-    return folder
 
 
 def _table(rows: list[Row]) -> bytes:

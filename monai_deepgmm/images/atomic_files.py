@@ -177,6 +177,19 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def folder(place: Path) -> Path:
+    """The folder, made with its parents where it is not there.
+
+    Raises:
+        StudyError: ``E_DISK``, ``E_NAME`` or ``E_WRITE``.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritten(place, error) from error
+    return place
+
+
 def unwritten(path: Path, error: Exception) -> StudyError:
     """What a failed write means to the user: ``E_DISK``, ``E_NAME`` or ``E_WRITE``."""
     number = error.errno if isinstance(error, OSError) else None

@@ -17,7 +17,7 @@ from scipy.ndimage import binary_fill_holes, find_objects, label
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import grid as grids
 from monai_deepgmm.images.grid import slice_axis
-from monai_deepgmm.images.volume import Volume, corners
+from monai_deepgmm.images.volume import Volume, corners_apart_mm
 from monai_deepgmm.mask_shape import MaskShape
 from monai_deepgmm.protocol import Protocol
 
@@ -141,12 +141,6 @@ def about_loss(mask: Volume, reference: Volume) -> Iterator[str]:
         raise StudyError("E_MASK_GRID", told, "Check that the mask belongs to this examination, and its header")
     if lost > LOST:
         yield f"W_MASK_LOST: {told}"
-
-
-def corners_apart_mm(a: Volume, b: Volume) -> float:
-    """How far the same corner voxel of two grids of one shape lies apart at most."""
-    apart = corners(a.data.shape, a.affine) - corners(b.data.shape, b.affine)
-    return float(np.linalg.norm(apart, axis=1).max())
 
 
 def examine(mask: Bools, grid: Volume, protocol: Protocol) -> Examined:

@@ -58,8 +58,13 @@ def grids_equal(a: Volume, b: Volume, *, tolerance_mm: float = 1e-3) -> bool:
     """Whether two volumes have the same shape and their corner voxels agree within ``tolerance_mm``."""
     if a.data.shape != b.data.shape:
         return False
+    return corners_apart_mm(a, b) <= tolerance_mm
+
+
+def corners_apart_mm(a: Volume, b: Volume) -> float:
+    """How far the same corner voxel of two grids of one shape lies apart at most."""
     apart = corners(a.data.shape, a.affine) - corners(b.data.shape, b.affine)
-    return bool(np.linalg.norm(apart, axis=1).max() <= tolerance_mm)
+    return float(np.linalg.norm(apart, axis=1).max())
 
 
 def overlaps(a: Volume, b: Volume) -> bool:

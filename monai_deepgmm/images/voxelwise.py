@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images.volume import Volume, corners
+from monai_deepgmm.images.volume import Volume, corners_apart_mm
 
 
 def note(volume: Volume, reference: Volume, *, labels: bool) -> str | None:
@@ -35,11 +35,9 @@ def note(volume: Volume, reference: Volume, *, labels: bool) -> str | None:
         return None
     alike = np.allclose(volume.spacing_mm, reference.spacing_mm, rtol=0.01)
     if alike or (labels and volume in silent):
-        shape = volume.data.shape
-        apart = np.linalg.norm(corners(shape, volume.affine) - corners(shape, reference.affine), axis=1).max()
         return (
             f"{silent[0].name} does not say where it lies; {volume.name} was taken voxel for voxel for "
-            f"{reference.name} (their headers are up to {apart:.0f} mm apart)"
+            f"{reference.name} (their headers are up to {corners_apart_mm(volume, reference):.0f} mm apart)"
         )
     if not bare:
         return None

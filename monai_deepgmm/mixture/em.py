@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.mixture import bias_field, statistics
-from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined, stacked
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, chosen, collapsed, joined, stacked
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture
 from monai_deepgmm.mixture.steps import Expected, Model, Products, Shaded, reseed
 
@@ -203,19 +203,14 @@ def _leap(
     third = iterates[2]
     beyond, feasible = statistics.extrapolated(*iterates, steps.floor)
     leapt = feasible & ~moved
-    mixture = third.updated(beyond, functools.partial(_chosen, leapt))
+    mixture = third.updated(beyond, functools.partial(chosen, leapt))
     expected = steps.expect(mixture)
     worse = leapt & ~(expected.nll <= last)
     if worse.any():
-        mixture = mixture.updated(third, functools.partial(_chosen, worse))
+        mixture = mixture.updated(third, functools.partial(chosen, worse))
         rows = worse.nonzero()[:, 0]
         expected = expected.replaced(rows, steps.rows(rows).expect(mixture.rows(rows)))
     return _State(mixture, expected), ~moved & (~leapt | worse)
-
-
-def _chosen(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """The new values in some rows, the old in the others."""
-    return torch.where(rows.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
 
 # Result ----------------------------------------------------------------------------------------------------------

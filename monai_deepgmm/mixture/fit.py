@@ -85,6 +85,11 @@ def stacked(mixtures: Sequence[Mixture]) -> Mixture:
     return Mixture(weights, means, covariances, torch.cat(fields) if fields else None)
 
 
+def chosen(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """The new values ``(B, …)`` in the images where ``rows`` ``(B,)`` is set, the old in the others."""
+    return torch.where(rows.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+
 def collapsed(resp: Tensor, mask: Tensor) -> Tensor:
     """Which components explain (nearly) no voxel ``(B, K)``; in a tiny image, none is called so for its size.
 

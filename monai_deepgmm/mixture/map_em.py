@@ -9,6 +9,7 @@ than a Gaussian's: Student's t, and voxels that belong to no component. And wher
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.mixture.bounding_box import cut, enclosing, paste
-from monai_deepgmm.mixture.fit import Diagnostics, Fit
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, chosen
 from monai_deepgmm.mixture.gaussian import Mixture, log_density, masked_mean
 from monai_deepgmm.mixture.smoothing import Smoother
 
@@ -149,8 +150,8 @@ def fit_map_em(
         new, t_weights, nll = _e_step(seen, place, _located(updated, location), spatial.temper, model)
         change = masked_mean((new - resp).abs().mean(1, keepdim=True), place)
         # An image that has converged stays as it is, so that its neighbours in the batch change but roundings.
-        mixture = mixture.updated(updated, lambda old, new: _where(active, new, old))  # noqa: B023
-        resp, last = _where(active, new, resp), torch.where(active, nll, last)
+        mixture = mixture.updated(updated, functools.partial(chosen, active))
+        resp, last = chosen(active, resp, new), torch.where(active, nll, last)
         trace.append(last)
         iterations = iterations + active
         active = active & (change >= tol)
@@ -224,7 +225,3 @@ def _m_step(
     expected = prior.variance * torch.eye(image.shape[1]).to(image)
     covariances = (scatter + nu[..., None, None] * expected) / (count + nu)[..., None, None]
     return Mixture(neighbourhood(resp), means, covariances)
-
-
-def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)

@@ -241,7 +241,7 @@ def write_failure(out: Path, study: Study, row: Row) -> None:
 
 def write_refused(out: Path, study: Study, row: Row) -> None:
     """Writes the row of a patient whose folder cannot be made or written."""
-    _made(out / REFUSED)
+    atomic_files.folder(out / REFUSED)
     atomic_files.write_whole(row_files.refused_file(out, study.patient), row_files.as_bytes(row))
 
 
@@ -283,7 +283,7 @@ def clear(out: Path, study: Study) -> None:
 
 
 def _fresh(out: Path, study: Study) -> Path:
-    place = _made(folder(out, study))
+    place = atomic_files.folder(folder(out, study))
     clear(out, study)
     forget_refused(out, study)
     return place
@@ -291,14 +291,6 @@ def _fresh(out: Path, study: Study) -> Path:
 
 def _is_result(path: Path, patient: str) -> bool:
     return path.is_file() and path.name.startswith(f"{patient}_") and not path.name.endswith(".html")
-
-
-def _made(place: Path) -> Path:
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise atomic_files.unwritten(place, error) from error
-    return place
 
 
 def _unusable(study: Study) -> bool:
@@ -320,7 +312,7 @@ def lock(out: Path, what: str, *, wait_s: float = -1) -> Iterator[bool]:
     Raises:
         StudyError: ``E_DISK`` or ``E_WRITE``, the lock's file cannot be made.
     """
-    path = _made(out / LOCKS) / row_files.digest(what)[:16]
+    path = atomic_files.folder(out / LOCKS) / row_files.digest(what)[:16]
     held = FileLock(path)
     try:
         held.acquire(timeout=wait_s)
