@@ -92,7 +92,8 @@ def _parsed(typed: list[str]) -> argparse.Namespace:
         try:
             arguments.save_config.write_text(option_file.save(made, arguments), encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"--save-config {arguments.save_config}: {error.strerror}") from error
+            reason = f"{error.strerror}; name a file in a folder that is there"
+            raise UsageError(f"--save-config {arguments.save_config}: {reason}") from error
     return arguments
 
 
@@ -102,6 +103,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Phantom, segmentation, evaluation and report in one go."""
+    if arguments.out.is_file():
+        raise UsageError(f"OUT: {arguments.out} is a file; name a folder")
     patients, results = arguments.out / "patients", arguments.out / "results"
     common = ["-v"] * arguments.verbose + ["-q"] * arguments.quiet
     steps = (
@@ -122,6 +125,10 @@ def demo(arguments: argparse.Namespace) -> int:
 # Options -----------------------------------------------------------------------------------------------------------
 
 
+#: What argparse calls by Python's names.
+_KINDS = {"int": "no whole number", "float": "no number"}
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that knows what was typed, and so what may have been meant."""
 
@@ -138,10 +145,18 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(typed)
         if unknown:
             made = self.made_of(found)
-            known = [option for action in made._actions for option in action.option_strings if option.startswith("--")]
-            near = schema.nearest(unknown[0].partition("=")[0], known) if unknown[0].startswith("--") else ""
-            made.error(f"unrecognized arguments: {' '.join(map(terminal.shown, unknown))}{near}")
+            meant = self._meant(unknown[0].partition("=")[0], made)
+            made.error(f"unrecognized arguments: {' '.join(map(terminal.shown, unknown))}{meant}")
         return cast(argparse.Namespace, found)
+
+    def _meant(self, word: str, made: argparse.ArgumentParser) -> str:
+        """What a word that the command does not take may have meant."""
+        if not word.startswith("--"):
+            return "" if word.startswith("-") else "; a name with blanks needs quotes"
+        others = [name for name, other in self.commands.choices.items() if word in other._option_string_actions]
+        if others:
+            return f"; that is an option of deepgmm {', '.join(others)}"
+        return schema.nearest(word, [option for option in made._option_string_actions if option.startswith("--")])
 
     def made_of(self, found: argparse.Namespace) -> argparse.ArgumentParser:
         """The parser of the command that was typed."""
@@ -154,8 +169,13 @@ class Parser(argparse.ArgumentParser):
         Raises:
             SystemExit: always.
         """
+        message = re.sub(r"invalid (int|float) value: (.*)", lambda m: f"{m[2]} is {_KINDS[m[1]]}", message)
         wrong = re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message)
         near = schema.nearest(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else ""
+        if wrong and self.commands is not None and self.typed[:1] and self.typed[0].startswith("-"):
+            near = "; options stand behind the command: deepgmm segment DIR OUT --method gmm"
+        elif wrong and not near and message.startswith("argument --mask:"):
+            near = "; a mask's own file is named in the column mask of a table (--manifest), or as the layout has it"
         greedy = [o for a in self._actions if a.nargs == "+" for o in a.option_strings if o in self.typed]
         if greedy and "are required: " in message:
             missing = message.partition("are required: ")[2].replace(",", "")

@@ -182,7 +182,7 @@ def report(arguments: argparse.Namespace) -> int:
     from monai_deepgmm.results import report as pages
 
     if not arguments.out.is_dir():
-        raise UsageError(f"OUT: there is no folder {arguments.out}")
+        raise UsageError(f"OUT: there is no folder {arguments.out}; give the folder that deepgmm segment wrote to")
     count = pages.rebuild(arguments.out, arguments.review)
     outputs.rebuild_tables(arguments.out)
     print(f"{count} pages and {arguments.out / 'index.html'}")

@@ -205,7 +205,10 @@ def usable_device(device: str) -> str:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device}: cannot be used here ({reason})") from error
+        reason = "there is no such kind" if reason.startswith("Expected one of") else reason  # and some twenty kinds
+        raise UsageError(
+            f"--device {device}: cannot be used here ({reason}); name cpu, cuda, cuda:1 … or auto"
+        ) from error
     try:
         one = torch.ones(1, 1, dtype=torch.float64, device=device)
         torch.cholesky_solve(one, torch.linalg.cholesky(one)).cpu()

@@ -134,7 +134,9 @@ def read(path: Path) -> Any:
 
 def reason(error: BaseException) -> str:
     """An error's first line, or its kind where it has none to say."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    # PyTorch goes on with how to run what such a file holds.
+    return "it holds more than plain values" if line.startswith("Weights only load failed") else line
 
 
 def apply_network(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from monai_deepgmm import protocol as protocols
+from monai_deepgmm import schema
 from monai_deepgmm.errors import NobodyError, UsageError
 from monai_deepgmm.patients import bids, dataset_json, given_masks, label_meanings, task_check
 from monai_deepgmm.patients import layout as layouts
@@ -107,7 +108,8 @@ def _check_options(
     root: Path, layout: str | Path | None, manifest: Path | None, mask: str | None, mask_labels: Sequence[float]
 ) -> None:
     if not root.exists():
-        raise UsageError(f"there is no folder {shown(root.name or '.')}")
+        beside = [p.name for p in root.absolute().parent.glob("*") if p.is_dir()]
+        raise UsageError(f"there is no folder {shown(root.name or '.')}{schema.nearest(root.name, beside)}")
     if not root.is_dir():
         raise UsageError(f"{shown(root.name or '.')} is a file; expected the folder that holds the patients")
     if layout is not None and manifest is not None:
