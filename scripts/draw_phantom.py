@@ -3,7 +3,7 @@
 
     python scripts/draw_phantom.py bundle/docs/phantom.png
 
-The patient is made by ``deepgmm phantom``, and segmented by the default method: the slice that is drawn is the one whose
+The patient is made by ``deepgmm phantom``, and segmented by the default method; of its slices, that is drawn whose
 rarest tissue has most voxels.
 """
 
@@ -71,7 +71,7 @@ def composed(tiles: Sequence[np.ndarray], names: Sequence[str], tissues: Sequenc
         left = GAP_PX + k * (TILE_PX + GAP_PX)
         canvas.paste(Image.fromarray(tile), (left, HEAD_PX))
         pen.text((left + TILE_PX / 2, HEAD_PX / 2), name, fill=INK, font=font, anchor="mm")
-    entries = [*((t.name, t.color) for t in tissues), ("mask", "#%02x%02x%02x" % mosaic.MASK_COLOR)]
+    entries = [*((t.name, t.color) for t in tissues), ("mask", "#{:02x}{:02x}{:02x}".format(*mosaic.MASK_COLOR))]
     side, middle = 18, HEAD_PX + TILE_PX + LEGEND_PX / 2
     widths = [side + 10 + pen.textlength(name, font=font) + 34 for name, _ in entries]
     left = (width - sum(widths) + 34) / 2
