@@ -34,7 +34,7 @@ __all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOFTWARE", "SOME_FAI
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code (see the table in the README)."""
+    """Runs one command and returns its exit code (``bundle/docs/codes.md`` says what each means)."""
     terminal.encode_anything()
     try:
         arguments = _parsed(list(sys.argv[1:] if argv is None else argv))

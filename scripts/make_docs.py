@@ -240,10 +240,11 @@ def api() -> Iterator[str]:
         yield from documented(thing)
         if inspect.isclass(thing):
             for method, function in sorted(vars(thing).items()):
+                prop = isinstance(function, property)
                 function = getattr(function, "__func__", getattr(function, "fget", function))
                 if not method.startswith("_") and inspect.isfunction(function) and function.__doc__:
                     yield f"### {name}.{method}\n"
-                    yield signature(method, function)
+                    yield "" if prop else signature(method, function)
                     yield from documented(function)
 
 
@@ -259,7 +260,10 @@ def signature(name: str, thing: Any) -> str:
             parts, starred = [*parts, "*"], True
         annotation = parameter.annotation
         typed = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+        typed = re.sub(r"ForwardRef\('(.*?)'\)", r"\1", typed)
         said = parameter.name if annotation is parameter.empty else f"{parameter.name}: {typed}"
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            said, starred = f"*{said}", True
         parts.append(said if parameter.default is parameter.empty else f"{said} = {default(parameter.default)}")
     one = f"{name}({', '.join(parts)})"
     inside = ",\n    ".join(parts)
