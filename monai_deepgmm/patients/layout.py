@@ -14,6 +14,7 @@ A pattern is a path below DIR, without ``.nii`` or ``.nii.gz``, compared without
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,15 +192,20 @@ def load(name: str | Path) -> Layout:
     """
     label = f"--layout {name}"
     if str(name).endswith((".yaml", ".yml")):
-        text, title = schema.read_text(Path(name), label), Path(name).stem
-    elif str(name) in ORDER:
-        text, title = (
-            (resources.files("monai_deepgmm.patients") / "layouts" / f"{name}.yaml").read_text("utf-8"),
-            str(name),
-        )
-    else:
-        near = schema.nearest(name, ORDER)
-        raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {', '.join(ORDER)}, or a YAML file")
+        return _from_text(schema.read_text(Path(name), label), Path(name).stem, label)
+    if str(name) in ORDER:
+        return _built_in(str(name))
+    near = schema.nearest(name, ORDER)
+    raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {', '.join(ORDER)}, or a YAML file")
+
+
+@functools.cache
+def _built_in(name: str) -> Layout:
+    text = (resources.files("monai_deepgmm.patients") / "layouts" / f"{name}.yaml").read_text("utf-8")
+    return _from_text(text, name, f"--layout {name}")
+
+
+def _from_text(text: str, title: str, label: str) -> Layout:
     content = schema.check(schema.parse_yaml(text, label), "layout")
     try:
         return _parse(title, content)
