@@ -1,6 +1,6 @@
 """How the files of a cohort are named: a layout is a YAML file of patterns.
 
-A pattern is a path below DIR, without ``.nii`` or ``.nii.gz``, compared without regard to case:
+A pattern is a path below DIR, without the ending of the file's name, compared without regard to case:
 
 ========================  ==========================================================================================
 ``{patient}``             the patient's id (``patient:`` in the file narrows it with a regular expression)
@@ -25,7 +25,7 @@ from typing import Any
 from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import dataset_json
-from monai_deepgmm.patients.directory import NIFTI
+from monai_deepgmm.patients.directory import READABLE
 from monai_deepgmm.protocol import Protocol
 
 #: The layouts that come with the package, in the order in which they are tried.
@@ -287,5 +287,5 @@ def _compile(pattern: str, patient: str, aliases: Iterable[str]) -> re.Pattern[s
 
 def _matches(patterns: Sequence[re.Pattern[str]], name: str) -> Iterable[re.Match[str]]:
     """Matches of the whole path, less the ending that makes it NIfTI."""
-    stem = NIFTI.sub("", name)
+    stem = READABLE.sub("", name)
     return (found for pattern in patterns if (found := pattern.fullmatch(stem)))
