@@ -98,3 +98,16 @@ def test_the_notebook_runs_on_a_phantom(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "ml" in shown
     assert "compared: 1 patients" in shown
+
+
+def test_the_readme_opens_with_a_picture_three_lines_one_command_and_two_to_set_up():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    opening, *blocks = re.split(r"^```\n", text, flags=re.MULTILINE)
+    picture, title, lines = [part for part in re.sub(r"<!--.*?-->", "", opening).strip().split("\n\n") if part]
+    assert picture.startswith("![")
+    assert (ROOT / picture.partition("](")[2].rstrip(")")).stat().st_size < 200_000
+    assert title == "# monai-deepgmm"
+    assert len(lines.splitlines()) == 3
+    assert "**Research use only, not a medical device.**" in lines
+    assert blocks[0] == "deepgmm segment PATIENTS OUT\n"
+    assert blocks[2] == "bash scripts/demo.sh\nbash scripts/test.sh\n"
