@@ -82,6 +82,9 @@ def read(
     if study.mask_rule != "nonzero":
         background.refuse_head(reference.data, examined.mask, reference, protocol)
         notes += background.about_rest(reference, examined.mask, protocol)
+        notes += background.about_rim(
+            reference, examined.mask, protocol, code="W_MASK_EDGE", why="the mask may be too large"
+        )
     return Mask(examined.mask, facts, (*notes, *examined.warnings))
 
 
