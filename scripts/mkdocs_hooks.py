@@ -13,6 +13,8 @@ from mkdocs.structure.files import File, Files
 #: As pymdownx.arithmatex leaves formulas: in a line, and on lines of their own.
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
+#: Keys in tables stay on one line, and formulas are as large as the text.
+STYLE = "td:first-child code { white-space: nowrap; }\nmath { font-size: 1.1em; }\n"
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -22,7 +24,8 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """The bundle's README, which must bear that name, as a page of the site."""
+    """The bundle's README, which must bear that name, as a page of the site; and the style."""
     readme = Path(config["docs_dir"], "README.md").read_text(encoding="utf-8")
     files.append(File.generated(config, "bundle.md", content=readme))
+    files.append(File.generated(config, "site.css", content=STYLE))
     return files
