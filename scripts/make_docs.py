@@ -199,9 +199,17 @@ def keys(rule: Rule, root: Rule, way: str) -> Iterator[str]:
             raise ValueError(f"{root['title']}: {full} has no description")
         needed = "yes" if name in rule.get("required", ()) else ""
         yield row(f"`{full}`", needed, words(inner, root), found["description"])
-        yield from keys(inner, root, f"{full}.")
-        items = followed(inner.get("items", {}), root)
-        yield from keys(items, root, f"{full}[].")
+        yield from inside(inner, root, full)
+
+
+def inside(rule: Rule, root: Rule, way: str) -> Iterator[str]:
+    """The lines of what a value holds: keys, entries of a list, or names of one's own."""
+    rule = followed(rule, root)
+    yield from keys(rule, root, f"{way}.")
+    if "items" in rule:
+        yield from inside(rule["items"], root, f"{way}[]")
+    if isinstance(others := rule.get("additionalProperties"), dict):
+        yield from inside(others, root, f"{way}.NAME")
 
 
 def words(rule: Rule, root: Rule) -> str:
