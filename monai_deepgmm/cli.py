@@ -126,10 +126,6 @@ def demo(arguments: argparse.Namespace) -> int:
 # Options -----------------------------------------------------------------------------------------------------------
 
 
-#: What argparse calls by Python's names.
-_KINDS = {"int": "no whole number", "float": "no number"}
-
-
 class Parser(argparse.ArgumentParser):
     """A parser that knows what was typed, and so what may have been meant."""
 
@@ -170,7 +166,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             SystemExit: always.
         """
-        message = re.sub(r"invalid (int|float) value: (.*)", lambda m: f"{m[2]} is {_KINDS[m[1]]}", message)
+        message = message.replace("invalid int value", "no whole number").replace("invalid float value", "no number")
         wrong = re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message)
         near = schema.nearest(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else ""
         if wrong and self.commands is not None and self.typed[:1] and self.typed[0].startswith("-"):
