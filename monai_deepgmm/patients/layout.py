@@ -29,6 +29,8 @@ from monai_deepgmm.protocol import Protocol
 
 #: The layouts that come with the package, in the order in which they are tried.
 ORDER = ("bids", "nnunet", "emidec", "myops", "folder")
+#: The one for DICOM studies (``dicom_layout``), where these find nobody.
+DICOM = "dicom"
 
 #: Folders of results and of raw material: no sequence is looked for in them.
 NOT_SOURCE = {"derivatives", "sourcedata"}
@@ -198,8 +200,8 @@ def load(name: str | Path) -> Layout:
             str(name),
         )
     else:
-        near = schema.nearest(name, ORDER)
-        raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {', '.join(ORDER)}, or a YAML file")
+        near, known = schema.nearest(name, (*ORDER, DICOM)), ", ".join((*ORDER, DICOM))
+        raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {known}, or a YAML file")
     content = schema.check(schema.parse_yaml(text, label), "layout")
     try:
         return _parse(title, content)

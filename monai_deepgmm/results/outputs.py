@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import atomic_files, nifti
+from monai_deepgmm.images import atomic_files, nifti, source
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
@@ -139,8 +139,8 @@ def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: 
 
 def _hashes_now(study: Study) -> dict[str, str]:
     """The input files' SHA-256 as they are on the disk at this moment."""
-    paths = {**study.images, **({"mask": study.mask} if study.mask is not None else {})}
-    return {name: atomic_files.sha256(path) for name, path in paths.items()}
+    sources = {**study.images, **({"mask": study.mask} if study.mask is not None else {})}
+    return {name: source.sha256(one) for name, one in sources.items()}
 
 
 def _hashes_read(sidecar: Mapping[str, Any]) -> dict[str, str]:
