@@ -256,6 +256,8 @@ def _add_segment(parsers: Any) -> None:
     _add_trust(group)
     group.add_argument("--probabilities", action="store_true", help="also write one probability map per tissue")
     group.add_argument("--fields", action="store_true", help="also write bias fields, and images without them")
+    seg = "also write the labels as a DICOM SEG; for DICOM patients, with the extra dicom"
+    group.add_argument("--dicom-seg", action="store_true", help=seg)
     group = made.add_argument_group("how to work through the patients")
     group.add_argument("--jobs", type=_positive, default=1, metavar="N", help="patients at the same time")
     group.add_argument("--dask", metavar="ADDRESS", help="address of a Dask scheduler that does the work")

@@ -302,6 +302,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         max_voxels=arguments.max_voxels,
         probabilities=arguments.probabilities,
         fields=arguments.fields,
+        dicom_seg=arguments.dicom_seg,
         device=_device(arguments.device),
         trust_code=arguments.trust_code,
     )

@@ -27,6 +27,7 @@ CODES: dict[str, str] = {
     "E_DICOM_IMAGE": "a DICOM series named like a sequence holds no MR images: screen captures, or no place in space",
     "E_DICOM_PIXELS": "the pixels of a DICOM series are packed or stored in a way that cannot be read",
     "E_SLICES": "slices of a DICOM series are missing, unevenly spaced, or not one behind the other",
+    "E_SEG": "a DICOM SEG was asked for, but the labels do not lie on DICOM images, or their headers cannot be read",
     "E_SIZE": "the images have more voxels than --max-voxels, or a file unpacks to more than it should",
     "E_DIM": "an image is not three-dimensional",
     "E_DTYPE": "the voxel type is complex or RGB",

@@ -6,6 +6,7 @@ A protocol is a YAML file. Two come with the package (``infarct`` and ``brain``)
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,7 +19,7 @@ from monai_deepgmm import mask_shape, ranges, schema
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.mask_shape import MaskShape
 from monai_deepgmm.ranges import Range
-from monai_deepgmm.tissue import Anatomy, Enhancement, Hyperintense, RegionCriteria, Tissue
+from monai_deepgmm.tissue import Anatomy, DicomCodes, Enhancement, Hyperintense, RegionCriteria, Tissue
 
 __all__ = ["Anatomy", "Enhancement", "Hyperintense", "Protocol", "RegionCriteria", "Tissue", "as_yaml", "load", "names"]
 
@@ -136,11 +137,21 @@ def load(name: str | Path) -> Protocol:
     if str(name).endswith((".yaml", ".yml")):
         text = schema.read_text(Path(name), label)
     elif str(name) in names():
-        text = (resources.files("monai_deepgmm") / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
+        return _shipped(str(name))
     else:
         near = schema.nearest(name, names())
         known = ", ".join(names())
         raise UsageError(f"--protocol: no protocol {str(name)!r}{near}; choose one of {known}, or a YAML file")
+    return _read(text, label)
+
+
+@functools.cache  # each command asks for them many times
+def _shipped(name: str) -> Protocol:
+    path = resources.files("monai_deepgmm") / "protocols" / f"{name}.yaml"
+    return _read(path.read_text(encoding="utf-8"), f"--protocol {name}")
+
+
+def _read(text: str, label: str) -> Protocol:
     content = schema.check(schema.parse_yaml(text, label), "protocol")
     try:
         return _parse(content)
@@ -309,6 +320,7 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         depth=None if depth is None else (float(depth[0]), float(depth[1])),
         criteria=None if needs is None else RegionCriteria(**_floats(needs | {"weights": _floats(needs["weights"])})),
         hyperintense=None if bright is None else Hyperintense(**_floats(bright)),
+        dicom=None if raw.get("dicom") is None else DicomCodes(**{k: tuple(v) for k, v in raw["dicom"].items()}),
     )
 
 

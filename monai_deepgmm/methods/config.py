@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ class Config:
         seed: of every random draw; each patient starts from it anew.
         probabilities: also write one probability map per tissue.
         fields: also write each sequence's bias field, and the image without it.
+        dicom_seg: also write the labels as a DICOM SEG.
         device: where tensors live: cpu, cuda, cuda:1 …
         trusted: whether the network's code is a stranger's, which the user trusts (``--trust-code``).
     """
@@ -48,21 +50,24 @@ class Config:
     seed: int = 0
     probabilities: bool = False
     fields: bool = False
+    dicom_seg: bool = False
     device: str = "cpu"
     trusted: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses options that the method does not use, and a seed that torch cannot take.
+        """Refuses options that the method does not use, what is not installed, and a seed that torch cannot take.
 
         Raises:
             UsageError: means or fields are asked for that the method has no use for, the model's images were prepared
-                otherwise, or the seed does not fit into 63 bits.
+                otherwise, highdicom is needed and not installed, or the seed does not fit into 63 bits.
         """
         name = self.method.name
         if self.fields and not (self.degree or self.preprocessing.n4):
             raise UsageError("--fields: no bias field is looked for; use --set n4=true, or degree with gmm or svgmm")
         if self.means is not None and not self.method.takes_means:
             raise UsageError(f"--means: --method {name} has the protocol's own priors; use another with means")
+        if self.dicom_seg and importlib.util.find_spec("highdicom") is None:
+            raise UsageError("--dicom-seg needs highdicom: pip install 'monai-deepgmm[dicom]'")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
 
@@ -114,6 +119,7 @@ def build(
     max_voxels: int = DEFAULT_MAX_VOXELS,
     probabilities: bool = False,
     fields: bool = False,
+    dicom_seg: bool = False,
     device: str = "cpu",
     trust_code: bool = False,
 ) -> Config:
@@ -131,6 +137,7 @@ def build(
         max_voxels: larger images are refused.
         probabilities: also write probability maps.
         fields: also write bias fields and the images without them.
+        dicom_seg: also write DICOM SEGs.
         device: cpu, cuda, cuda:1 …
         trust_code: whether the network may be a class that this software does not know, whose code is then run.
 
@@ -158,6 +165,7 @@ def build(
         seed=seed,
         probabilities=probabilities,
         fields=fields,
+        dicom_seg=dicom_seg,
         device=device,
         trusted=trusted or (trained is not None and trained.trusted),
     )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import dicom_layout, dicom_stacks
 from monai_deepgmm.patients.dicom_header import Header
@@ -20,7 +21,7 @@ from monai_deepgmm.protocol import Protocol
 Wanted = Mapping[str, tuple[str, ...]]
 
 _NONE = "none"
-_NUMBERS, _PART, _UID = re.compile(r"(\d+)(?:-(\d+))?"), re.compile(r"[\d,-]+\.\d+"), re.compile(r"\d+(\.\d+){3,}")
+_NUMBERS, _PART, _UID = re.compile(r"(\d+)(?:-(\d+))?"), re.compile(r"[\d,-]+\.\d+"), re.compile(r"\d+(\.\d+){2,}")
 
 
 class Chosen(NamedTuple):
@@ -39,7 +40,7 @@ class Chosen(NamedTuple):
     used: frozenset[str]
 
 
-def wanted(filters: Mapping[str, tuple[str, ...]], layout: DicomLayout, protocol: Protocol) -> Wanted:
+def wanted(filters: Mapping[str, tuple[str, ...]], protocol: Protocol) -> Wanted:
     """What a user typed after ``--filter``, by sequence.
 
     Raises:
@@ -86,9 +87,11 @@ def choose(headers: Sequence[Header], layout: DicomLayout, protocol: Protocol, a
     return Chosen(images, tuple(problems), lines, frozenset(s for s in forced if forced[s] or _NONE in asked[s]))
 
 
-def sequences(headers: Sequence[Header], layout: DicomLayout, protocol: Protocol) -> set[str]:
-    """The sequences, of any protocol, that a study's series are."""
-    found = (dicom_layout.meaning(layout, one, protocol).sequence for one in dicom_stacks.candidates(headers))
+def sequences(headers: Sequence[Header], layout: DicomLayout) -> set[str]:
+    """The sequences that a study's series are in the light of any protocol that comes with the package."""
+    known = [protocols.load(name) for name in protocols.names()]
+    everything = dicom_stacks.candidates(headers)
+    found = (dicom_layout.meaning(layout, one, protocol).sequence for one in everything for protocol in known)
     return {sequence for sequence in found if sequence is not None}
 
 

@@ -61,10 +61,10 @@ def find(
     Raises:
         UsageError: the series are another protocol's, or a filter fits nothing.
     """
-    wanted = dicom_choice.wanted(filters, layout, protocol)
     studies = _studies(tree)
     if not studies:
         return None
+    wanted = dicom_choice.wanted(filters, protocol)
     _check_task(tree, studies, layout, protocol, asked=asked)
     ids = _ids(studies)
     found: list[Study] = []
@@ -162,7 +162,7 @@ def _check_task(
     """Refuses heads where hearts are looked for, and the reverse."""
     there: Counter[str] = Counter()
     for one in studies.values():
-        for sequence in dicom_choice.sequences(one.headers, layout, protocol):
+        for sequence in dicom_choice.sequences(one.headers, layout):
             there[sequence] += 1
     task_check.check(shown(tree.root.name or "."), there, protocol, asked=asked)
 

@@ -7,6 +7,7 @@ digits: ``4ch`` is one, ``long axis`` two that follow each other, ``psir*`` any 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,9 +43,8 @@ class Rule:
     times: str | None = None
     looked_for: tuple[str, ...] = ()
 
-    def fits(self, candidate: Candidate) -> bool:
-        """Whether a stack is so."""
-        parts = _parts(candidate)
+    def fits(self, candidate: Candidate, parts: Sequence[str]) -> bool:
+        """Whether a stack, called by these words, is so."""
         kinds = {kind.casefold() for kind in candidate.kind}
         named = not self.words or any(_holds(parts, word) for word in self.words)
         typed = not self.image_type or bool(kinds & {kind.casefold() for kind in self.image_type})
@@ -100,15 +100,16 @@ def meaning(layout: DicomLayout, candidate: Candidate, protocol: Protocol) -> Me
     """The sequence that a stack is, by the first kind that fits; none where several sequences claim it."""
     if candidate.modality not in layout.modality:
         return Meaning(None, candidate.no_image or f"of modality {candidate.modality or 'unknown'}")
+    parts = _parts(candidate)
     for rule in layout.left_out:
         asked = not rule.looked_for or set(rule.looked_for) & set(protocol.sequences)
-        if asked and rule.fits(candidate):
+        if asked and rule.fits(candidate, parts):
             return Meaning(None, rule.kind)
     found = [
         Meaning(sequence, rule.kind, rank)
         for sequence, rules in layout.series.items()
         for rank, rule in enumerate(rules)
-        if rule.fits(candidate)
+        if rule.fits(candidate, parts)
     ]
     first = {one.sequence: one for one in reversed(found)}
     if len(first) > 1:
@@ -128,12 +129,19 @@ def load(name: str | Path) -> DicomLayout | None:
     """
     label = f"--layout {name}"
     if str(name) == DICOM:
-        path = resources.files("monai_deepgmm.patients") / "layouts" / f"{DICOM}.yaml"
-        text, title = path.read_text("utf-8"), DICOM
-    elif str(name).endswith((".yaml", ".yml")):
-        text, title = schema.read_text(Path(name), label), Path(name).stem
-    else:
+        return _shipped()
+    if not str(name).endswith((".yaml", ".yml")):
         return None
+    return _read(schema.read_text(Path(name), label), Path(name).stem, label)
+
+
+@functools.cache
+def _shipped() -> DicomLayout | None:
+    path = resources.files("monai_deepgmm.patients") / "layouts" / f"{DICOM}.yaml"
+    return _read(path.read_text("utf-8"), DICOM, f"--layout {DICOM}")
+
+
+def _read(text: str, title: str, label: str) -> DicomLayout | None:
     read = schema.parse_yaml(text, label)
     if not isinstance(read.content, dict) or "series" not in read.content:
         return None

@@ -14,6 +14,7 @@ A pattern is a path below DIR, without ``.nii`` or ``.nii.gz``, compared without
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,13 +196,20 @@ def load(name: str | Path) -> Layout:
     if str(name).endswith((".yaml", ".yml")):
         text, title = schema.read_text(Path(name), label), Path(name).stem
     elif str(name) in ORDER:
-        text, title = (
-            (resources.files("monai_deepgmm.patients") / "layouts" / f"{name}.yaml").read_text("utf-8"),
-            str(name),
-        )
+        return _shipped(str(name))
     else:
         near, known = schema.nearest(name, (*ORDER, DICOM)), ", ".join((*ORDER, DICOM))
         raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {known}, or a YAML file")
+    return _read(text, title, label)
+
+
+@functools.cache  # each command asks for them many times
+def _shipped(name: str) -> Layout:
+    path = resources.files("monai_deepgmm.patients") / "layouts" / f"{name}.yaml"
+    return _read(path.read_text("utf-8"), name, f"--layout {name}")
+
+
+def _read(text: str, title: str, label: str) -> Layout:
     content = schema.check(schema.parse_yaml(text, label), "layout")
     try:
         return _parse(title, content)

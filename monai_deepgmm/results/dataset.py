@@ -20,6 +20,7 @@ IGNORED = (
         "*_entropy.nii.gz",
         "*_bias.nii.gz",
         "*_corrected.nii.gz",
+        "*_seg.dcm",
     ),
 )
 README = """# {title}: tissue segmentation

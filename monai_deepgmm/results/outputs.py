@@ -20,7 +20,7 @@ from monai_deepgmm.images import atomic_files, nifti, source
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.results import dataset, outliers, report, row_files, uncertainty
+from monai_deepgmm.results import dataset, dicom_seg, outliers, report, row_files, uncertainty
 from monai_deepgmm.results.measure import Measurement, SliceMeasurement
 from monai_deepgmm.results.pictures import PICTURES, pictures
 from monai_deepgmm.results.provenance import versions
@@ -156,6 +156,7 @@ def done(out: Path, study: Study, config: Config, steps: Mapping[str, Any] | Non
         return None
     wanted = ["_dseg.nii.gz", "_dseg.json", *PICTURES]
     wanted += ["_probseg.nii.gz", "_entropy.nii.gz"] * config.probabilities
+    wanted += [dicom_seg.SUFFIX] * config.dicom_seg
     if config.fields:
         present = [s for s in config.protocol.sequences if s in study.images]
         wanted += [f"_{s}{suffix}" for s in present for suffix in SHADING]
@@ -213,6 +214,9 @@ def write(
     for suffix, picture in pictures(study, segmentation).items():
         atomic_files.write_whole(place / f"{name}{suffix}", picture)
     made_from = fingerprint(study, config, _hashes_read(segmentation.sidecar), steps)
+    if config.dicom_seg:
+        seg, frame = place / f"{name}{dicom_seg.SUFFIX}", config.preprocessing.frame
+        dicom_seg.write(seg, study, segmentation, frame=frame, made_from=made_from)
     sidecar = {**segmentation.sidecar, "fingerprint": made_from}
     sidecar |= {} if steps is None else {"steps": dict(steps)}
     atomic_files.write_whole(place / f"{name}_dseg.json", row_files.as_bytes(sidecar))
@@ -271,6 +275,7 @@ def clear(out: Path, study: Study) -> None:
         "_dseg.nii.gz",
         "_probseg.nii.gz",
         "_entropy.nii.gz",
+        dicom_seg.SUFFIX,
         *PICTURES,
         "_report.html",
     ):
