@@ -13,15 +13,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk  # noqa: N813 (the name its own manual uses)
 from numpy.typing import NDArray
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as Items
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from monai_deepgmm.phantom import heart
 
@@ -68,14 +71,14 @@ class Scanner:
         vendor: whose habits.
         study: any word; the UIDs are made of it.
         people: what names persons, by keyword.
-        packed: RLE instead of plain pixels.
+        packed: "JPEG" or "JPEG2000" (both lossless) instead of plain pixels.
     """
 
     folder: Path
     vendor: str = "siemens"
     study: str = "study"
     people: dict[str, str] = dataclasses.field(default_factory=lambda: dict(PEOPLE))
-    packed: bool = False
+    packed: str = ""
     count: int = 0
 
     def uid(self, *words: object) -> str:
@@ -110,7 +113,7 @@ class Scanner:
             one.SOPInstanceUID,
         )
         if self.packed and one.SamplesPerPixel == 1:
-            one.compress(RLELossless, generate_instance_uid=False)
+            pack(one, self.packed)
         one.save_as(path, enforce_file_format=True)
         return path
 
@@ -188,7 +191,7 @@ class Scanner:
         place, content, scale, typed, own, frame = (Dataset() for _ in range(6))
         place.ImagePositionPatient = decimals(position(affine, z))
         content.StackID, content.InStackPositionNumber, content.TemporalPositionIndex = "1", z + 1, t + 1
-        content.DimensionIndexValues = [z + 1, t + 1]
+        content.DimensionIndexValues = [1, z + 1, t + 1, 1 + (kind == "R_IR")]
         scale.RescaleSlope, scale.RescaleIntercept, scale.RescaleType = decimals([1 / private])[0], "0", "US"
         typed.FrameType = ["ORIGINAL", "PRIMARY", kind, "NONE"]
         own.add_new(0x20050010, "LO", "Philips MR Imaging DD 001")
@@ -226,6 +229,22 @@ def put_pixels(one: Dataset, pixels: Array) -> None:
     one.BitsAllocated, one.BitsStored, one.HighBit = bits, bits, bits - 1
     one.PixelRepresentation = int(pixels.dtype.kind == "i")
     one.PixelData = np.ascontiguousarray(pixels).tobytes()
+
+
+def pack(one: Dataset, compressor: str) -> None:
+    """Packs the pixels of a data set, by GDCM."""
+    frames = np.frombuffer(one.PixelData, f"<i{one.BitsAllocated // 8}").reshape(-1, one.Rows, one.Columns)
+    frames = frames.view("<u2") if len(frames) > 1 else frames  # several signed ones are more than it can write
+    writer = sitk.ImageFileWriter()
+    writer.SetImageIO("GDCMImageIO")
+    writer.UseCompressionOn()
+    writer.SetCompressor(compressor)
+    with tempfile.TemporaryDirectory() as folder:
+        writer.SetFileName(f"{folder}/packed.dcm")
+        writer.Execute(sitk.GetImageFromArray(frames))
+        packed = dcmread(f"{folder}/packed.dcm")
+    one.file_meta.TransferSyntaxUID = packed.file_meta.TransferSyntaxUID
+    one["PixelData"] = packed["PixelData"]
 
 
 def position(affine: Floats, z: int) -> Floats:

@@ -76,7 +76,7 @@ def choose(headers: Sequence[Header], layout: DicomLayout, protocol: Protocol, a
         found = forced.get(sequence) or _best(sequence, everything, meanings, taken)
         if _NONE in asked.get(sequence, ()) and not forced.get(sequence):
             continue
-        problem = _several(sequence, found) if len(found) > 1 else found[0].problem if found else None
+        problem = _problem(sequence, found)
         if problem is not None:
             problems.append(_told(problem, sequence))
         elif found and found[0].stack is not None:
@@ -126,6 +126,14 @@ def _best(
     real = [(rank, one) for rank, one in mine if one.stack is not None] or mine
     best = min((rank for rank, _ in real), default=0)
     return [one for rank, one in real if rank == best]
+
+
+def _problem(sequence: str, found: Sequence[Candidate]) -> Problem | None:
+    """Why none of these stacks can be used; a damaged one is the true cause of there being several."""
+    damaged = (one.problem for one in found if one.problem is not None and one.problem.code == "E_DICOM_FILE")
+    if len(found) > 1:
+        return next(damaged, None) or _several(sequence, found)
+    return found[0].problem if found else None
 
 
 def _several(sequence: str, found: Sequence[Candidate]) -> Problem:

@@ -115,13 +115,15 @@ def _beside(name: str, studies: Mapping[tuple[str, str], _Found]) -> list[_Found
 
 
 def _ids(studies: Mapping[tuple[str, str], _Found]) -> dict[tuple[str, str], str]:
-    """The folder right below DIR, where each holds one study and someone has named it; else a hash of the UIDs."""
+    """The name of the folder right below DIR that holds this study alone, and all of it; else a hash of its UIDs."""
     tops = {key: {name.split("/")[0] if "/" in name else "" for name in one.names} for key, one in studies.items()}
     times = Counter(top for found in tops.values() for top in found)
-    own = all(len(found) == 1 and times[top] == 1 for found in tops.values() for top in found)
-    if own and not any(top.casefold() in {"", *_NO_NAMES} for found in tops.values() for top in found):
-        return {key: next(iter(found)) for key, found in tops.items()}
-    return {key: f"dcm-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:12]}" for key in studies}
+    ids = {}
+    for key, found in tops.items():
+        (top, *others) = found
+        own = not others and times[top] == 1 and top.casefold() not in {"", *_NO_NAMES}
+        ids[key] = top if own else f"dcm-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:12]}"
+    return ids
 
 
 def _study(

@@ -174,7 +174,7 @@ def read(path: Path) -> Header | None:
         return None
     stored = stored_as(path, facts)
     frames = tuple(_frame(path, i, each) for i, each in enumerate(_each(path, data, facts, stored)))
-    why = _no_image(facts, data) or ("" if frames else "several frames without a description of each")
+    why = _no_image(facts, data)
     description, protocol = _text(facts, "description"), _text(facts, "protocol")
     return Header(
         file=path,
@@ -188,7 +188,7 @@ def read(path: Path) -> Header | None:
         text=_without_people(" / ".join(dict.fromkeys(t for t in (description, protocol) if t)), facts),
         modality=_text(facts, "modality"),
         no_image=why,
-        placed=all(frame.position_mm is not None for frame in frames),
+        placed=bool(frames) and all(frame.position_mm is not None for frame in frames),
         colour=stored.samples > 1 or not (_text(facts, "photometric") or "MONOCHROME").startswith("MONOCHROME"),
         frame_of_reference=_text(facts, "frame_of_reference"),
         stored=stored,

@@ -198,18 +198,19 @@ def _named(joined: Sequence[tuple[_Group, str]], others: dict[str, list[Header]]
     for group, name in joined:
         count[name] += 1
         title = name if times[name] == 1 else f"{name}.{count[name]}"
-        without = [h for header, _ in group.images for h in others.get(header.series, ()) if not h.placed]
-        found.append(_candidate(group, title, len({h.file for h in without})))
+        series = {header.series for header, _ in group.images}
+        beside = [h for uid in series for h in others.get(uid, ()) if not (h.placed or h.no_image or h.colour)]
+        found.append(_candidate(group, title, beside))
     return found
 
 
 # One stack -----------------------------------------------------------------------------------------------------------
 
 
-def _candidate(group: _Group, name: str, without_place: int) -> Candidate:
+def _candidate(group: _Group, name: str, placeless: Sequence[Header]) -> Candidate:
     places = group.places()
     times = min(len(place) for place in places)
-    problem, notes = _problem(group, places, name, without_place)
+    problem, notes = _problem(group, places, name, placeless)
     first, frame = group.first, group.frame
     stack = Stack(
         name=f"series {name}",
@@ -245,15 +246,15 @@ def _slice(header: Header, frame: Frame) -> Slice:
 
 
 def _problem(
-    group: _Group, places: Sequence[Sequence[tuple[Header, Frame]]], name: str, without_place: int
+    group: _Group, places: Sequence[Sequence[tuple[Header, Frame]]], name: str, placeless: Sequence[Header]
 ) -> tuple[Problem | None, tuple[str, ...]]:
     """Why a group is no stack, and what is odd about it."""
-    damaged = next((header.problem for header, _ in group.images if header.problem), None)
+    damaged = next((h.problem for h in (*(header for header, _ in group.images), *placeless) if h.problem), None)
     if damaged is not None:
         return damaged.problem, ()
     title, export = f"series {name}", "Export the series again, in full"
-    if without_place:
-        message = f"{title}: {without_place} of its images do not say where they lie"
+    if placeless:
+        message = f"{title}: {len(placeless)} of its images do not say where they lie"
         return Problem("E_AFFINE", message, export), ()
     twice = [place for place in places if len({header.series for header, _ in place}) > 1]
     if twice:

@@ -216,7 +216,7 @@ class TestPatients:
 
     def test_heads_are_not_taken_for_hearts(self, tmp_path):
         for number, name in enumerate(("t1_mprage_sag", "AX T2 FLAIR", "t2_tse_tra", "t1_mprage_sag +C KM")):
-            scanner(tmp_path / "p1").stack(number + 1, name, SMALL + number, AFFINE)
+            scanner(tmp_path / "p1" / name).stack(number + 1, name, SMALL + number, AFFINE)
         with pytest.raises(UsageError, match="--protocol brain"):
             find(tmp_path, INFARCT, asked=False)
         study = only(tmp_path, BRAIN, mask="nonzero")
