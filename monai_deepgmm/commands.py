@@ -301,6 +301,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         frame=arguments.frame,
         max_voxels=arguments.max_voxels,
         probabilities=arguments.probabilities,
+        copies=arguments.copies,
         fields=arguments.fields,
         dicom_seg=arguments.dicom_seg,
         device=_device(arguments.device),

@@ -135,23 +135,22 @@ def load(name: str | Path) -> Protocol:
     """
     label = f"--protocol {name}"
     if str(name).endswith((".yaml", ".yml")):
-        text = schema.read_text(Path(name), label)
-    elif str(name) in names():
-        return _shipped(str(name))
-    else:
-        near = schema.nearest(name, names())
-        known = ", ".join(names())
-        raise UsageError(f"--protocol: no protocol {str(name)!r}{near}; choose one of {known}, or a YAML file")
-    return _read(text, label)
+        return _from_text(schema.read_text(Path(name), label), label)
+    if str(name) in names():
+        return _built_in(str(name))
+    near = schema.nearest(name, names())
+    known = ", ".join(names())
+    raise UsageError(f"--protocol: no protocol {str(name)!r}{near}; choose one of {known}, or a YAML file")
 
 
-@functools.cache  # each command asks for them many times
-def _shipped(name: str) -> Protocol:
-    path = resources.files("monai_deepgmm") / "protocols" / f"{name}.yaml"
-    return _read(path.read_text(encoding="utf-8"), f"--protocol {name}")
+@functools.cache
+def _built_in(name: str) -> Protocol:
+    """One that comes with the package; every patient and page asks for it again."""
+    text = (resources.files("monai_deepgmm") / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
+    return _from_text(text, f"--protocol {name}")
 
 
-def _read(text: str, label: str) -> Protocol:
+def _from_text(text: str, label: str) -> Protocol:
     content = schema.check(schema.parse_yaml(text, label), "protocol")
     try:
         return _parse(content)

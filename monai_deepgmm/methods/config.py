@@ -14,7 +14,8 @@ from typing import Any
 
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
+from monai_deepgmm.images import COPIES
+from monai_deepgmm.images.header import DEFAULT_MAX_VOXELS
 from monai_deepgmm.images.preprocessing import Preprocessing
 from monai_deepgmm.methods import METHODS, known_means, model_spec, registry, settings
 from monai_deepgmm.methods.known_means import Means
@@ -37,6 +38,7 @@ class Config:
         means: μ_data, or None.
         seed: of every random draw; each patient starts from it anew.
         probabilities: also write one probability map per tissue.
+        copies: further formats of the label map: ``nrrd``, ``mha``.
         fields: also write each sequence's bias field, and the image without it.
         dicom_seg: also write the labels as a DICOM SEG.
         device: where tensors live: cpu, cuda, cuda:1 …
@@ -49,6 +51,7 @@ class Config:
     means: Means | None = None
     seed: int = 0
     probabilities: bool = False
+    copies: tuple[str, ...] = ()
     fields: bool = False
     dicom_seg: bool = False
     device: str = "cpu"
@@ -68,6 +71,8 @@ class Config:
             raise UsageError(f"--means: --method {name} has the protocol's own priors; use another with means")
         if self.dicom_seg and importlib.util.find_spec("highdicom") is None:
             raise UsageError("--dicom-seg needs highdicom: pip install 'monai-deepgmm[dicom]'")
+        for format_name in self.copies:
+            settings.check_choice("--copies", format_name, COPIES)
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
 
@@ -87,7 +92,7 @@ class Config:
         return bool(self.method.presence) and self.protocol.anatomy is not None
 
     def as_json(self) -> dict[str, Any]:
-        """For the sidecar: whatever can change a label. The device and ``--probabilities`` cannot."""
+        """For the sidecar: whatever can change a label. The device, ``--probabilities`` and ``--copies`` cannot."""
         protocol = json.dumps(dataclasses.asdict(self.protocol), sort_keys=True, default=list)
         nested = {"model", "training"}
         plain = {f.name for f in dataclasses.fields(self.method)} - nested
@@ -118,6 +123,7 @@ def build(
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
     probabilities: bool = False,
+    copies: Sequence[str] = (),
     fields: bool = False,
     dicom_seg: bool = False,
     device: str = "cpu",
@@ -136,6 +142,7 @@ def build(
         frame: which frame of a 4-D file.
         max_voxels: larger images are refused.
         probabilities: also write probability maps.
+        copies: further formats of the label map.
         fields: also write bias fields and the images without them.
         dicom_seg: also write DICOM SEGs.
         device: cpu, cuda, cuda:1 …
@@ -164,6 +171,7 @@ def build(
         means=None if means is None else known_means.read(Path(means), found, prepared),
         seed=seed,
         probabilities=probabilities,
+        copies=tuple(dict.fromkeys(copies)),
         fields=fields,
         dicom_seg=dicom_seg,
         device=device,

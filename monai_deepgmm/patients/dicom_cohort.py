@@ -13,7 +13,7 @@ from monai_deepgmm.patients.dicom_choice import Wanted
 from monai_deepgmm.patients.dicom_elements import DamagedError
 from monai_deepgmm.patients.dicom_header import Header
 from monai_deepgmm.patients.dicom_layout import DicomLayout
-from monai_deepgmm.patients.directory import NIFTI, Tree, listed, shown
+from monai_deepgmm.patients.directory import READABLE, Tree, listed, shown
 from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.protocol import Protocol
 
@@ -86,7 +86,7 @@ def _studies(tree: Tree) -> dict[tuple[str, str], _Found]:
     found: dict[tuple[str, str], _Found] = {}
     broken: list[tuple[str, DamagedError]] = []
     for name in tree.files:
-        if NIFTI.search(name):
+        if READABLE.search(name):
             continue
         try:
             header = dicom_header.read(tree.path(name))
@@ -170,5 +170,5 @@ def _check_task(
 
 
 def _notes(tree: Tree) -> tuple[str, ...]:
-    nifti = [name for name in tree.files if NIFTI.search(name)]
-    return (f"only DICOM is looked at: {listed(nifti)} left out",) if nifti else ()
+    others = [name for name in tree.files if READABLE.search(name)]
+    return (f"only DICOM is looked at: {listed(others)} left out",) if others else ()

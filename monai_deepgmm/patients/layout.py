@@ -1,6 +1,6 @@
 """How the files of a cohort are named: a layout is a YAML file of patterns.
 
-A pattern is a path below DIR, without ``.nii`` or ``.nii.gz``, compared without regard to case:
+A pattern is a path below DIR, without the ending of the file's name, compared without regard to case:
 
 ========================  ==========================================================================================
 ``{patient}``             the patient's id (``patient:`` in the file narrows it with a regular expression)
@@ -25,7 +25,7 @@ from typing import Any
 from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import dataset_json
-from monai_deepgmm.patients.directory import NIFTI
+from monai_deepgmm.patients.directory import READABLE
 from monai_deepgmm.protocol import Protocol
 
 #: The layouts that come with the package, in the order in which they are tried.
@@ -194,22 +194,20 @@ def load(name: str | Path) -> Layout:
     """
     label = f"--layout {name}"
     if str(name).endswith((".yaml", ".yml")):
-        text, title = schema.read_text(Path(name), label), Path(name).stem
-    elif str(name) in ORDER:
-        return _shipped(str(name))
-    else:
-        near, known = schema.nearest(name, (*ORDER, DICOM)), ", ".join((*ORDER, DICOM))
-        raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {known}, or a YAML file")
-    return _read(text, title, label)
+        return _from_text(schema.read_text(Path(name), label), Path(name).stem, label)
+    if str(name) in ORDER:
+        return _built_in(str(name))
+    near, known = schema.nearest(name, (*ORDER, DICOM)), ", ".join((*ORDER, DICOM))
+    raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {known}, or a YAML file")
 
 
-@functools.cache  # each command asks for them many times
-def _shipped(name: str) -> Layout:
-    path = resources.files("monai_deepgmm.patients") / "layouts" / f"{name}.yaml"
-    return _read(path.read_text("utf-8"), name, f"--layout {name}")
+@functools.cache
+def _built_in(name: str) -> Layout:
+    text = (resources.files("monai_deepgmm.patients") / "layouts" / f"{name}.yaml").read_text("utf-8")
+    return _from_text(text, name, f"--layout {name}")
 
 
-def _read(text: str, title: str, label: str) -> Layout:
+def _from_text(text: str, title: str, label: str) -> Layout:
     content = schema.check(schema.parse_yaml(text, label), "layout")
     try:
         return _parse(title, content)
@@ -291,5 +289,5 @@ def _compile(pattern: str, patient: str, aliases: Iterable[str]) -> re.Pattern[s
 
 def _matches(patterns: Sequence[re.Pattern[str]], name: str) -> Iterable[re.Match[str]]:
     """Matches of the whole path, less the ending that makes it NIfTI."""
-    stem = NIFTI.sub("", name)
+    stem = READABLE.sub("", name)
     return (found for pattern in patterns if (found := pattern.fullmatch(stem)))

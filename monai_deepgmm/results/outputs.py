@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import atomic_files, nifti, source
+from monai_deepgmm.images import COPIES, atomic_files, image_file, itk_file, nifti
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
@@ -140,7 +140,7 @@ def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: 
 def _hashes_now(study: Study) -> dict[str, str]:
     """The input files' SHA-256 as they are on the disk at this moment."""
     sources = {**study.images, **({"mask": study.mask} if study.mask is not None else {})}
-    return {name: source.sha256(one) for name, one in sources.items()}
+    return {name: image_file.sha256(one) for name, one in sources.items()}
 
 
 def _hashes_read(sidecar: Mapping[str, Any]) -> dict[str, str]:
@@ -157,6 +157,7 @@ def done(out: Path, study: Study, config: Config, steps: Mapping[str, Any] | Non
     wanted = ["_dseg.nii.gz", "_dseg.json", *PICTURES]
     wanted += ["_probseg.nii.gz", "_entropy.nii.gz"] * config.probabilities
     wanted += [dicom_seg.SUFFIX] * config.dicom_seg
+    wanted += [f"_dseg.{ending}" for ending in config.copies]
     if config.fields:
         present = [s for s in config.protocol.sequences if s in study.images]
         wanted += [f"_{s}{suffix}" for s in present for suffix in SHADING]
@@ -201,6 +202,8 @@ def write(
     """
     place, name = _fresh(out, study), study.patient
     nifti.write_labels(place / f"{name}_dseg.nii.gz", segmentation.labels, like=segmentation.reference)
+    for ending in config.copies:
+        itk_file.write_labels(place / f"{name}_dseg.{ending}", segmentation.labels, like=segmentation.reference)
     if config.probabilities:
         maps = place / f"{name}_probseg.nii.gz"
         nifti.write_probabilities(maps, segmentation.probabilities, like=segmentation.reference)
@@ -276,6 +279,7 @@ def clear(out: Path, study: Study) -> None:
         "_probseg.nii.gz",
         "_entropy.nii.gz",
         dicom_seg.SUFFIX,
+        *(f"_dseg.{ending}" for ending in COPIES),
         *PICTURES,
         "_report.html",
     ):

@@ -16,7 +16,7 @@ from pydicom import dcmread, dcmwrite
 from pydicom.uid import ExplicitVRBigEndian
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import dicom, source
+from monai_deepgmm.images import dicom, image_file
 from monai_deepgmm.patients.discovery import find
 
 
@@ -68,7 +68,7 @@ def test_grid_and_values_are_those_of_dcm2niix(tmp_path, vendor):
     write_patient(Scanner(tmp_path / "in" / "p1", vendor), IMAGES, AFFINE)
     theirs = converted(tmp_path / "in", tmp_path / "out")
     for sequence, stack in stacks(tmp_path / "in").items():
-        volume = source.read(stack)
+        volume = image_file.read(stack)
         assert volume.data.shape == (10, 7, 4)
         assert set().union(*(held(volume, image) for image in theirs)) == {0, 1, 2, 3}
         # The grid is the phantom's own, too, but for the slices' order.
@@ -87,7 +87,7 @@ def test_packed_pixels_and_scales(tmp_path, vendor, packed):
     more = {"RescaleSlope": "0.5", "RescaleIntercept": "-8"} if vendor == "siemens" else {}
     one.stack(5, "t2_stir_sax", IMAGES["T2"], AFFINE, **more)
     expected = 0.5 * IMAGES["T2"].astype(float) - 8 if more else IMAGES["T2"]
-    np.testing.assert_allclose(source.read(stacks(tmp_path)["T2"]).data[:, :, ::-1], expected, atol=1.01)
+    np.testing.assert_allclose(image_file.read(stacks(tmp_path)["T2"]).data[:, :, ::-1], expected, atol=1.01)
 
 
 def test_unused_bits_and_the_order_of_bytes(tmp_path):
@@ -102,7 +102,7 @@ def test_unused_bits_and_the_order_of_bytes(tmp_path):
         for _ in data.iterall():  # which reads all numbers, before they are written the other way round
             pass
         dcmwrite(path, data, little_endian=False, implicit_vr=False)
-    np.testing.assert_allclose(source.read(stacks(tmp_path)["T2"]).data[:, :, ::-1], IMAGES["T2"] - 700)
+    np.testing.assert_allclose(image_file.read(stacks(tmp_path)["T2"]).data[:, :, ::-1], IMAGES["T2"] - 700)
 
 
 def test_one_slice_frames_of_a_cine_and_sizes(tmp_path):
@@ -111,18 +111,18 @@ def test_one_slice_frames_of_a_cine_and_sizes(tmp_path):
     one.stack(6, "SA cine", np.stack([IMAGES["bSSFP"] + 9 * t for t in range(3)], -1), AFFINE)
     one.stack(7, "LGE SA", np.stack([IMAGES["LGE"], IMAGES["LGE"]], -1), AFFINE)
     found = stacks(tmp_path)
-    assert source.read(found["T2"]).spacing_mm == pytest.approx((1.4, 1.3, 9), abs=1e-4)
-    first = source.read(found["bSSFP"])
+    assert image_file.read(found["T2"]).spacing_mm == pytest.approx((1.4, 1.3, 9), abs=1e-4)
+    first = image_file.read(found["bSSFP"])
     assert "frame 0, 12 ms after the R wave" in next(w for w in first.warnings if w.startswith("W_FRAME"))
-    np.testing.assert_allclose(source.read(found["bSSFP"], frame=2).data, first.data + 18)
-    assert source.sha256(found["bSSFP"]) == first.sha256
-    assert source.shape(found["bSSFP"], frame=None, max_voxels=840) == (10, 7, 4, 3)
+    np.testing.assert_allclose(image_file.read(found["bSSFP"], frame=2).data, first.data + 18)
+    assert image_file.sha256(found["bSSFP"]) == first.sha256
+    assert image_file.shape(found["bSSFP"], frame=None, max_voxels=840) == (10, 7, 4, 3)
     for code, options in (("E_SIZE", {"max_voxels": 839}), ("E_DIM", {"frame": 3})):
         with pytest.raises(StudyError) as refused:
-            source.read(found["bSSFP"], **options)
+            image_file.read(found["bSSFP"], **options)
         assert refused.value.code == code
     with pytest.raises(StudyError, match="2 images at each place"):
-        source.read(found["LGE"])
+        image_file.read(found["LGE"])
 
 
 def test_what_a_temporary_file_holds_names_nobody(tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_what_a_temporary_file_holds_names_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(dicom.Path, "write_bytes", lambda path, content: written.append(content))
     Scanner(tmp_path / "p1", "siemens", packed="JPEG").stack(5, "stir", IMAGES["T2"], AFFINE)
     with pytest.raises(StudyError, match="GDCM cannot read"):  # since there is no file then
-        source.read(stacks(tmp_path)["T2"])
+        image_file.read(stacks(tmp_path)["T2"])
     assert written
     assert not any(word.encode() in written[0] for word in phantom_dicom.PEOPLE.values())
 
@@ -142,8 +142,8 @@ def test_files_that_change_between_finding_and_reading(tmp_path):
     for content, code in ((whole[:-9], "E_DICOM_FILE"), (whole[:300], "E_DICOM_FILE"), (b"x", "E_DICOM_FILE")):
         path.write_bytes(content)
         with pytest.raises(StudyError) as refused:
-            source.read(found)
+            image_file.read(found)
         assert refused.value.code == code
     path.unlink()
     with pytest.raises(StudyError):
-        source.read(found)
+        image_file.read(found)
