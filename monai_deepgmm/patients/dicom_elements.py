@@ -17,7 +17,14 @@ IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.
 DEFLATED = "1.2.840.10008.1.2.1.99"
 #: Whose pixels are stored as they are.
 NATIVE = (IMPLICIT, EXPLICIT, BIG_ENDIAN)
-_SYNTAX, _PIXELS, _ITEM, _ITEM_END, _SEQUENCE_END = 0x00020010, 0x7FE00010, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
+_KIND, _SYNTAX, _PIXELS, _ITEM, _ITEM_END, _SEQUENCE_END = (
+    0x00020002,
+    0x00020010,
+    0x7FE00010,
+    0xFFFEE000,
+    0xFFFEE00D,
+    0xFFFEE0DD,
+)
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, _PIXELS)
 _LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 _UNDEFINED, _MARK_AT = 0xFFFFFFFF, 128
@@ -60,6 +67,7 @@ class DataSet(NamedTuple):
         syntax: the transfer syntax's UID.
         pixels: None where the file holds none.
         size: of the file, in bytes.
+        kind: the UID of what the file is, as its first lines say; "" where they do not.
     """
 
     elements: Elements
@@ -67,6 +75,7 @@ class DataSet(NamedTuple):
     syntax: str
     pixels: Pixels | None
     size: int
+    kind: str = ""
 
 
 def damaged(path: Path, found: str, remedy: str = _COPY, code: str = "E_DICOM_FILE") -> DamagedError:
@@ -108,6 +117,11 @@ def read(path: Path, wanted: Collection[int], nested: Collection[int]) -> DataSe
         return None
 
 
+def _uid(elements: Elements, tag: int) -> str:
+    value = elements.get(tag, b"")
+    return value.decode("ascii", "replace").strip(" \0") if isinstance(value, bytes) else ""
+
+
 def _bare(start: bytes) -> bool:
     """Whether a file without preamble begins as a data set does, with group 8."""
     return len(start) >= 8 and start[:2] == b"\x08\x00" and start[3] == 0 and start[2] < 0x20
@@ -130,17 +144,17 @@ class _Reader:
         self.pixels: Pixels | None = None
 
     def read(self, marked: bool, start: bytes) -> DataSet:
+        kind = ""
         syntax = EXPLICIT if start[4:6].isalpha() else IMPLICIT
         if marked:
             meta = self.elements(None, 0, group=2)
-            stated = meta.get(_SYNTAX, b"")
-            syntax = stated.decode("ascii", "replace").strip(" \0") if isinstance(stated, bytes) else ""
+            syntax, kind = _uid(meta, _SYNTAX), _uid(meta, _KIND)
             if syntax == DEFLATED:
                 raise damaged(self.path, "the whole file is deflated", "Unpack it, with gdcmconv --raw or dcmconv +te")
         self.explicit = syntax != IMPLICIT
         self.order = ">" if syntax == BIG_ENDIAN else "<"
         found = self.elements(None, 0)
-        return DataSet(found, self.order, syntax, self.pixels, self.size)
+        return DataSet(found, self.order, syntax, self.pixels, self.size, kind)
 
     def elements(
         self, end: int | None, depth: int, group: int | None = None

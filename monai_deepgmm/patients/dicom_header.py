@@ -49,7 +49,7 @@ _NESTED = {
     *(_SHARED, _PER_FRAME, 0x00209113, 0x00209116, 0x00289110, 0x00289145, 0x00189118, 0x00209111),
     *(0x00189226, 0x00189114, 0x2005140F),
 }
-_WANTED = {0x00020010, *_TEXTS, *_DECIMALS, *_BINARY}
+_WANTED = {0x00020002, 0x00020010, *_TEXTS, *_DECIMALS, *_BINARY}
 
 Facts = Mapping[str, "str | tuple[float, ...]"]
 
@@ -170,7 +170,7 @@ def read(path: Path) -> Header | None:
     if data is None:
         return None
     facts = _facts(data.elements, data)
-    if _text(facts, "class") == _DIRECTORY:
+    if data.kind == _DIRECTORY:
         return None
     stored = stored_as(path, facts)
     frames = tuple(_frame(path, i, each) for i, each in enumerate(_each(path, data, facts, stored)))

@@ -77,6 +77,7 @@ def test_grid_and_values_are_those_of_dcm2niix(tmp_path, vendor):
         np.testing.assert_allclose(volume.affine, AFFINE @ flip, atol=1e-5)
         rounding = 1.01 if vendor == "philips" else 0  # its phantoms are stored as whole numbers of another scale
         np.testing.assert_allclose(volume.data, IMAGES[sequence][:, :, ::-1], atol=rounding)
+        assert (volume.data != 0).all() == (sequence == "LGE")  # where some are negative, 0 is a value like any other
         assert np.linalg.det(volume.affine[:3, :3]) > 0
         assert volume.header.get_qform() == pytest.approx(volume.header.get_sform(), abs=1e-3)
 

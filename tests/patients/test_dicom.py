@@ -12,6 +12,7 @@ import pytest
 from folders import BRAIN, INFARCT, codes, ids, touch
 from phantom_dicom import Scanner, write_patient
 from pydicom import dcmread
+from pydicom.dataset import Dataset, FileMetaDataset
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import dicom_header, dicom_layout, dicom_stacks
@@ -179,9 +180,17 @@ class TestStacks:
         scanner(tmp_path / "p1", "siemens").stack(6, "de_sax", SMALL + 1, AFFINE, FrameOfReferenceUID="2.25.9")
         assert "W_REFERENCE" in only(tmp_path).images["T2"].notes[0]
 
-    def test_a_copy_of_a_study_counts_once(self, studies, tmp_path):
+    def test_a_copy_of_a_study_counts_once_and_directories_not_at_all(self, studies, tmp_path):
         shutil.copytree(studies / "ge", tmp_path / "p1" / "a")
         shutil.copytree(studies / "ge", tmp_path / "p1" / "b")
+        disk = Dataset()
+        disk.file_meta = FileMetaDataset()
+        disk.file_meta.MediaStorageSOPClassUID, disk.file_meta.MediaStorageSOPInstanceUID = (
+            "1.2.840.10008.1.3.10",
+            "2.25.1",
+        )
+        disk.file_meta.TransferSyntaxUID, disk.FileSetID = "1.2.840.10008.1.2.1", "DISK"
+        disk.save_as(tmp_path / "DICOMDIR", enforce_file_format=True)
         assert len(only(tmp_path).images["LGE"].times) == 1
 
 
