@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from monai_deepgmm.patients import dicom_elements
-from monai_deepgmm.patients.dicom_elements import NATIVE, DamagedError, DataSet, Elements, damaged
+from monai_deepgmm.patients.dicom_elements import NATIVE, DamagedError, DataSet, damaged
+from monai_deepgmm.patients.dicom_facts import NESTED, PER_FRAME, SHARED, WANTED, Facts
 from monai_deepgmm.patients.stack import Point
 
 MR, ENHANCED = "1.2.840.10008.5.1.4.1.1.4", ("1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4")
@@ -23,35 +22,6 @@ _OTHERS = (
     ("1.2.840.10008.5.1.4.1.1.88", "no image, but a report"),
     ("1.2.840.10008.5.1.4.1.1.11", "no image, but how one is presented"),
 )
-#: Scale slope of Philips, by which stored values are divided to be comparable between slices.
-_PHILIPS_SLOPE = 0x2005100E
-_TEXTS = {
-    **{0x00080008: "type", 0x00080016: "class", 0x00080018: "uid", 0x00080060: "modality", 0x0008103E: "description"},
-    **{0x00181030: "protocol", 0x0020000D: "study", 0x0020000E: "series", 0x00200052: "frame_of_reference"},
-    **{0x00100010: "name", 0x00100020: "patient", 0x00080090: "referring", 0x00081050: "performing"},
-    **{0x00081070: "operator", 0x00280004: "photometric", 0x00080032: "acquired", 0x00089007: "frame_type"},
-    **{0x00089208: "component", 0x00209056: "stack", 0x00080005: "characters"},
-}
-_DECIMALS = {
-    **{0x00180050: "thickness", 0x00180081: "echo", 0x00180086: "echo_number", 0x00180088: "between"},
-    **{0x00181060: "trigger", 0x00200011: "number", 0x00200013: "instance", 0x00200032: "position"},
-    **{0x00200037: "orientation", 0x00200100: "temporal", 0x00280008: "frames", 0x00280030: "spacing"},
-    **{0x00281052: "intercept", 0x00281053: "slope"},
-}
-_BINARY = {
-    **{0x00280002: ("samples", "H"), 0x00280010: ("rows", "H"), 0x00280011: ("columns", "H")},
-    **{0x00280100: ("allocated", "H"), 0x00280101: ("stored", "H"), 0x00280102: ("high", "H")},
-    **{0x00280103: ("signed", "H"), 0x00189082: ("echo", "d"), 0x00209153: ("trigger", "d")},
-    **{0x00209128: ("temporal", "I"), 0x00209057: ("in_stack", "I"), _PHILIPS_SLOPE: ("philips", "f")},
-}
-_SHARED, _PER_FRAME = 0x52009229, 0x52009230
-_NESTED = {
-    *(_SHARED, _PER_FRAME, 0x00209113, 0x00209116, 0x00289110, 0x00289145, 0x00189118, 0x00209111),
-    *(0x00189226, 0x00189114, 0x2005140F),
-}
-_WANTED = {0x00020002, 0x00020010, *_TEXTS, *_DECIMALS, *_BINARY}
-
-Facts = Mapping[str, "str | tuple[float, ...]"]
 
 
 class Stored(NamedTuple):
@@ -166,31 +136,31 @@ def read(path: Path) -> Header | None:
     Raises:
         DamagedError: it is DICOM, and cannot be read.
     """
-    data = dicom_elements.read(path, _WANTED, _NESTED)
+    data = dicom_elements.read(path, WANTED, NESTED)
     if data is None:
         return None
-    facts = _facts(data.elements, data)
+    facts = Facts.of(data.elements, data)
     if data.kind == _DIRECTORY:
         return None
-    stored = stored_as(path, facts)
+    stored = stored_as(facts)
     frames = tuple(_frame(path, i, each) for i, each in enumerate(_each(path, data, facts, stored)))
     why = _no_image(facts, data)
-    description, protocol = _text(facts, "description"), _text(facts, "protocol")
+    description, protocol = facts.text("description"), facts.text("protocol")
     return Header(
         file=path,
-        patient=_text(facts, "patient"),
-        study=_text(facts, "study") or str(path.parent),
-        series=_text(facts, "series") or str(path.parent),
-        number=int(_number(facts, "number", 0)),
-        uid=_text(facts, "uid"),
+        patient=facts.text("patient"),
+        study=facts.text("study") or str(path.parent),
+        series=facts.text("series") or str(path.parent),
+        number=int(facts.number("number", 0)),
+        uid=facts.text("uid"),
         description=description,
         protocol=protocol,
-        text=_without_people(" / ".join(dict.fromkeys(t for t in (description, protocol) if t)), facts),
-        modality=_text(facts, "modality"),
+        text=facts.without_people(" / ".join(dict.fromkeys(t for t in (description, protocol) if t))),
+        modality=facts.text("modality"),
         no_image=why,
         placed=bool(frames) and all(frame.position_mm is not None for frame in frames),
-        colour=stored.samples > 1 or not (_text(facts, "photometric") or "MONOCHROME").startswith("MONOCHROME"),
-        frame_of_reference=_text(facts, "frame_of_reference"),
+        colour=stored.samples > 1 or not (facts.text("photometric") or "MONOCHROME").startswith("MONOCHROME"),
+        frame_of_reference=facts.text("frame_of_reference"),
         stored=stored,
         frames=frames,
         problem=None if why else _pixel_problem(path, data, stored),
@@ -203,35 +173,35 @@ def data_set(path: Path) -> tuple[DataSet, Stored]:
     Raises:
         DamagedError: it cannot be read any more.
     """
-    data = dicom_elements.read(path, _WANTED, _NESTED)
+    data = dicom_elements.read(path, WANTED, NESTED)
     if data is None:
         raise damaged(path, "the file is no DICOM any more")
-    return data, stored_as(path, _facts(data.elements, data))
+    return data, stored_as(Facts.of(data.elements, data))
 
 
-def stored_as(path: Path, facts: Facts) -> Stored:
+def stored_as(facts: Facts) -> Stored:
     """How the pixels are stored, as the header promises."""
-    allocated = int(_number(facts, "allocated", 16))
-    used = int(_number(facts, "stored", allocated))
+    allocated = int(facts.number("allocated", 16))
+    used = int(facts.number("stored", allocated))
     return Stored(
-        rows=int(_number(facts, "rows", 0)),
-        columns=int(_number(facts, "columns", 0)),
-        samples=int(_number(facts, "samples", 1)),
+        rows=int(facts.number("rows", 0)),
+        columns=int(facts.number("columns", 0)),
+        samples=int(facts.number("samples", 1)),
         allocated=allocated,
         used=used,
-        high=int(_number(facts, "high", used - 1)),
-        signed=_number(facts, "signed", 0) == 1,
-        frames=int(_number(facts, "frames", 1)),
+        high=int(facts.number("high", used - 1)),
+        signed=facts.number("signed", 0) == 1,
+        frames=int(facts.number("frames", 1)),
     )
 
 
 def _no_image(facts: Facts, data: DataSet) -> str:
-    kind = _text(facts, "class")
+    kind = facts.text("class")
     for uid, why in _OTHERS:
         if kind == uid or kind.startswith(f"{uid}."):
             return why
     if kind not in (MR, *ENHANCED):
-        return f"no MR image ({_text(facts, 'modality') or 'of unknown modality'})"
+        return f"no MR image ({facts.text('modality') or 'of unknown modality'})"
     return "" if data.pixels is not None else "without pixels"
 
 
@@ -260,40 +230,40 @@ def _pixel_problem(path: Path, data: DataSet, stored: Stored) -> DamagedError | 
 
 def _each(path: Path, data: DataSet, facts: Facts, stored: Stored) -> Iterable[Facts]:
     """The facts of each frame: what the file says, overridden by what is said of all frames, and of each."""
-    frames = data.elements.get(_PER_FRAME)
+    frames = data.elements.get(PER_FRAME)
     if not isinstance(frames, tuple):
         if stored.frames == 1:
             yield facts
         return
     if len(frames) != stored.frames:
         raise damaged(path, f"the header promises {stored.frames} frames, and describes {len(frames)}")
-    shared = data.elements.get(_SHARED)
-    common = dict(facts)
+    shared = data.elements.get(SHARED)
+    common = facts
     for item in shared if isinstance(shared, tuple) else ():
-        common |= _facts(item, data)
+        common = common.overridden(Facts.of(item, data))
     for item in frames:
-        yield {**common, **_facts(item, data)}
+        yield common.overridden(Facts.of(item, data))
 
 
 def _frame(path: Path, index: int, facts: Facts) -> Frame:
-    position, turned = _numbers(facts, "position", 3), _numbers(facts, "orientation", 6)
-    spacing = _numbers(facts, "spacing", 2)
+    position, turned = facts.numbers("position", 3), facts.numbers("orientation", 6)
+    spacing = facts.numbers("spacing", 2)
     placed = position is not None and turned is not None and spacing is not None and _at_right_angles(turned)
     rows, columns = spacing if spacing is not None and min(spacing) > 0 else (0.0, 0.0)
     turned = turned or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-    kinds = (*_text(facts, "type").split("\\")[2:], *_text(facts, "frame_type").split("\\")[2:])
-    trigger = _number(facts, "trigger", math.nan)
+    kinds = (*facts.text("type").split("\\")[2:], *facts.text("frame_type").split("\\")[2:])
+    trigger = facts.number("trigger", math.nan)
     slope, intercept = _scaling(path, facts)
-    order = (_number(facts, "temporal", 0), _clock(_text(facts, "acquired")), _number(facts, "instance", 0), index)
+    order = (facts.number("temporal", 0), facts.clock("acquired"), facts.number("instance", 0), index)
     return Frame(
         number=index,
         position_mm=(position[0], position[1], position[2]) if placed and position and columns else None,
         across=(turned[0], turned[1], turned[2]),
         down=(turned[3], turned[4], turned[5]),
         spacing_mm=(columns, rows),
-        thickness_mm=_number(facts, "between", 0) or _number(facts, "thickness", 0),
-        kind=tuple(dict.fromkeys((*filter(None, kinds), *filter(None, [_text(facts, "component")])))),
-        echo=_number(facts, "echo_number", 0) or round(_number(facts, "echo", 0), 1),
+        thickness_mm=facts.number("between", 0) or facts.number("thickness", 0),
+        kind=tuple(dict.fromkeys((*filter(None, kinds), *filter(None, [facts.text("component")])))),
+        echo=facts.number("echo_number", 0) or round(facts.number("echo", 0), 1),
         trigger_ms=None if math.isnan(trigger) else trigger,
         order=order,
         slope=slope,
@@ -303,11 +273,11 @@ def _frame(path: Path, index: int, facts: Facts) -> Frame:
 
 def _scaling(path: Path, facts: Facts) -> tuple[float, float]:
     """Slope and intercept; where Philips tells its own scale, that of the signal, as dcm2niix has it."""
-    if () in (facts.get("slope"), facts.get("intercept")):
+    if facts.garbled("slope") or facts.garbled("intercept"):
         found = "its rescale slope or intercept is no finite number"
         raise damaged(path, found, "Export the series again", code="E_SCALE")
-    slope, intercept = _number(facts, "slope", 1.0), _number(facts, "intercept", 0.0)
-    private = _number(facts, "philips", 0.0)
+    slope, intercept = facts.number("slope", 1.0), facts.number("intercept", 0.0)
+    private = facts.number("philips", 0.0)
     if private > 0 and slope:
         return 1 / private, intercept / (slope * private)
     return slope or 1.0, intercept
@@ -318,73 +288,3 @@ def _at_right_angles(turned: tuple[float, ...]) -> bool:
     sizes = (math.hypot(*across), math.hypot(*down))
     product = sum(a * b for a, b in zip(across, down, strict=True))
     return all(abs(size - 1) < 1e-2 for size in sizes) and abs(product) < 1e-2
-
-
-# Values --------------------------------------------------------------------------------------------------------------
-
-
-def _facts(elements: Elements, data: DataSet) -> dict[str, str | tuple[float, ...]]:
-    """The values of all levels but those of shared and single frames, by name."""
-    found: dict[str, str | tuple[float, ...]] = {}
-    for tag, value in elements.items():
-        if isinstance(value, tuple):
-            for item in value if tag not in (_SHARED, _PER_FRAME) else ():
-                # What Philips repeats for old software in a private sequence is only good for its scale.
-                inner = _facts(item, data)
-                found |= {k: v for k, v in inner.items() if tag != 0x2005140F or k == "philips"}
-        elif tag in _TEXTS:
-            found[_TEXTS[tag]] = _decoded(value)
-        elif tag in _DECIMALS:
-            found[_DECIMALS[tag]] = _decimals(value)
-        elif tag in _BINARY:
-            name, kind = _BINARY[tag]
-            size = struct.calcsize(kind)
-            many = len(value) // size
-            found[name] = tuple(struct.unpack(f"{data.order}{many}{kind}", value[: many * size]))
-    return found
-
-
-def _decoded(value: bytes) -> str:
-    """Text in UTF-8, or else Latin-1: words that are compared are ASCII, and the rest is only shown."""
-    value = value.rstrip(b" \0").lstrip(b" ")
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
-
-
-def _decimals(value: bytes) -> tuple[float, ...]:
-    try:
-        found = tuple(float(part) for part in value.decode("ascii").strip(" \0").split("\\"))
-    except (UnicodeDecodeError, ValueError):
-        return ()
-    return found if all(map(math.isfinite, found)) else ()
-
-
-def _text(facts: Facts, name: str) -> str:
-    value = facts.get(name, "")
-    return value if isinstance(value, str) else ""
-
-
-def _numbers(facts: Facts, name: str, count: int) -> tuple[float, ...] | None:
-    value = facts.get(name)
-    good = isinstance(value, tuple) and len(value) == count and all(abs(v) < 1e6 for v in value)
-    return value if good and isinstance(value, tuple) else None
-
-
-def _number(facts: Facts, name: str, default: float) -> float:
-    value = facts.get(name)
-    return value[0] if isinstance(value, tuple) and value and math.isfinite(value[0]) else default
-
-
-def _clock(text: str) -> float:
-    """Seconds since midnight of HHMMSS.FFFFFF; 0 where it is no time."""
-    found = re.match(r"(\d\d)(\d\d)(\d\d(?:\.\d+)?)", text)
-    return 3600 * int(found[1]) + 60 * int(found[2]) + float(found[3]) if found else 0.0
-
-
-def _without_people(text: str, facts: Facts) -> str:
-    """What an operator wrote, without the words by which patient and staff are called elsewhere in the header."""
-    people = " ".join(_text(facts, name) for name in ("name", "patient", "referring", "performing", "operator"))
-    known = {word for word in re.findall(r"[^\W_]+", people.casefold()) if len(word) > 2}
-    return re.sub(r"[^\W_]+", lambda found: "…" if found[0].casefold() in known else found[0], text)
