@@ -177,23 +177,30 @@ def _lines(
 ) -> tuple[Series, ...]:
     """What was made of each stack."""
     chosen = {one.name: sequence for sequence, one in used.items()}
-    asked = {number for found in forced.values() for one in found for number in one.numbers}
+    named = {one.name for sequence, one in used.items() if forced.get(sequence)}
     lines = [
         Series(one.name, sequence, "as --filter says", one.slices, one.times, one.text)
         for sequence, one in used.items()
         if forced.get(sequence)
     ]
     for one, meaning in zip(everything, meanings, strict=True):
-        if asked & set(one.numbers):
+        if one.name in named:
             continue
         sequence, why = meaning.sequence or "", meaning.why
         if sequence and sequence not in protocol.sequences:
             sequence, why = "", f"{sequence}, which protocol {protocol.name} has no use for"
         elif sequence and chosen.get(one.name) != sequence:
-            other = used.get(sequence)
-            why = f"{sequence} ({why}), but " + (
-                f"series {other.name} is used" if other else one.problem.message if one.problem else "not the only one"
-            )
-            sequence = ""
+            sequence, why = "", f"{sequence} ({why}), but {_but(sequence, one, used, forced)}"
         lines.append(Series(one.name, sequence, why, one.slices, one.times, one.text))
     return tuple(lines)
+
+
+def _but(
+    sequence: str, one: Candidate, used: Mapping[str, Candidate], forced: Mapping[str, Sequence[Candidate]]
+) -> str:
+    """Why a stack that is of a sequence does not serve as it."""
+    if sequence in used:
+        return f"series {used[sequence].name} is used"
+    if sequence in forced and not forced[sequence]:
+        return "--filter leaves it out"
+    return one.problem.message if one.problem is not None else "it is not the only one"

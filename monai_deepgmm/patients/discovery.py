@@ -205,7 +205,13 @@ def _from_layout(
         near = near._replace(meanings=_of_dataset(tree, chosen.layout.channels, protocol))
     studies = [judge(one, tree, chosen.layout, protocol, near) for one in chosen.found]
     studies += [failed(one, tree, protocol) for one in chosen.empty]
-    return Cohort(root, chosen.layout.name, tuple(studies), notes)
+    return Cohort(root, chosen.layout.name, tuple(studies), (*notes, *_about_dicom(tree)))
+
+
+def _about_dicom(tree: Tree) -> tuple[str, ...]:
+    """What is told of DICOM files beside patients of other files."""
+    names = [n for n in tree.files if n.lower().endswith((".dcm", ".ima", ".dicom")) and not layouts.in_results(n)]
+    return (f"{len(names)} DICOM files are not looked at; --layout dicom looks at nothing else",) if names else ()
 
 
 def _from_dicom(

@@ -116,6 +116,7 @@ class TestChoosing:
         assert "series 5 (3 slices) and series 6 (3 slices)" in study.problems[0].message
         assert "--filter T2=5 or --filter T2=6" in study.problems[0].remedy
         assert study.images == {}
+        assert [line.why for line in study.series if "not the only one" in line.why]
 
     @pytest.mark.parametrize(
         ("wanted", "expected"),
@@ -128,7 +129,7 @@ class TestChoosing:
         ],
     )
     def test_filter_chooses(self, twice, wanted, expected):
-        uid = scanner(twice).uid(5, "")
+        uid = scanner(twice).uid(5, "")  # as all of its words are
         study = only(twice, filters=[word.replace("uid", uid) for word in wanted])
         assert (used(study), codes(study)) == (expected, [])
 
@@ -217,6 +218,7 @@ class TestPatients:
         found = find(tmp_path, INFARCT)
         assert [codes(study) for study in found.studies] == [["E_DICOM"], []]
         assert "dcm2niix" in found.studies[0].problems[0].remedy
+        assert "DICOM files are not looked at" in found.notes[0]
         alone = find(tmp_path, INFARCT, layout="dicom")
         assert (ids(alone), codes(alone.studies[0])) == (["d1"], [])
         assert "n1/LGE.nii.gz" in alone.notes[0]
