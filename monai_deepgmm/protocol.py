@@ -319,7 +319,7 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         depth=None if depth is None else (float(depth[0]), float(depth[1])),
         criteria=None if needs is None else RegionCriteria(**_floats(needs | {"weights": _floats(needs["weights"])})),
         hyperintense=None if bright is None else Hyperintense(**_floats(bright)),
-        dicom=None if raw.get("dicom") is None else DicomCodes(**{k: tuple(v) for k, v in raw["dicom"].items()}),
+        dicom=None if raw.get("dicom") is None else DicomCodes(**{k: tuple(v) for k, v in raw["dicom"].items() if v}),
     )
 
 
