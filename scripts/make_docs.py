@@ -162,6 +162,7 @@ FORMATS = {
     "protocol": "Given to `--protocol`: what to look for. [One explained by an example](own_anatomy.md).",
     "layout": "Given to `--layout`: how files are named. `{patient}` and `{sequence}` stand for the id and a "
     "sequence's names, `*` for anything without a slash, `**/` for folders; endings (`.nii.gz` …) are left out.",
+    "dicom_layout": "Given to `--layout` for DICOM: which series is which sequence. [Explained](dicom.md).",
     "means": "Written by `deepgmm means`, given to `--means`.",
     "model": "Written by `deepgmm train` into MODEL_DIR, read by `--model`.",
 }
@@ -176,8 +177,8 @@ def formats() -> Iterator[str]:
     yield "[its command](commands.md) without the dashes.\n"
     for name, text in FORMATS.items():
         found = schema.table(name)
-        ending = "YAML" if name in ("protocol", "layout") else "JSON"
-        yield f"## {name.capitalize()} ({ending})\n\n{text}\n"
+        ending = "JSON" if name in ("means", "model") else "YAML"
+        yield f"## {name.replace('dicom_layout', 'layout of DICOM').capitalize()} ({ending})\n\n{text}\n"
         yield row("key", "needed", "what", "meaning") + "\n|---|---|---|---|"
         yield from keys(found, found, "")
         yield ""

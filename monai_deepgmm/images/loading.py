@@ -57,7 +57,7 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
         max_voxels: of sequences and mask together; more are refused before any is read.
 
     Raises:
-        StudyError: with the code and the remedy of whatever is wrong; the codes are those of ``nifti.read``, the
+        StudyError: with the code and the remedy of whatever is wrong; the codes are those of ``image_file.read``, the
             study's own problems, and ``E_IDENTICAL``, ``E_GRID``, ``E_MASK_*``, ``E_NONFINITE``, ``E_CONSTANT``.
     """
     for problem in study.problems:
