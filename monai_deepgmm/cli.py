@@ -29,6 +29,7 @@ from monai_deepgmm.errors import (
 )
 from monai_deepgmm.methods import METHODS
 from monai_deepgmm.patients import discovery, layout
+from monai_deepgmm.registration import ALIGN
 
 __all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOFTWARE", "SOME_FAILED", "USAGE", "main", "parser"]
 
@@ -221,6 +222,8 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file, counted from 0")
     spacing = "sform, pixdim, or X,Y,Z in mm: which voxel sizes count in a header that contradicts itself"
     group.add_argument("--spacing", metavar="WHICH", help=spacing)
+    align = "sequences of hearts are brought together slice by slice where that gains (auto), whole too (rigid), or not"
+    group.add_argument("--align", choices=list(ALIGN), default="auto", help=align)
     voxels = "the most voxels of a patient's sequences and mask together, on the reference's grid"
     group.add_argument("--max-voxels", type=_positive, default=1 << 29, metavar="N", help=voxels)
     group = made.add_argument_group("how to compute")

@@ -35,6 +35,7 @@ TRAIN_KEYS = (
         "mask",
         "frame",
         "max_voxels",
+        "align",
         "spacing",
         "method",
         "loss",
@@ -102,7 +103,8 @@ def mask(arguments: argparse.Namespace) -> int:
         raise UsageError("deepgmm mask finds the masks: leave --mask, --masks and --mask-labels out")
     arguments.mask = "auto"
     wanted, found = protocols.load(arguments.protocol), _find(arguments)
-    code = masking.run(found, arguments.out, wanted, frame=arguments.frame, max_voxels=arguments.max_voxels)
+    reading: dict[str, Any] = {"frame": arguments.frame, "max_voxels": arguments.max_voxels, "align": arguments.align}
+    code = masking.run(found, arguments.out, wanted, **reading)
     print(f"{len(found.studies)} patients; how surely each mask was found: {arguments.out / masking.TABLE}")
     return code
 
@@ -147,7 +149,7 @@ def means(arguments: argparse.Namespace) -> int:
     from monai_deepgmm.training import class_means
 
     protocol = protocols.load(arguments.protocol)
-    begun = Preprocessing(frame=arguments.frame, max_voxels=arguments.max_voxels)
+    begun = Preprocessing(frame=arguments.frame, max_voxels=arguments.max_voxels, align=arguments.align)
     preprocessing = settings.changed(begun, settings.parsed(arguments.set), "deepgmm means")
     found = _find(arguments)
     computed, unused = class_means.compute(found.studies, protocol, preprocessing)
@@ -297,6 +299,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         seed=arguments.seed,
         frame=arguments.frame,
         max_voxels=arguments.max_voxels,
+        align=arguments.align,
         probabilities=arguments.probabilities,
         fields=arguments.fields,
         device=_device(arguments.device),

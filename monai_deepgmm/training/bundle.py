@@ -240,6 +240,7 @@ def _training_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, An
         "seed": plan.seed,
         "trust_code": plan.trusted,
         "frame": plan.training.preprocessing.frame,
+        "align": plan.training.preprocessing.align,
         # A network that can be made without the patients, for whoever loads the bundle.
         "network_def": {
             "_target_": "monai_deepgmm.networks.registry.seeded",

@@ -1,0 +1,185 @@
+"""How well sequences are brought together again that were moved apart on purpose.
+
+    python scripts/measure_alignment.py DIR OUT
+
+Each patient of DIR, whose sequences agree, is segmented as it is, with ``--align off`` and with ``auto``; then every
+slice of every sequence but the reference is moved in its plane, by up to ``--most`` mm and another way each, and both
+are done again. Told are the named Dice against the reference labels, how far slices lie from where they were, in mm and
+in pixels of the files, and CPU seconds. The reference labels are used for Dice, and as the mask where DIR has no other.
+Each patient's figures are kept in OUT: interrupt it, and run it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import measure_sets
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import runner
+import torch
+from measure_accuracy import code_digest
+from measure_sets import hearts
+from scipy.ndimage import shift as shifted
+
+from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.images import grid, loading, nifti
+from monai_deepgmm.methods import config
+from monai_deepgmm.patients import discovery
+from monai_deepgmm.patients.study import Study
+from monai_deepgmm.registration import Align
+from monai_deepgmm.results.segment import segment
+
+Facts = dict[str, Any]
+#: The rows of the table: what is segmented, and how.
+WAYS: tuple[tuple[str, Align], ...] = (("as it is", "off"), ("as it is", "auto"), ("moved", "off"), ("moved", "auto"))
+
+
+# Moved apart ---------------------------------------------------------------------------------------------------------
+
+
+def moved(study: Study, folder: Path, most_mm: float, seed: int) -> tuple[Study, dict[str, list[list[float]]]]:
+    """Writes the sequences but the first, each slice moved; the study of them, and by how many mm (RAS)."""
+    wanted = hearts.asked().protocol
+    names = [s for s in wanted.sequences if s in study.images]
+    rng = np.random.default_rng([seed, zlib.crc32(study.patient.encode())])
+    images, planted = dict(study.images), {}
+    for name in names[1:]:
+        source = nib.load(study.images[name])
+        data = np.asanyarray(source.dataobj).astype(np.float32)
+        volume = nifti.read(study.images[name])
+        axis = grid.slice_axis(volume.spacing_mm)
+        plane = [i for i in range(3) if i != axis]
+        steps = volume.affine[:3, :3]
+        planted[name] = []
+        for one in np.moveaxis(data, axis, 0):
+            angle, radius = rng.uniform(0, 2 * np.pi), most_mm * np.sqrt(rng.uniform())
+            along = radius * np.array([np.cos(angle), np.sin(angle)])
+            one[:] = shifted(one, along / np.array(volume.spacing_mm)[plane], order=3, mode="constant")
+            planted[name].append((steps[:, plane] / np.linalg.norm(steps[:, plane], axis=0) @ along).tolist())
+        images[name] = folder / study.patient / f"{name}.nii.gz"
+        images[name].parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(data, source.affine, source.header, dtype=np.float32), images[name])
+    return dataclasses.replace(study, images=images), planted
+
+
+# One patient ---------------------------------------------------------------------------------------------------------
+
+
+def measured(study: Study, folder: Path, most_mm: float, seed: int) -> Facts:
+    """What is measured of a patient: by each way, Dice of each labelled slice; residues of each moved slice."""
+    other, planted = moved(study, folder, most_mm, seed)
+    found: Facts = {}
+    for kind, align in WAYS:
+        one = {"as it is": study, "moved": other}[kind]
+        result = segment(one, config.build(align=align))
+        run = hearts.Run(result.reference, result.labels.astype(np.int64), tuple(result.images), result.slice_axis)
+        real = hearts.known(study, result.protocol, run)
+        dice = [row["dice"] for row in hearts.by_slice(run.labels, real, run, result.protocol)]
+        found[f"{kind}, {align}"] = {"dice": dice, "moved": lies(result.sidecar["alignment"])}
+    began = time.process_time()
+    loading.load(other, hearts.asked().protocol, align="auto")
+    both = time.process_time() - began
+    began = time.process_time()
+    loading.load(other, hearts.asked().protocol, align="off")
+    in_plane = np.delete(result.reference.spacing_mm, result.slice_axis)
+    return {
+        **found,
+        "planted": planted,
+        "pixel_mm": float(in_plane.mean()),
+        "seconds": both - (time.process_time() - began),
+    }
+
+
+def lies(told: Mapping[str, Any] | None) -> dict[str, dict[str, list[float] | None]]:
+    """Sequence → slice → by how many mm it was moved, from a sidecar; None where it was not."""
+    sequences = {} if told is None else told["sequences"]
+    return {s: {z: one["moved_mm"] for z, one in facts["slices"].items()} for s, facts in sequences.items()}
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def residues(found: Iterable[Facts], sequence: str) -> dict[str, npt.NDArray[np.float64]]:
+    """How far each moved slice of a sequence ends from where it was: left alone, aligned, and in pixels of its file."""
+    left, after, pixels = [], [], []
+    for facts in found:
+        for z, moved_mm in facts["moved, auto"]["moved"].get(sequence, {}).items():
+            planted = np.array(facts["planted"][sequence][int(z)])
+            left.append(np.linalg.norm(planted))
+            after.append(np.linalg.norm(planted + np.array(moved_mm or [0.0] * 3)))
+            pixels.append(after[-1] / facts["pixel_mm"])
+    return {"planted": np.array(left), "residue": np.array(after), "pixels": np.array(pixels)}
+
+
+def tables(found: Mapping[str, Facts]) -> str:
+    """Dice, residues, and what happened to patients that agree."""
+    rows = [("complete slices", "n", *(t.name for t in hearts.asked().protocol.tissues), "mean")]
+    for kind, align in WAYS:
+        dice = [one for facts in found.values() for one in facts[f"{kind}, {align}"]["dice"]]
+        whole = [one for one in dice if len(runner.known(one.values())) == len(one)]
+        each = [runner.mean(one[t] for one in whole) for t in (whole[0] if whole else ())]
+        mean = runner.mean(runner.mean(one.values()) for one in whole)
+        rows.append((f"{kind}, `--align {align}`", str(len(whole)), *map(runner.shown, (*each, mean))))
+    lines = [("sequence", "slices", "planted, median mm", "residue, median mm", "90 %", "median pixels")]
+    for sequence in dict.fromkeys(s for facts in found.values() for s in facts["planted"]):
+        one = residues(found.values(), sequence)
+        numbers = (np.median(one["planted"]), np.median(one["residue"]), np.quantile(one["residue"], 0.9))
+        lines.append((sequence, str(len(one["residue"])), *(f"{v:.2f}" for v in (*numbers, np.median(one["pixels"])))))
+    touched = [p for p, f in found.items() if any(m for s in f["as it is, auto"]["moved"].values() for m in s.values())]
+    seconds = [facts["seconds"] for facts in found.values()]
+    last = f"{len(touched)} of {len(found)} patients as they are had a slice moved. "
+    last += f"Alignment: {np.mean(seconds):.2f} CPU s a patient, at most {max(seconds):.2f}."
+    return f"{runner.table(rows)}\n\n{runner.table(lines)}\n\n{last}"
+
+
+# The run -------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses, measures and returns the exit code."""
+    top = runner.parser(__doc__)
+    top.add_argument("DIR", type=Path, help="patients whose sequences agree, with reference labels")
+    top.add_argument("OUT", type=Path, help="for what was measured, and the moved images")
+    top.add_argument("--most", type=float, default=8.0, metavar="MM", help="how far slices are moved at most")
+    top.add_argument("--seed", type=int, default=0, help="of how they are moved")
+    top.add_argument("--patients", nargs="+", default=(), metavar="ID", help="only these")
+    options = top.parse_args(argv)
+    return runner.ended("measure_alignment", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures all patients and prints the tables; 1 if one was left out."""
+    torch.set_num_threads(1)
+    studies = discovery.find(options.DIR, hearts.asked().protocol, patients=options.patients).studies
+    code, found = code_digest(), {}
+    for study in studies:
+        asked = {"code": code, "files": runner.stamps(measure_sets.files(study))}
+        asked |= {"most": options.most, "seed": options.seed}
+        path = options.OUT / "patients" / f"{study.patient}.json"
+
+        def make(study: Study = study) -> Facts:
+            return measured(study, options.OUT / "moved", options.most, options.seed)
+
+        try:
+            found[study.patient] = runner.kept(path, asked, make)
+        except StudyError as error:
+            print(f"left out: {study.patient}: {error.code}: {error}", file=sys.stderr)
+    if not found:
+        raise UsageError("DIR: no patient could be measured")
+    page = f"{tables(found)}\n\n{runner.machine_line(runner.machine())}\n"
+    runner.write(options.OUT / "alignment.md", page)
+    print(page)
+    return int(len(found) < len(studies))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
