@@ -222,7 +222,9 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file, counted from 0")
     spacing = "sform, pixdim, or X,Y,Z in mm: which voxel sizes count in a header that contradicts itself"
     group.add_argument("--spacing", metavar="WHICH", help=spacing)
-    align = "sequences of hearts are brought together slice by slice where that gains (auto), whole too (rigid), or not"
+    align = (
+        "move slices of hearts to the reference where that gains (auto), also whole brains (rigid), or nothing (off)"
+    )
     group.add_argument("--align", choices=list(ALIGN), default="auto", help=align)
     voxels = "the most voxels of a patient's sequences and mask together, on the reference's grid"
     group.add_argument("--max-voxels", type=_positive, default=1 << 29, metavar="N", help=voxels)

@@ -6,6 +6,7 @@ Each patient of DIR, whose sequences agree, is segmented as it is, with ``--alig
 slice of every sequence but the reference is moved in its plane, by up to ``--most`` mm and another way each, and both
 are done again. Told are the named Dice against the reference labels, how far slices lie from where they were, in mm and
 in pixels of the files, and CPU seconds. The reference labels are used for Dice, and as the mask where DIR has no other.
+Results that alignment does not change are not computed twice.
 Each patient's figures are kept in OUT: interrupt it, and run it again.
 """
 
@@ -76,33 +77,30 @@ def moved(study: Study, folder: Path, most_mm: float, seed: int) -> tuple[Study,
 
 def measured(study: Study, folder: Path, most_mm: float, seed: int) -> Facts:
     """What is measured of a patient: by each way, Dice of each labelled slice; residues of each moved slice."""
+    wanted = hearts.asked().protocol
     other, planted = moved(study, folder, most_mm, seed)
-    found: Facts = {}
-    for kind, align in WAYS:
-        one = {"as it is": study, "moved": other}[kind]
-        result = segment(one, config.build(align=align))
-        run = hearts.Run(result.reference, result.labels.astype(np.int64), tuple(result.images), result.slice_axis)
-        real = hearts.known(study, result.protocol, run)
-        dice = [row["dice"] for row in hearts.by_slice(run.labels, real, run, result.protocol)]
-        found[f"{kind}, {align}"] = {"dice": dice, "moved": lies(result.sidecar["alignment"])}
-    began = time.process_time()
-    loading.load(other, hearts.asked().protocol, align="auto")
-    both = time.process_time() - began
-    began = time.process_time()
-    loading.load(other, hearts.asked().protocol, align="off")
-    in_plane = np.delete(result.reference.spacing_mm, result.slice_axis)
-    return {
-        **found,
-        "planted": planted,
-        "pixel_mm": float(in_plane.mean()),
-        "seconds": both - (time.process_time() - began),
-    }
+    found: Facts = {"planted": planted, "seconds": 0.0}
+    for kind, one in (("as it is", study), ("moved", other)):
+        began = time.process_time()
+        loading.load(one, wanted, align="off")
+        middle = time.process_time()
+        scan = loading.load(one, wanted, align="auto")
+        found["seconds"] = max(found["seconds"], time.process_time() - middle - (middle - began))
+        slices = {s: facts["slices"] for s, facts in (scan.alignment or {"sequences": {}})["sequences"].items()}
+        found[kind] = {s: {z: facts["moved_mm"] for z, facts in each.items()} for s, each in slices.items()}
+        found[f"{kind}, off"] = dice(one, study, "off")
+        same = not any(mm for each in found[kind].values() for mm in each.values())  # then labels are, bit by bit
+        found[f"{kind}, auto"] = found[f"{kind}, off"] if same else dice(one, study, "auto")
+    spacing = scan.reference.spacing_mm
+    return {**found, "pixel_mm": float(np.delete(spacing, grid.slice_axis(spacing)).mean())}
 
 
-def lies(told: Mapping[str, Any] | None) -> dict[str, dict[str, list[float] | None]]:
-    """Sequence → slice → by how many mm it was moved, from a sidecar; None where it was not."""
-    sequences = {} if told is None else told["sequences"]
-    return {s: {z: one["moved_mm"] for z, one in facts["slices"].items()} for s, facts in sequences.items()}
+def dice(one: Study, real: Study, align: Align) -> list[Facts]:
+    """Dice of each labelled slice, by the default method without intervals, which would change no label."""
+    result = segment(one, config.build(align=align, settings={"perturbations": 0}))
+    run = hearts.Run(result.reference, result.labels.astype(np.int64), tuple(result.images), result.slice_axis)
+    rows = hearts.by_slice(run.labels, hearts.known(real, result.protocol, run), run, result.protocol)
+    return [row["dice"] for row in rows]
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -112,7 +110,7 @@ def residues(found: Iterable[Facts], sequence: str) -> dict[str, npt.NDArray[np.
     """How far each moved slice of a sequence ends from where it was: left alone, aligned, and in pixels of its file."""
     left, after, pixels = [], [], []
     for facts in found:
-        for z, moved_mm in facts["moved, auto"]["moved"].get(sequence, {}).items():
+        for z, moved_mm in facts["moved"].get(sequence, {}).items():
             planted = np.array(facts["planted"][sequence][int(z)])
             left.append(np.linalg.norm(planted))
             after.append(np.linalg.norm(planted + np.array(moved_mm or [0.0] * 3)))
@@ -124,8 +122,8 @@ def tables(found: Mapping[str, Facts]) -> str:
     """Dice, residues, and what happened to patients that agree."""
     rows = [("complete slices", "n", *(t.name for t in hearts.asked().protocol.tissues), "mean")]
     for kind, align in WAYS:
-        dice = [one for facts in found.values() for one in facts[f"{kind}, {align}"]["dice"]]
-        whole = [one for one in dice if len(runner.known(one.values())) == len(one)]
+        slices = [one for facts in found.values() for one in facts[f"{kind}, {align}"]]
+        whole = [one for one in slices if len(runner.known(one.values())) == len(one)]
         each = [runner.mean(one[t] for one in whole) for t in (whole[0] if whole else ())]
         mean = runner.mean(runner.mean(one.values()) for one in whole)
         rows.append((f"{kind}, `--align {align}`", str(len(whole)), *map(runner.shown, (*each, mean))))
@@ -134,7 +132,7 @@ def tables(found: Mapping[str, Facts]) -> str:
         one = residues(found.values(), sequence)
         numbers = (np.median(one["planted"]), np.median(one["residue"]), np.quantile(one["residue"], 0.9))
         lines.append((sequence, str(len(one["residue"])), *(f"{v:.2f}" for v in (*numbers, np.median(one["pixels"])))))
-    touched = [p for p, f in found.items() if any(m for s in f["as it is, auto"]["moved"].values() for m in s.values())]
+    touched = [p for p, f in found.items() if any(m for s in f["as it is"].values() for m in s.values())]
     seconds = [facts["seconds"] for facts in found.values()]
     last = f"{len(touched)} of {len(found)} patients as they are had a slice moved. "
     last += f"Alignment: {np.mean(seconds):.2f} CPU s a patient, at most {max(seconds):.2f}."

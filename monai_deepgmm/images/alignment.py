@@ -19,7 +19,8 @@ from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.registration import Align, in_plane, whole_stack
 from monai_deepgmm.registration.in_plane import Shift
-from monai_deepgmm.registration.whole_stack import Movement
+
+Mask = NDArray[np.bool_]
 
 
 class Aligned(NamedTuple):
@@ -36,12 +37,14 @@ class Aligned(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+class _Moved(NamedTuple):
+    placed: Placed
+    facts: dict[str, Any]
+    how: str  # in words; empty where it was not moved
+
+
 def bring_together(
-    sources: Mapping[str, Volume],
-    placed: Mapping[str, Placed],
-    mask: NDArray[np.bool_],
-    protocol: Protocol,
-    align: Align,
+    sources: Mapping[str, Volume], placed: Mapping[str, Placed], mask: Mask, protocol: Protocol, align: Align
 ) -> Aligned:
     """Each sequence moved to where the reference is, if that gains by a margin.
 
@@ -50,114 +53,84 @@ def bring_together(
         placed: the same on its grid.
         mask: (X, Y, Z), as it lies in the reference.
         protocol: whether slices are images of their own.
-        align: what is looked for.
+        align: what is looked for: slices of hearts that lie beside the reference in their plane (auto), also whole
+            volumes (rigid), or nothing (off).
     """
     by_slice = protocol.unit == "slice"
     if align == "off" or len(sources) < 2 or not (by_slice or align == "rigid"):
         return Aligned(dict(placed))
     (first, reference), *others = sources.items()
+    fixed, move = _finite(placed[first]), _slices if by_slice else _whole
     out, facts, notes = {first: placed[first]}, {}, []
-    fixed = _finite(placed[first])
     for sequence, source in others:
-        mover = _Mover(_in_place(source, placed[sequence], reference), reference)
-        before, whole = placed[sequence], None
-        if align == "rigid":
-            whole = whole_stack.movement(fixed, _finite(before), mask, reference.spacing_mm)
-            before = mover.whole(before, whole) if whole is not None and whole.kept else before
-        found = in_plane_shifts(fixed, _finite(before), mask, reference) if by_slice else {}
-        chosen = in_plane.kept(found)
-        out[sequence] = mover.slices(before, chosen)
-        facts[sequence] = mover.facts(whole, found, chosen)
-        notes += _note(sequence, first, whole, chosen)
+        there = dataclasses.replace(source, affine=reference.affine) if placed[sequence].taken else source
+        moved = move(fixed, placed[sequence], there, mask, reference)
+        out[sequence], facts[sequence] = moved.placed, {"moved": bool(moved.how), **moved.facts}
+        notes += [f"W_ALIGNED: {sequence} was moved to {first} {moved.how}; check it on the page"] if moved.how else []
     return Aligned(out, {"rule": align, "reference": first, "sequences": facts}, tuple(notes))
 
 
 def in_plane_shifts(
-    fixed: NDArray[Any], moving: NDArray[Any], mask: NDArray[np.bool_], reference: Volume
+    fixed: NDArray[Any], moving: NDArray[Any], mask: Mask, spacing_mm: tuple[float, float, float]
 ) -> dict[int, Shift]:
     """Slice → how a sequence lies beside the reference in its plane; all arrays (X, Y, Z) on the reference's grid."""
-    axis = grid.slice_axis(reference.spacing_mm)
+    axis = grid.slice_axis(spacing_mm)
     planes = (np.moveaxis(fixed, axis, 2), np.moveaxis(moving, axis, 2), np.moveaxis(mask, axis, 2))
-    return in_plane.shifts(*planes, np.delete(reference.spacing_mm, axis).tolist())
+    return in_plane.shifts(*planes, np.delete(spacing_mm, axis).tolist())
 
 
-class _Mover:
-    """Looks one sequence up on the reference's grid, moved."""
-
-    def __init__(self, source: Volume, reference: Volume) -> None:
-        self.source, self.reference = source, reference
-        self.axis = grid.slice_axis(reference.spacing_mm)
-        self.plane = [i for i in range(3) if i != self.axis]
-        # From mm along the grid's axes to the patient's space, and there the movement of the whole sequence.
-        self.frame = reference.affine @ np.diag([*(1 / np.array(reference.spacing_mm)), 1.0])
-        self.stack = np.eye(4)
-
-    def whole(self, before: Placed, found: Movement) -> Placed:
-        """The sequence after a movement of all of it."""
-        self.stack = self.frame @ found.matrix @ np.linalg.inv(self.frame)
-        grid_there = dataclasses.replace(self.reference, affine=self.stack @ self.reference.affine)
-        return self._looked_up(grid_there, before)
-
-    def slices(self, before: Placed, chosen: Mapping[int, Shift]) -> Placed:
-        """The sequence after movements of single slices, each looked up in the source; the others stay."""
-        if not chosen:
-            return before
-        data, inside = before.data.copy(), before.inside.copy()
-        for z, shift in chosen.items():
-            index = [slice(None)] * 3
-            index[self.axis] = slice(z, z + 1)
-            here = tuple(index)
-            first = self.reference.affine.copy()
-            first[:3, 3] += z * first[:3, self.axis] + self._mm(shift)
-            one = dataclasses.replace(self.reference, data=before.data[here], affine=self.stack @ first)
-            moved = self._looked_up(one, before)
-            data[here], inside[here] = moved.data, moved.inside
-        return before._replace(data=data, inside=inside)
-
-    def facts(self, whole: Movement | None, found: Mapping[int, Shift], chosen: Mapping[int, Shift]) -> dict[str, Any]:
-        """What the sidecar says: of each slice by how many mm it was moved (RAS), and how well edges agreed."""
-        told: dict[str, Any] = {"moved": bool(chosen) or bool(whole and whole.kept)}
-        if whole is not None:
-            told["stack"] = {
-                "matrix": np.round(self.stack, 6).tolist() if whole.kept else None,
-                "before": round(whole.before, 4),
-                "after": round(whole.after, 4),
-            }
-        told["slices"] = {
-            str(z): {
-                "moved_mm": (-np.round(self._mm(shift), 3) + 0.0).tolist() if z in chosen else None,
-                "before": round(shift.before, 4),
-                "after": round(shift.after, 4),
-            }
-            for z, shift in found.items()
+def _slices(fixed: NDArray[Any], before: Placed, source: Volume, mask: Mask, reference: Volume) -> _Moved:
+    """The sequence with each slice that gains moved in its plane; the others stay as they are."""
+    found = in_plane_shifts(fixed, _finite(before), mask, reference.spacing_mm)
+    chosen = in_plane.kept(found)
+    axis = grid.slice_axis(reference.spacing_mm)
+    plane = reference.affine[:3, :3] / reference.spacing_mm
+    away = {z: np.delete(plane, axis, 1) @ np.array(shift.mm) for z, shift in chosen.items()}  # mm, RAS
+    data, inside = before.data.copy(), before.inside.copy()
+    for z, mm in away.items():
+        here = tuple(slice(z, z + 1) if i == axis else slice(None) for i in range(3))
+        affine = reference.affine.copy()
+        affine[:3, 3] += z * affine[:3, axis] + mm
+        one = _looked_up(source, dataclasses.replace(reference, data=before.data[here], affine=affine))
+        data[here], inside[here] = one.data, one.inside
+    told = {
+        str(z): {
+            "moved_mm": (0.0 - np.round(away[z], 3)).tolist() if z in away else None,
+            "before": round(shift.before, 4),
+            "after": round(shift.after, 4),
         }
-        return told
-
-    def _mm(self, shift: Shift) -> NDArray[np.float64]:
-        """A shift as a vector in the patient's space, mm."""
-        found: NDArray[np.float64] = self.frame[:3, self.plane] @ np.array(shift.mm)
-        return found
-
-    def _looked_up(self, there: Volume, before: Placed) -> Placed:
-        return before._replace(
-            data=volumes.resample(self.source, there), inside=grid.centres_inside(there, self.source)
-        )
+        for z, shift in found.items()
+    }
+    if not chosen:
+        return _Moved(before, {"slices": told}, "")
+    far = max(float(np.linalg.norm(mm)) for mm in away.values())
+    how = f"by up to {far:.1f} mm in slice {', '.join(map(str, chosen))}"
+    return _Moved(before._replace(data=data, inside=inside), {"slices": told}, how)
 
 
-def _in_place(source: Volume, placed: Placed, reference: Volume) -> Volume:
-    """A sequence as it was read, where it was taken to lie."""
-    return dataclasses.replace(source, affine=reference.affine) if placed.taken else source
+def _whole(fixed: NDArray[Any], before: Placed, source: Volume, mask: Mask, reference: Volume) -> _Moved:
+    """The whole sequence after one rigid movement, if that gains."""
+    found = whole_stack.movement(fixed, _finite(before), mask, reference.spacing_mm)
+    if found is None:
+        return _Moved(before, {"stack": None}, "")
+    # From mm along the grid's axes to the patient's space, and there the movement.
+    frame = reference.affine @ np.diag([*(1 / np.array(reference.spacing_mm)), 1.0])
+    matrix = frame @ found.matrix @ np.linalg.inv(frame)
+    told = {"before": round(found.before, 4), "after": round(found.after, 4)}
+    if not found.kept:
+        return _Moved(before, {"stack": {"matrix": None, **told}}, "")
+    one = _looked_up(source, dataclasses.replace(reference, affine=matrix @ reference.affine))
+    middle = np.array([*(reference.affine @ [*np.argwhere(mask).mean(0), 1.0])[:3], 1.0])
+    far = float(np.linalg.norm((matrix @ middle - middle)[:3]))
+    facts = {"stack": {"matrix": np.round(matrix, 6).tolist(), **told}}
+    return _Moved(before._replace(data=one.data, inside=one.inside), facts, f"as a whole, by {far:.1f} mm in the mask")
+
+
+def _looked_up(source: Volume, there: Volume) -> Placed:
+    """A sequence where another grid lies: what is moved and what is resampled is done at once."""
+    return Placed(volumes.resample(source, there), grid.centres_inside(there, source))
 
 
 def _finite(placed: Placed) -> NDArray[np.floating[Any]]:
     found: NDArray[np.floating[Any]] = np.nan_to_num(placed.data, posinf=0, neginf=0)
     return found
-
-
-def _note(sequence: str, first: str, whole: Movement | None, chosen: Mapping[int, Shift]) -> list[str]:
-    """A warning that says what was moved."""
-    parts = ["as a whole"] if whole is not None and whole.kept else []
-    if chosen:
-        far = max(float(np.hypot(*shift.mm)) for shift in chosen.values())
-        parts.append(f"by up to {far:.1f} mm in slice {', '.join(map(str, chosen))}")
-    return [f"W_ALIGNED: {sequence} was moved to {first} {' and '.join(parts)}; check it on the page"] if parts else []

@@ -22,8 +22,8 @@ class Preprocessing:
         n4: whether SimpleITK's N4 takes the shading off before anything else; then no field is fitted.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: larger images are refused.
-        align: how sequences are brought together: auto (slices of hearts, where that gains), off, or rigid (whole
-            sequences first).
+        align: what lies beside the reference: slices of hearts, moved where that gains (auto), also whole volumes of
+            brains (rigid), or nothing (off).
     """
 
     n4: bool = False

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-#: What is looked for (``--align``): shifts of hearts' slices; nothing; movements of whole sequences first.
+#: What is looked for (``--align``): slices of hearts that lie beside the reference; nothing; also whole volumes.
 Align = Literal["auto", "off", "rigid"]
 ALIGN: tuple[Align, ...] = ("auto", "off", "rigid")

@@ -32,19 +32,15 @@ class Movement(NamedTuple):
     Attributes:
         matrix: 4 × 4, from a place in the reference to the same place in the sequence; places are in mm along the
             axes of the reference's grid, from its first voxel.
-        before: mutual information without it.
+        before: how well images agree without it.
         after: with it.
+        kept: whether it brings enough.
     """
 
     matrix: Array
     before: float
     after: float
-
-    @property
-    def kept(self) -> bool:
-        """Whether it brings enough, and is one that can be."""
-        turn = np.degrees(np.arccos(np.clip((np.trace(self.matrix[:3, :3]) - 1) / 2, -1, 1)))
-        return self.after > (1 + GAIN) * self.before and turn <= MOST_DEGREES
+    kept: bool
 
 
 def movement(fixed: Array, moving: Array, mask: Bools, spacing_mm: Sequence[float]) -> Movement | None:
@@ -74,7 +70,9 @@ def movement(fixed: Array, moving: Array, mask: Bools, spacing_mm: Sequence[floa
     centre = middle + np.array([b.start for b in box]) * step
     shift = np.array(transform.GetTranslation())
     matrix[:3, 3] = centre + shift - matrix[:3, :3] @ centre
-    return None if np.linalg.norm(shift) > MOST_MM else Movement(matrix, before, after)
+    turn = np.degrees(np.arccos(np.clip((np.trace(matrix[:3, :3]) - 1) / 2, -1, 1)))
+    possible = np.linalg.norm(shift) <= MOST_MM and turn <= MOST_DEGREES
+    return Movement(matrix, before, after, bool(possible and after > (1 + GAIN) * before))
 
 
 def _image(values: Array, step: Array) -> Any:
@@ -85,32 +83,35 @@ def _image(values: Array, step: Array) -> Any:
 
 def _search(fixed: Any, moving: Any, middle: Array, step: Array) -> tuple[Any, float, float] | None:
     """The best rigid transform around a point, and mutual information before and after."""
-    transform = SimpleITK.Euler3DTransform()
-    transform.SetCenter(middle.tolist())
-    method = SimpleITK.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)
-    method.SetMetricAsMattesMutualInformation(BINS)
-    method.SetInterpolator(SimpleITK.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, LEAST_STEP_MM, STEPS, gradientMagnitudeTolerance=1e-8)
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.SetInitialTransform(transform, inPlace=True)
-    method.SetShrinkFactorsPerLevel([1])
-    method.SetSmoothingSigmasPerLevel([0])
+    start = SimpleITK.Euler3DTransform()
+    start.SetCenter(middle.tolist())
+    best = SimpleITK.Euler3DTransform(start)
     try:
         for level in LEVELS_MM:
-            shrink = [max(1, round(level / s)) for s in step]
-            pair = [
-                SimpleITK.Shrink(SimpleITK.SmoothingRecursiveGaussian(i, [max(level / 2, s / 4) for s in step]), shrink)
-                if min(i.GetSize()) >= 4
-                else SimpleITK.Shrink(i, shrink)
-                for i in (fixed, moving)
-            ]
-            method.Execute(*pair)
-        after = -method.MetricEvaluate(*pair)
-        moved = transform.GetParameters()
-        transform.SetParameters([0.0] * 6)
-        before = -method.MetricEvaluate(*pair)
-        transform.SetParameters(moved)
+            pair = [_coarser(image, level, step) for image in (fixed, moving)]
+            found = _method(best).Execute(*pair)
+            best = SimpleITK.Euler3DTransform(start)
+            best.SetParameters(found.GetParameters())
+        before, after = (-_method(each).MetricEvaluate(*pair) for each in (start, best))
     except RuntimeError:  # of ITK: too few voxels, no contrast, or nothing left of the overlap
         return None
-    return transform, before, after
+    return best, before, after
+
+
+def _method(start: Any) -> Any:
+    """What searches, from a transform."""
+    made = SimpleITK.ImageRegistrationMethod()
+    made.SetNumberOfThreads(1)
+    made.SetMetricAsMattesMutualInformation(BINS)
+    made.SetInterpolator(SimpleITK.sitkLinear)
+    made.SetOptimizerAsRegularStepGradientDescent(1.0, LEAST_STEP_MM, STEPS, gradientMagnitudeTolerance=1e-8)
+    made.SetOptimizerScalesFromPhysicalShift()
+    made.SetInitialTransform(start, inPlace=False)
+    return made
+
+
+def _coarser(image: Any, level_mm: float, step: Array) -> Any:
+    """The image on a coarser grid, smoothed before along the axes that are thinned."""
+    thinned = [max(1, round(level_mm / s)) for s in step]
+    smooth = [level_mm / 2 if n > 1 else 0.0 for n in thinned]
+    return SimpleITK.Shrink(SimpleITK.DiscreteGaussian(image, [s * s for s in smooth], useImageSpacing=True), thinned)
