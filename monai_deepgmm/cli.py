@@ -212,6 +212,9 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     rule = "a file; auto: find it in the images; nonzero: voxels that are not 0; else a file, or found if none is there"
     group.add_argument("--mask", choices=list(discovery.MASK_RULES), help=rule)
     group.add_argument("--masks", type=Path, metavar="DIR", help="masks of deepgmm mask, corrected or as they are")
+    bundle = "a MONAI bundle that finds the masks; --mask-labels says which of its labels"
+    group.add_argument("--mask-from", type=Path, metavar="BUNDLE_DIR", help=bundle)
+    group.add_argument("--mask-sequence", metavar="SEQUENCE", help="which sequence that bundle looks at")
     group.add_argument("--mask-labels", type=float, nargs="+", default=(), metavar="VALUE", help="mask values to keep")
     group.add_argument(
         "--truth-labels", nargs="+", default=(), metavar="TISSUE=VALUE", help="what reference labels mean: blood=500 …"
@@ -278,6 +281,7 @@ def _add_trust(group: Any) -> None:
 def _add_mask(parsers: Any) -> None:
     made = _command(parsers, commands.mask, "find the organ in every patient of DIR and write its mask into OUT")
     _add_cohort(made)
+    _add_trust(made)
     made.add_argument("out", metavar="OUT", type=Path, help="the folder for the masks")
 
 

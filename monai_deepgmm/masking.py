@@ -60,12 +60,13 @@ def run(
         UsageError: the folder is refused, or the protocol's mask cannot be found.
         StudyError: ``E_DISK`` or ``E_WRITE``, the table could not be written.
     """
-    if protocol.mask_finder is None:
+    if protocol.mask_finder is None and not all(study.mask_rule == "model" for study in cohort.studies):
         raise UsageError(f"--protocol {protocol.name}: the {protocol.mask} cannot be found; draw it")
     outputs.check(out, cohort)
     rows = []
     for study in cohort.studies:
-        asked = dataclasses.replace(study, mask=None, mask_labels=(), mask_rule="auto")
+        rule = "auto" if study.mask_model is None else "model"
+        asked = dataclasses.replace(study, mask=None, mask_labels=(), mask_rule=rule)
         row = _one(asked, out, protocol, {"frame": frame, "max_voxels": max_voxels, "align": align})
         rows.append(row)
         logger.info("%s: %s %s", row["patient"], row["status"], row["message"] or row["confidence"])

@@ -14,8 +14,8 @@ from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import background, grid, mask_examination, nifti
 from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.volume import Volume
-from monai_deepgmm.localisation import ventricle
-from monai_deepgmm.patients.study import Study
+from monai_deepgmm.localisation import network_mask, ventricle
+from monai_deepgmm.patients.study import MaskModel, Study
 from monai_deepgmm.protocol import Protocol
 
 #: How the mask is found, by the protocol's ``mask_finder``; and the least confidence that is taken.
@@ -68,6 +68,8 @@ def read(
         mask, facts, name, notes = found.mask, {"rule": found.rule}, reference.name, list(found.warnings)
     elif study.mask_rule == "auto":
         mask, facts, notes, name = _found(protocol, sequences, reference, image)
+    elif study.mask_model is not None:
+        mask, facts, notes, name = _by_model(study.mask_model, protocol, sequences, reference, image)
     else:
         mask, facts, notes, name = _from_file(study, protocol, volumes, frame=frame, max_voxels=max_voxels)
     if not mask.any():
@@ -97,6 +99,26 @@ def _found(
     note = f"W_MASK_AUTO: the {protocol.mask} was found from the images, with confidence {sure}; look at its outline"
     facts = {"rule": "found from the images", "confidence": round(found.confidence, 4)}
     return found.mask, facts, [note], "found from the images"
+
+
+def _by_model(
+    model: MaskModel,
+    protocol: Protocol,
+    sequences: tuple[str, ...],
+    reference: Volume,
+    image: NDArray[np.floating[Any]],
+) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
+    if model.sequence not in sequences:
+        message = f"the bundle {model.folder.name} finds the mask on {model.sequence}, which this patient lacks"
+        raise StudyError("E_MODEL", message, "Give a mask file, or another --mask-sequence")
+    chosen = image[sequences.index(model.sequence)]
+    found = network_mask.find(model, chosen, reference.affine, grid.slice_axis(reference.spacing_mm))
+    note = (
+        f"W_MASK_AUTO: the {protocol.mask} was found by the bundle {model.folder.name} on {model.sequence}, with "
+        f"probability {found.confidence:.2f}; look at its outline"
+    )
+    facts = {"rule": "found by a bundle", "confidence": round(found.confidence, 4), **model.as_json()}
+    return found.mask, facts, [note], f"that the bundle {model.folder.name} found"
 
 
 def _from_file(
