@@ -86,10 +86,10 @@ def measured(study: Study, folder: Path, most_mm: float, seed: int) -> Facts:
         middle = time.process_time()
         scan = loading.load(one, wanted, align="auto")
         found["seconds"] = max(found["seconds"], time.process_time() - middle - (middle - began))
-        slices = {s: facts["slices"] for s, facts in (scan.alignment or {"sequences": {}})["sequences"].items()}
-        found[kind] = {s: {z: facts["moved_mm"] for z, facts in each.items()} for s, each in slices.items()}
+        told = {} if scan.alignment is None else scan.alignment["sequences"]
+        found[kind] = {s: facts["slices"] for s, facts in told.items()}
         found[f"{kind}, off"] = dice(one, study, "off")
-        same = not any(mm for each in found[kind].values() for mm in each.values())  # then labels are, bit by bit
+        same = not any(facts["moved"] for facts in told.values())  # then labels are, bit by bit
         found[f"{kind}, auto"] = found[f"{kind}, off"] if same else dice(one, study, "auto")
     spacing = scan.reference.spacing_mm
     return {**found, "pixel_mm": float(np.delete(spacing, grid.slice_axis(spacing)).mean())}
@@ -107,15 +107,21 @@ def dice(one: Study, real: Study, align: Align) -> list[Facts]:
 
 
 def residues(found: Iterable[Facts], sequence: str) -> dict[str, npt.NDArray[np.float64]]:
-    """How far each moved slice of a sequence ends from where it was: left alone, aligned, and in pixels of its file."""
-    left, after, pixels = [], [], []
+    """How far from where it was each moved slice of a sequence is, by way of counting.
+
+    planted: before it is aligned; residue: after that; own: after that, from where the slice that nobody has moved
+    would have come to, since sequences of patients agree no better than they do.
+    """
+    ways: dict[str, list[float]] = {"planted": [], "residue": [], "pixels": [], "own": []}
     for facts in found:
-        for z, moved_mm in facts["moved"].get(sequence, {}).items():
-            planted = np.array(facts["planted"][sequence][int(z)])
-            left.append(np.linalg.norm(planted))
-            after.append(np.linalg.norm(planted + np.array(moved_mm or [0.0] * 3)))
-            pixels.append(after[-1] / facts["pixel_mm"])
-    return {"planted": np.array(left), "residue": np.array(after), "pixels": np.array(pixels)}
+        for z, told in facts["moved"].get(sequence, {}).items():
+            planted, back = np.array(facts["planted"][sequence][int(z)]), np.array(told["back_mm"])
+            after = np.linalg.norm(planted + back * told["moved"])
+            unmoved = facts["as it is"].get(sequence, {}).get(z, {"back_mm": [0.0] * 3})["back_mm"]
+            own = np.linalg.norm(planted + back - unmoved)
+            for way, mm in zip(ways, (np.linalg.norm(planted), after, after / facts["pixel_mm"], own), strict=True):
+                ways[way].append(float(mm))
+    return {way: np.array(values) for way, values in ways.items()}
 
 
 def tables(found: Mapping[str, Facts]) -> str:
@@ -127,12 +133,13 @@ def tables(found: Mapping[str, Facts]) -> str:
         each = [runner.mean(one[t] for one in whole) for t in (whole[0] if whole else ())]
         mean = runner.mean(runner.mean(one.values()) for one in whole)
         rows.append((f"{kind}, `--align {align}`", str(len(whole)), *map(runner.shown, (*each, mean))))
-    lines = [("sequence", "slices", "planted, median mm", "residue, median mm", "90 %", "median pixels")]
+    lines = [("mm, median", "slices", "planted", "residue", "90 %", "in pixels", "from its own place")]
     for sequence in dict.fromkeys(s for facts in found.values() for s in facts["planted"]):
         one = residues(found.values(), sequence)
-        numbers = (np.median(one["planted"]), np.median(one["residue"]), np.quantile(one["residue"], 0.9))
-        lines.append((sequence, str(len(one["residue"])), *(f"{v:.2f}" for v in (*numbers, np.median(one["pixels"])))))
-    touched = [p for p, f in found.items() if any(m for s in f["as it is"].values() for m in s.values())]
+        planted, residue, pixels, own = (float(np.median(values)) for values in one.values())
+        numbers = (planted, residue, float(np.quantile(one["residue"], 0.9)), pixels, own)
+        lines.append((sequence, str(len(one["residue"])), *(f"{v:.2f}" for v in numbers)))
+    touched = [p for p, f in found.items() if any(z["moved"] for s in f["as it is"].values() for z in s.values())]
     seconds = [facts["seconds"] for facts in found.values()]
     last = f"{len(touched)} of {len(found)} patients as they are had a slice moved. "
     last += f"Alignment: {np.mean(seconds):.2f} CPU s a patient, at most {max(seconds):.2f}."

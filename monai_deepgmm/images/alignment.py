@@ -85,17 +85,18 @@ def _slices(fixed: NDArray[Any], before: Placed, source: Volume, mask: Mask, ref
     chosen = in_plane.kept(found)
     axis = grid.slice_axis(reference.spacing_mm)
     plane = reference.affine[:3, :3] / reference.spacing_mm
-    away = {z: np.delete(plane, axis, 1) @ np.array(shift.mm) for z, shift in chosen.items()}  # mm, RAS
+    away = {z: np.delete(plane, axis, 1) @ np.array(shift.mm) for z, shift in found.items()}  # mm, RAS
     data, inside = before.data.copy(), before.inside.copy()
-    for z, mm in away.items():
+    for z in chosen:
         here = tuple(slice(z, z + 1) if i == axis else slice(None) for i in range(3))
         affine = reference.affine.copy()
-        affine[:3, 3] += z * affine[:3, axis] + mm
+        affine[:3, 3] += z * affine[:3, axis] + away[z]
         one = _looked_up(source, dataclasses.replace(reference, data=before.data[here], affine=affine))
         data[here], inside[here] = one.data, one.inside
     told = {
         str(z): {
-            "moved_mm": (0.0 - np.round(away[z], 3)).tolist() if z in away else None,
+            "moved": z in chosen,
+            "back_mm": (0.0 - np.round(away[z], 3)).tolist(),  # which way it is, or would be, moved
             "before": round(shift.before, 4),
             "after": round(shift.after, 4),
         }
@@ -103,7 +104,7 @@ def _slices(fixed: NDArray[Any], before: Placed, source: Volume, mask: Mask, ref
     }
     if not chosen:
         return _Moved(before, {"slices": told}, "")
-    far = max(float(np.linalg.norm(mm)) for mm in away.values())
+    far = max(float(np.linalg.norm(away[z])) for z in chosen)
     how = f"by up to {far:.1f} mm in slice {', '.join(map(str, chosen))}"
     return _Moved(before._replace(data=data, inside=inside), {"slices": told}, how)
 

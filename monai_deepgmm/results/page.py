@@ -215,7 +215,8 @@ def _alignment(told: Mapping[str, Any]) -> dict[str, Any] | None:
         if stack.get("matrix") is not None:
             lines.append({"sequence": name, "slice": "all", "mm": None, **stack})
         for z, one in as_map(found.get("slices")).items():
-            if vector := [float(mm) for mm in as_list(as_map(one).get("moved_mm")) if is_number(mm)]:
+            vector = [float(mm) for mm in as_list(as_map(one).get("back_mm")) if is_number(mm)]
+            if as_map(one).get("moved") is True:
                 lines.append({**as_map(one), "sequence": name, "slice": z, "mm": math.hypot(*vector)})
     stayed = [name for name, found in sequences.items() if not found.get("moved")]
     return {"lines": lines, "stayed": stayed, "reference": told.get("reference")} if sequences else None

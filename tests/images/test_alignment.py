@@ -57,7 +57,7 @@ def test_moved_slices_are_told_in_mm_of_the_patient_and_the_rest_stays(chest, ax
     plane = turned(SPACING, (25.0, -40.0))[:3, :2] / SPACING[:2]
     for z, mm in enumerate(PLANTED_MM):
         one = told["T2"]["slices"][str(z)]
-        np.testing.assert_allclose(one["moved_mm"], -plane @ mm, atol=SPACING[0])
+        np.testing.assert_allclose(one["back_mm"], -plane @ mm, atol=SPACING[0])
         assert one["after"] > one["before"] + 0.1
     inner = mask.transpose(order)
     there = image[1].transpose(order)
@@ -163,7 +163,7 @@ def test_it_stands_in_sidecar_table_and_page(cohort):
     told = sidecar(cohort / "auto", "apart")
     assert told["configuration"]["preprocessing"]["align"] == "auto"
     assert told["inputs"]["T2"]["resampled"]
-    assert all(one["moved_mm"] for one in told["alignment"]["sequences"]["T2"]["slices"].values())
+    assert all(one["moved"] for one in told["alignment"]["sequences"]["T2"]["slices"].values())
     assert sidecar(cohort / "off", "apart")["alignment"] is None
     rows = {r["patient"]: r for r in csv.DictReader((cohort / "auto" / "summary.tsv").open(), delimiter="\t")}
     assert "W_ALIGNED: T2 was moved to LGE" in rows["apart"]["warnings"]
