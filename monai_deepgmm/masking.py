@@ -16,7 +16,7 @@ from monai_deepgmm import batch
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, UsageError
 from monai_deepgmm.images import atomic_files, loading, nifti
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
-from monai_deepgmm.patients.given_masks import SUFFIX
+from monai_deepgmm.patients import given_masks
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.registration import Align
@@ -82,7 +82,7 @@ def run(
 def _one(study: Study, out: Path, protocol: Protocol, reading: dict[str, Any]) -> Row:
     """One patient's row; its mask and what is known of it are written, or nothing is left of them."""
     row: Row = dict.fromkeys(COLUMNS, "") | {"patient": study.patient, "status": "ok"}
-    path = out / study.patient / f"{study.patient}{SUFFIX}"
+    path = out / study.patient / given_masks.name(study.patient, protocol)
     sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))
     try:
         if not study.problems and path.is_file() and _written(sidecar) != atomic_files.sha256(path):

@@ -87,7 +87,8 @@ def load(
     moved = [s for s in sequences if aligned.placed[s] is not placed[s]]
     if moved:
         placed, image = aligned.placed, np.stack([one.data for one in aligned.placed.values()])
-        found = find_mask(image) if study.mask_rule in ("auto", "model") else found  # better seen than before
+        seen_better = protocol.unit == "slice" and study.mask_rule in ("auto", "model")
+        found = find_mask(image) if seen_better else found
     resampled = {s: bool(one.note or one.taken) or s in moved for s, one in placed.items()}
     inputs = {s: grid.facts(volume, resampled=resampled[s]) for s, volume in volumes.items()} | {"mask": found.facts}
     for one in placed.values():

@@ -14,12 +14,11 @@ from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import background, grid, mask_examination, nifti
 from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.volume import Volume
-from monai_deepgmm.localisation import network_mask, ventricle
+from monai_deepgmm.localisation import brain, network_mask, ventricle
 from monai_deepgmm.patients.study import MaskModel, Study
 from monai_deepgmm.protocol import Protocol
 
-#: How the mask is found, by the protocol's ``mask_finder``; and the least confidence that is taken.
-FINDERS = {"ventricle": ventricle.find_by}
+#: The least confidence of a mask that was found.
 LEAST_CONFIDENCE = 0.6
 #: A mask needs at least this many voxels for each tissue.
 MIN_VOXELS_PER_TISSUE = 10
@@ -90,15 +89,23 @@ def read(
 def _found(
     protocol: Protocol, sequences: tuple[str, ...], reference: Volume, image: NDArray[np.floating[Any]]
 ) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
-    found = FINDERS[protocol.mask_finder or ""](image, protocol, sequences, reference.spacing_mm)
+    found: ventricle.Found | brain.Found
+    if protocol.mask_finder == "brain":
+        if (stripped := background.stripped(reference, sequences[0], protocol)) is not None:
+            note = f"W_MASK_AUTO: {reference.name} is stripped already: the mask is its {stripped.rule}"
+            return stripped.mask, {"rule": stripped.rule, "confidence": 1.0}, [note], reference.name
+        found, how = brain.find(reference.data, reference.affine), f"by deepbet, on {sequences[0]}"
+    else:
+        found = ventricle.find_by(image, protocol, sequences, reference.spacing_mm)
+        how = "from the images"
     sure = f"{found.confidence:.2f}"
     if found.confidence < LEAST_CONFIDENCE:
         message = f"no mask was given, and the {protocol.mask} was not found surely enough ({sure} of 1)"
         remedy = "Draw the mask and give it as a file; add the sequences that are missing, if there are any"
         raise StudyError("E_MASK_UNSURE", message, remedy)
-    note = f"W_MASK_AUTO: the {protocol.mask} was found from the images, with confidence {sure}; look at its outline"
-    facts = {"rule": "found from the images", "confidence": round(found.confidence, 4)}
-    return found.mask, facts, [note], "found from the images"
+    note = f"W_MASK_AUTO: the {protocol.mask} was found {how}, with confidence {sure}; look at its outline"
+    facts = {"rule": f"found {how}", "confidence": round(found.confidence, 4)}
+    return found.mask, facts, [note], f"found {how}"
 
 
 def _by_model(

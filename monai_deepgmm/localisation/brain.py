@@ -1,4 +1,4 @@
-"""The brain in a head that still has its skull, by deepbet (Fisch et al., Neuroimage 2024): an extra, its weights in it.
+"""The brain in a head that still has its skull, by deepbet (Fisch et al. 2024), an extra that carries its weights.
 
 Only its network and its clean-up are used; it reads and writes no file here, and asks no network.
 """

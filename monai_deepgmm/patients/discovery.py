@@ -100,7 +100,7 @@ def find(
     else:
         cohort = _from_layout(root, layout, protocol, given, wanted, asked=asked)
     if masks is not None:
-        cohort = replace(cohort, studies=tuple(given_masks.use(s, masks, labels) for s in cohort.studies))
+        cohort = replace(cohort, studies=tuple(given_masks.use(s, masks, labels, protocol) for s in cohort.studies))
     if mask_model is not None:
         found: dict[str, Any] = {"mask": None, "mask_labels": (), "mask_rule": "model", "mask_model": mask_model}
         cohort = replace(cohort, studies=tuple(replace(study, **found) for study in cohort.studies))
