@@ -311,6 +311,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         max_voxels=arguments.max_voxels,
         align=arguments.align,
         probabilities=arguments.probabilities,
+        copies=arguments.copies,
         fields=arguments.fields,
         device=_device(arguments.device),
         trust_code=arguments.trust_code,
