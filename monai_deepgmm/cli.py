@@ -208,7 +208,8 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     which = f"{', '.join(protocol.names())}, or a YAML file"
     group.add_argument("--protocol", default="infarct", action=_Protocol, help=which)
     made.set_defaults(asked=False)
-    group.add_argument("--layout", help=f"{', '.join(layout.ORDER)}, or a YAML file; tried in this order if absent")
+    known = f"{', '.join((*layout.ORDER, layout.DICOM))}, or a YAML file; tried in this order if absent"
+    group.add_argument("--layout", help=known)
     group.add_argument("--manifest", type=Path, metavar="FILE", help="CSV or TSV that lists patients and their files")
     rule = "a file; auto: find it in the images; nonzero: voxels that are not 0; else a file, or found if none is there"
     group.add_argument("--mask", choices=list(discovery.MASK_RULES), help=rule)
@@ -220,10 +221,10 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--truth-labels", nargs="+", default=(), metavar="TISSUE=VALUE", help="what reference labels mean: blood=500 …"
     )
-    choose = "which of several BIDS files is meant, such as acq=tse run=1"
-    group.add_argument("--filter", nargs="+", default=(), metavar="ENTITY=VALUE", help=choose)
+    choose = "which of several BIDS files is meant, such as acq=tse run=1; or DICOM series, such as LGE=7"
+    group.add_argument("--filter", nargs="+", default=(), metavar="KEY=VALUE", help=choose)
     group.add_argument("--patients", nargs="+", default=(), metavar="ID", help="only these patients")
-    group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file, counted from 0")
+    group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file or cine, counted from 0")
     spacing = "sform, pixdim, or X,Y,Z in mm: which voxel sizes count in a header that contradicts itself"
     group.add_argument("--spacing", metavar="WHICH", help=spacing)
     align = (
@@ -266,6 +267,8 @@ def _add_segment(parsers: Any) -> None:
     copies = f"also write the label map as {' or '.join(COPIES)}, or both"
     group.add_argument("--copies", nargs="+", choices=COPIES, default=[], metavar="FORMAT", help=copies)
     group.add_argument("--fields", action="store_true", help="also write bias fields, and images without them")
+    seg = "also write the labels as a DICOM SEG; for DICOM patients, with the extra dicom"
+    group.add_argument("--dicom-seg", action="store_true", help=seg)
     group = made.add_argument_group("how to work through the patients")
     group.add_argument("--jobs", type=_positive, default=1, metavar="N", help="patients at the same time")
     group.add_argument("--dask", metavar="ADDRESS", help="address of a Dask scheduler that does the work")

@@ -231,13 +231,16 @@ def init_manifest(arguments: argparse.Namespace) -> int:
     except NobodyError:
         folders = sorted(p.name for p in arguments.directory.iterdir() if p.is_dir() and not p.name.startswith("."))
         studies = tuple(Study(name, {}) for name in folders)
+    if any(study.series for study in studies):
+        raise UsageError("init-manifest: a table names NIfTI files; of DICOM studies, --filter chooses the series")
     here = arguments.directory.resolve() if target is None else target.resolve().parent
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     meant = any(study.truth and study.truth_labels for study in studies)  # a table does not know its layout's
     writer.writerow(["patient", *wanted.sequences, "mask", "truth", *(["labels"] if meant else [])])
     for study in studies:
-        files = [*(study.images.get(s) for s in wanted.sequences), study.mask, study.truth]
+        sources = [*(study.images.get(s) for s in wanted.sequences), study.mask, study.truth]
+        files = [one if isinstance(one, Path) else None for one in sources]
         named = {t.index: t.name for t in wanted.tissues}
         labels = " ".join(
             f"{named[index]}={value}" for value, index in (study.truth_labels or {}).items() if study.truth
@@ -313,6 +316,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         probabilities=arguments.probabilities,
         copies=arguments.copies,
         fields=arguments.fields,
+        dicom_seg=arguments.dicom_seg,
         device=_device(arguments.device),
         trust_code=arguments.trust_code,
     )

@@ -68,7 +68,7 @@ def load(
         align: how sequences are brought together.
 
     Raises:
-        StudyError: with the code and the remedy of whatever is wrong; the codes are those of ``nifti.read``, the
+        StudyError: with the code and the remedy of whatever is wrong; the codes are those of ``image_file.read``, the
             study's own problems, and ``E_IDENTICAL``, ``E_GRID``, ``E_MASK_*``, ``E_NONFINITE``, ``E_CONSTANT``.
     """
     for problem in study.problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ class Config:
         probabilities: also write one probability map per tissue.
         copies: further formats of the label map: ``nrrd``, ``mha``.
         fields: also write each sequence's bias field, and the image without it.
+        dicom_seg: also write the labels as a DICOM SEG.
         device: where tensors live: cpu, cuda, cuda:1 …
         trusted: whether the network's code is a stranger's, which the user trusts (``--trust-code``).
     """
@@ -52,21 +54,24 @@ class Config:
     probabilities: bool = False
     copies: tuple[str, ...] = ()
     fields: bool = False
+    dicom_seg: bool = False
     device: str = "cpu"
     trusted: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses options that the method does not use, and a seed that torch cannot take.
+        """Refuses options that the method does not use, what is not installed, and a seed that torch cannot take.
 
         Raises:
             UsageError: means or fields are asked for that the method has no use for, the model's images were prepared
-                otherwise, or the seed does not fit into 63 bits.
+                otherwise, highdicom is needed and not installed, or the seed does not fit into 63 bits.
         """
         name = self.method.name
         if self.fields and not (self.degree or self.preprocessing.n4):
             raise UsageError("--fields: no bias field is looked for; use --set n4=true, or degree with gmm or svgmm")
         if self.means is not None and not self.method.takes_means:
             raise UsageError(f"--means: --method {name} has the protocol's own priors; use another with means")
+        if self.dicom_seg and importlib.util.find_spec("highdicom") is None:
+            raise UsageError("--dicom-seg needs highdicom: pip install 'monai-deepgmm[dicom]'")
         for format_name in self.copies:
             settings.check_choice("--copies", format_name, COPIES)
         if not 0 <= self.seed < 1 << 63:
@@ -122,6 +127,7 @@ def build(
     probabilities: bool = False,
     copies: Sequence[str] = (),
     fields: bool = False,
+    dicom_seg: bool = False,
     device: str = "cpu",
     trust_code: bool = False,
 ) -> Config:
@@ -141,6 +147,7 @@ def build(
         probabilities: also write probability maps.
         copies: further formats of the label map.
         fields: also write bias fields and the images without them.
+        dicom_seg: also write DICOM SEGs.
         device: cpu, cuda, cuda:1 …
         trust_code: whether the network may be a class that this software does not know, whose code is then run.
 
@@ -170,6 +177,7 @@ def build(
         probabilities=probabilities,
         copies=tuple(dict.fromkeys(copies)),
         fields=fields,
+        dicom_seg=dicom_seg,
         device=device,
         trusted=trusted or (trained is not None and trained.trusted),
     )

@@ -193,4 +193,5 @@ def failed(found: Found, tree: Tree, protocol: Protocol) -> Study:
 
 
 def _dicom(message: str) -> Problem:
-    return Problem("E_DICOM", message, "Convert it with dcm2niix, and name the result after its sequence")
+    remedy = "Convert it with dcm2niix, and name the result after its sequence; or give the DICOM files alone as DIR"
+    return Problem("E_DICOM", message, remedy)

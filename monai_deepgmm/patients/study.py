@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from monai_deepgmm.patients.spacing import Spacing
+from monai_deepgmm.patients.stack import Series, Stack
+
+#: What an image is read from: a file, or slices of a DICOM study.
+Source = Path | Stack
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Study:
 
     Attributes:
         patient: the id, byte for byte as found.
-        images: sequence → file, in the protocol's order of reference.
+        images: sequence → file or DICOM stack, in the protocol's order of reference.
         mask: the mask's file; None with another ``mask_rule``, or when there is none.
         mask_labels: which values of the mask's file count; empty: every value but 0.
         mask_rule: "file"; "nonzero" for the voxels of the reference sequence that are not 0; "auto" for what is found
@@ -87,10 +91,11 @@ class Study:
         problems: why it cannot be segmented; empty when it can be tried.
         label_problems: why the reference labels cannot be used; they do not stop a segmentation.
         mask_model: the bundle that finds the mask, with that rule.
+        series: what was made of each series of a DICOM study.
     """
 
     patient: str
-    images: Mapping[str, Path]
+    images: Mapping[str, Source]
     mask: Path | None = None
     mask_labels: tuple[float, ...] = ()
     mask_rule: str = "file"
@@ -102,6 +107,7 @@ class Study:
     problems: tuple[Problem, ...] = ()
     label_problems: tuple[Problem, ...] = ()
     mask_model: MaskModel | None = None
+    series: tuple[Series, ...] = ()
 
     def with_whole_paths(self) -> Self:
         """The same for a process with another working directory."""
@@ -109,7 +115,10 @@ class Study:
         def whole(path: Path | None) -> Path | None:
             return path if path is None else Path(os.path.abspath(path))  # not resolved: links keep their names
 
-        images = {sequence: Path(os.path.abspath(path)) for sequence, path in self.images.items()}
+        images = {
+            sequence: source.with_whole_paths() if isinstance(source, Stack) else Path(os.path.abspath(source))
+            for sequence, source in self.images.items()
+        }
         return replace(self, images=images, mask=whole(self.mask), truth=whole(self.truth))
 
 
