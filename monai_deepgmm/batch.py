@@ -249,7 +249,8 @@ def dry_run(cohort: Cohort, out: Path, config: Config, options: BatchOptions) ->
         try:
             given = config.preprocessing
             dicom_seg.check_source(study, config)
-            found = loading.load(study, config.protocol, frame=given.frame, max_voxels=given.max_voxels)
+            reading: dict[str, Any] = {"frame": given.frame, "max_voxels": given.max_voxels, "align": given.align}
+            found = loading.load(study, config.protocol, **reading)
             yield {**row, "status": "ready", "warnings": list(found.warnings)}
         except StudyError as error:
             yield {**row, **_failure(error)}

@@ -30,6 +30,7 @@ from monai_deepgmm.errors import (
 from monai_deepgmm.images import COPIES
 from monai_deepgmm.methods import METHODS
 from monai_deepgmm.patients import discovery, layout
+from monai_deepgmm.registration import ALIGN
 
 __all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOFTWARE", "SOME_FAILED", "USAGE", "main", "parser"]
 
@@ -229,6 +230,9 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     rule = "a file; auto: find it in the images; nonzero: voxels that are not 0; else a file, or found if none is there"
     group.add_argument("--mask", choices=list(discovery.MASK_RULES), help=rule)
     group.add_argument("--masks", type=Path, metavar="DIR", help="masks of deepgmm mask, corrected or as they are")
+    bundle = "a MONAI bundle that finds the masks; --mask-labels says which of its labels"
+    group.add_argument("--mask-from", type=Path, metavar="BUNDLE_DIR", help=bundle)
+    group.add_argument("--mask-sequence", metavar="SEQUENCE", help="which sequence that bundle looks at")
     group.add_argument("--mask-labels", type=float, nargs="+", default=(), metavar="VALUE", help="mask values to keep")
     group.add_argument(
         "--truth-labels", nargs="+", default=(), metavar="TISSUE=VALUE", help="what reference labels mean: blood=500 …"
@@ -239,6 +243,10 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file or cine, counted from 0")
     spacing = "sform, pixdim, or X,Y,Z in mm: which voxel sizes count in a header that contradicts itself"
     group.add_argument("--spacing", metavar="WHICH", help=spacing)
+    align = (
+        "move slices of hearts to the reference where that gains (auto), also whole brains (rigid), or nothing (off)"
+    )
+    group.add_argument("--align", choices=list(ALIGN), default="auto", help=align)
     voxels = "the most voxels of a patient's sequences and mask together, on the reference's grid"
     group.add_argument("--max-voxels", type=_positive, default=1 << 29, metavar="N", help=voxels)
     group = made.add_argument_group("how to compute")
@@ -295,6 +303,7 @@ def _add_trust(group: Any) -> None:
 def _add_mask(parsers: Any) -> None:
     made = _command(parsers, commands.mask, "find the organ in every patient of DIR and write its mask into OUT")
     _add_cohort(made)
+    _add_trust(made)
     made.add_argument("out", metavar="OUT", type=Path, help="the folder for the masks")
 
 

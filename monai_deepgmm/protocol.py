@@ -43,7 +43,7 @@ class Protocol:
         percent_name: what ``percent`` in the measurements is a percentage of.
         percent_of: the tissues that make up that denominator.
         anatomy: where tissues can be; None: anywhere in the mask.
-        mask_finder: how the mask is found where none is given (``ventricle``); None: it must be given.
+        mask_finder: how the mask is found where none is given (``ventricle``, ``brain``); None: it must be given.
         borders: pairs of tissues that touch, so that a voxel may hold both; empty: voxels are of one tissue.
         deeper: pairs of tissues of which the first lies deeper in the mask than the second, on average; a result in
             which it does not is flagged (``W_NAMES``).

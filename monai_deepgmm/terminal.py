@@ -61,6 +61,8 @@ def _print_series(study: Study) -> None:
 def _mask(study: Study) -> str:
     if study.mask_rule == "nonzero":
         return "(nonzero)"
+    if study.mask_model is not None:
+        return f"({study.mask_model.folder.name})"
     if study.mask is None:
         return "-"
     values = " ".join(f"{value:g}" for value in study.mask_labels)

@@ -21,6 +21,7 @@ from monai_deepgmm.images.n4 import field as n4_field
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.registration import Align
 
 
 class Prepared(NamedTuple):
@@ -61,15 +62,23 @@ class LoadStudyd(Transform):
         protocol: which sequence is the reference, which are needed.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: a larger image is refused before it is read.
+        align: how sequences are brought together.
     """
 
-    def __init__(self, protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS) -> None:
-        self.protocol, self.frame, self.max_voxels = protocol, frame, max_voxels
+    def __init__(
+        self,
+        protocol: Protocol,
+        *,
+        frame: int | None = None,
+        max_voxels: int = DEFAULT_MAX_VOXELS,
+        align: Align = "off",
+    ) -> None:
+        self.protocol, self.frame, self.max_voxels, self.align = protocol, frame, max_voxels, align
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """``study`` → ``study``, ``scan``."""
-        loaded = loading.load(data["study"], self.protocol, frame=self.frame, max_voxels=self.max_voxels)
-        return {**data, "scan": loaded}
+        more: dict[str, Any] = {"frame": self.frame, "max_voxels": self.max_voxels, "align": self.align}
+        return {**data, "scan": loading.load(data["study"], self.protocol, **more)}
 
 
 class Cropd(Transform):
@@ -99,16 +108,22 @@ class CorrectShadingd(Transform):
 
 
 def preprocessing(
-    protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS, n4: bool = False
+    protocol: Protocol,
+    *,
+    frame: int | None = None,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    n4: bool = False,
+    align: Align = "off",
 ) -> Compose:
-    """What happens to every study, on the command line and in the bundle alike: load, check, mask, crop, normalise.
+    """What happens to every study, on the command line and in the bundle alike: load, align, check, crop, normalise.
 
     Args:
         protocol: what to look for.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: a larger image is refused before it is read.
         n4: whether N4 takes the shading off.
+        align: how sequences are brought together.
     """
-    steps: list[Transform] = [LoadStudyd(protocol, frame=frame, max_voxels=max_voxels)]
+    steps: list[Transform] = [LoadStudyd(protocol, frame=frame, max_voxels=max_voxels, align=align)]
     steps += [CorrectShadingd()] if n4 else []
     return Compose([*steps, Cropd(protocol)])

@@ -23,6 +23,7 @@ from monai_deepgmm.methods.model_spec import ModelReference
 from monai_deepgmm.methods.task import MethodConfig
 from monai_deepgmm.networks.definition import network_definition
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.registration import Align
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Config:
             "method": self.method.name,
             "settings": {name: getattr(self.method, name) for name in sorted(plain)}
             | ({} if training is None else {"training": training.decisive().as_json()}),
-            "preprocessing": {"n4": self.preprocessing.n4, "frame": self.preprocessing.frame},
+            "preprocessing": {key: getattr(self.preprocessing, key) for key in ("n4", "frame", "align")},
             "model": None if self.model is None else self.model.as_json(),
             "means": None if self.means is None else dataclasses.asdict(self.means),
             "seed": self.seed,
@@ -122,6 +123,7 @@ def build(
     seed: int = 0,
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
+    align: Align = "auto",
     probabilities: bool = False,
     copies: Sequence[str] = (),
     fields: bool = False,
@@ -141,6 +143,7 @@ def build(
         seed: of every random draw.
         frame: which frame of a 4-D file.
         max_voxels: larger images are refused.
+        align: how sequences are brought together: auto, off or rigid.
         probabilities: also write probability maps.
         copies: further formats of the label map.
         fields: also write bias fields and the images without them.
@@ -161,7 +164,8 @@ def build(
         raise UsageError(f"--network: --method {name} fits no network; use {others}")
     trained = None if model is None else model_spec.read(Path(model), found, trust_code=trust_code)
     definition, trusted = network_definition(network, trust_code=trust_code)
-    values, prepared = _preprocessing(settings, Preprocessing(frame=frame, max_voxels=max_voxels), trained)
+    begun = Preprocessing(frame=frame, max_voxels=max_voxels, align=align)
+    values, prepared = _preprocessing(settings, begun, trained)
     own: dict[str, Any] = {} if definition is None else {"network": definition}
     own |= {} if trained is None else {"model": trained}
     return Config(

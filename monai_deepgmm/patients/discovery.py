@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm import schema
@@ -32,7 +32,7 @@ from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed
 from monai_deepgmm.patients.formats import foreign
 from monai_deepgmm.patients.judge import Asked, failed, judge
 from monai_deepgmm.patients.layout import Layout
-from monai_deepgmm.patients.study import Cohort, Meanings, Problem, Study
+from monai_deepgmm.patients.study import Cohort, MaskModel, Meanings, Problem, Study
 from monai_deepgmm.protocol import Protocol
 
 __all__ = ["MAX_ID_BYTES", "Cohort", "Problem", "Study", "find"]
@@ -67,6 +67,7 @@ def find(
     patients: Sequence[str] = (),
     spacing: str | Sequence[float] | None = None,
     asked: bool = True,
+    mask_model: MaskModel | None = None,
 ) -> Cohort:
     """Finds the patients of a folder by their files' names, or DICOM's headers; no image is opened.
 
@@ -87,6 +88,7 @@ def find(
         patients: the ids to keep; empty: all.
         spacing: which voxel sizes count in headers that contradict themselves: sform, pixdim, or three in mm.
         asked: the protocol is the user's choice and no default.
+        mask_model: the bundle that finds the masks; no file is looked for.
 
     Returns:
         Every patient found, with the problems that names alone reveal.
@@ -96,12 +98,12 @@ def find(
     """
     root = Path(root)
     _check_options(root, layout, manifest, mask, mask_labels)
-    _check_mask(protocol, mask, masks)
+    _check_mask(protocol, mask, masks, mask_model)
     wanted = bids.filters([filters] if isinstance(filters, str) else filters)
     typed = "; ".join([truth_labels] if isinstance(truth_labels, str) else truth_labels)
     meanings = label_meanings.pairs(typed, protocol, "--truth-labels", strict=True) if typed else None
     labels = tuple(float(value) for value in mask_labels)
-    given = Asked(mask if masks is None else "auto", labels, meanings)
+    given = Asked(mask if masks is None and mask_model is None else "auto", labels, meanings)
     if manifest is not None:
         if wanted:
             raise UsageError("--filter chooses between files by their BIDS names, but --manifest names each of them")
@@ -109,7 +111,10 @@ def find(
     else:
         cohort = _from_layout(root, layout, protocol, given, wanted, asked=asked)
     if masks is not None:
-        cohort = replace(cohort, studies=tuple(given_masks.use(s, masks, labels) for s in cohort.studies))
+        cohort = replace(cohort, studies=tuple(given_masks.use(s, masks, labels, protocol) for s in cohort.studies))
+    if mask_model is not None:
+        found: dict[str, Any] = {"mask": None, "mask_labels": (), "mask_rule": "model", "mask_model": mask_model}
+        cohort = replace(cohort, studies=tuple(replace(study, **found) for study in cohort.studies))
     rule = spacings.parse(spacing)
     studies = _unique(replace(_with_usable_id(study), spacing=rule) for study in cohort.studies)
     return replace(cohort, studies=_selected(studies, (patients,) if isinstance(patients, str) else patients))
@@ -131,7 +136,10 @@ def _check_options(
         raise UsageError(f"--mask-labels choose values of a mask's file, --mask {mask} uses none: give one of them")
 
 
-def _check_mask(protocol: Protocol, mask: str | None, masks: Path | None) -> None:
+def _check_mask(protocol: Protocol, mask: str | None, masks: Path | None, model: MaskModel | None) -> None:
+    if model is not None and (mask is not None or masks is not None):
+        other = f"--mask {mask}" if mask is not None else "--masks"
+        raise UsageError(f"--mask-from and {other} both say where the masks come from: give one of them")
     if mask == "auto" and protocol.mask_finder is None:
         raise UsageError(
             f"--mask auto: protocol {protocol.name} cannot find the {protocol.mask}; give a file, or --mask nonzero"

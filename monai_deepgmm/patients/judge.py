@@ -16,6 +16,9 @@ from monai_deepgmm.patients.layout import Layout
 from monai_deepgmm.patients.study import Meanings, Problem, Study
 from monai_deepgmm.protocol import Protocol
 
+#: Finders of a mask that nobody need ask for; another one needs a package that few have.
+UNASKED = ("ventricle",)
+
 
 class Asked(NamedTuple):
     """What the user says of the files, beside where they lie.
@@ -59,7 +62,7 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
     rule = str(asked.mask) if asked.ruled else "file"
     if not asked.ruled:
         wrong = _mask_problems(found, tree, "truth" if from_truth else "mask", chosen)
-        if not chosen and not wrong and asked.mask is None and protocol.mask_finder is not None:
+        if not chosen and not wrong and asked.mask is None and protocol.mask_finder in UNASKED:
             rule = "auto"
         elif not chosen and not wrong:
             wrong = [_no_mask(found, layout, protocol)]

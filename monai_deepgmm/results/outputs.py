@@ -124,7 +124,8 @@ def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: 
         hashes: sequence (or "mask") → SHA-256 of its file.
         steps: what is done otherwise than the configuration says, as ``Steps.as_json`` tells it, or None.
     """
-    mask = {"labels": list(study.mask_labels), "rule": study.mask_rule}
+    mask: dict[str, Any] = {"labels": list(study.mask_labels), "rule": study.mask_rule}
+    mask |= {} if study.mask_model is None else study.mask_model.as_json()
     content = {
         "inputs": dict(hashes),
         "mask": mask,
