@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.phantom import brain_hard
-from monai_deepgmm.phantom.brain_contrast import SEQUENCES, UNIT, paint, scanned, shading
+from monai_deepgmm.phantom.brain_contrast import HEALTHY, SEQUENCES, UNIT, paint, scanned, shading
 from monai_deepgmm.phantom.brain_shapes import FILLED, Floats, Part, Singles, draw, fractions
 from monai_deepgmm.phantom.heart import Files, check_draw, write_patients
 
@@ -140,7 +140,8 @@ def make_patient(config: BrainConfig, seed: int, number: int) -> BrainPatient:
     for sequence in config.sequences:
         stream = [np.random.default_rng([seed, number, p, SEQUENCES.index(sequence)]) for p in (1, 2, 3, 4)]
         tissue = np.random.default_rng([seed, number, 5])  # begun anew for each sequence: they share it
-        signal = paint(tissue, stream[0], stream[1], sequence, shares, axes, noise=config.noise)
+        look = HEALTHY if hard is None else brain_hard.SICK
+        signal = paint(tissue, stream[0], stream[1], sequence, shares, axes, config.noise, look)
         signal = signal if hard is None else hard.on(sequence, signal)
         signal *= 1 + config.shading * shading(stream[2], axes, brain.half_mm, mask)
         images[sequence] = scanned(signal, UNIT * float(np.exp(0.3 * stream[3].standard_normal())), mask)

@@ -1,7 +1,7 @@
 """What makes a sick brain harder than a healthy one: lesions, vessels, and the dark edge that skull stripping leaves.
 
 Numbers are those of two patients with multiple sclerosis (OpenMS 07 and 19, stripped, then resampled to 1 mm): medians
-of what lies so deep, and of lesions, over the median of the brain. A resampled edge mixes brain with nothing, so that
+and spreads of their tissues and lesions, and of what lies so deep. A resampled edge mixes brain with nothing, so that
 its voxels are dark in every sequence: a fit that takes them for tissue loses grey or white matter to them.
 """
 
@@ -15,15 +15,27 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from monai_deepgmm.phantom.brain_contrast import Contrast
 from monai_deepgmm.phantom.brain_shapes import Floats, Singles
 
-#: Signal of a lesion, in units of ``brain_contrast.MEANS``, and how much it varies from lesion to lesion.
-LESION: Mapping[str, float] = MappingProxyType({"T1": 0.68, "T2": 0.84, "FLAIR": 0.98})
+#: Grey matter is nearer to white than in ``brain_contrast.MEANS``, and both vary more, above all on T2 and FLAIR.
+SICK = Contrast(
+    MappingProxyType(
+        {
+            "T1": np.array([0.675, 0.73, 0.90, 0.27]),
+            "T2": np.array([0.57, 0.54, 0.44, 1.10]),
+            "FLAIR": np.array([0.62, 0.60, 0.54, 0.22]),
+        }
+    ),
+    MappingProxyType({"T1": 1.3, "T2": 2.0, "FLAIR": 2.6}),
+)
+#: Signal of a lesion, in the same units, and how much it varies from lesion to lesion.
+LESION: Mapping[str, float] = MappingProxyType({"T1": 0.69, "T2": 0.80, "FLAIR": 0.75})
 VARIES = 0.06
 #: How many lesions, their radii in mm, and how far from anything but white matter their middle lies, in mm.
-NUMBER, RADII_MM, DEEP_MM = 14, (2.0, 6.5), 3.0
+NUMBER, RADII_MM, DEEP_MM = 14, (2.5, 7.0), 3.0
 #: The edge is blurred by so many voxels (standard deviation), and ends where this share of the brain is left.
-BLUR, LEAST = 0.7, 0.2
+BLUR, LEAST = 0.8, 0.15
 #: The share of voxels that hold a vessel, bright on T1, and how bright, at most.
 VESSELS, BRIGHTEST = 0.001, 3.4
 
@@ -46,7 +58,7 @@ class Hard(NamedTuple):
     vessels: NDArray[np.bool_]
 
     def on(self, sequence: str, signal: Singles) -> Singles:
-        """One sequence's signal, in units of ``brain_contrast.MEANS``, with all of it ``(X, Y, Z)``."""
+        """One sequence's signal, with all of it ``(X, Y, Z)``."""
         found = signal * (1 - self.lesion) + self.lesion * self.bright * LESION[sequence]
         if sequence == "T1":
             found = np.where(self.vessels, found * BRIGHTEST, found)
