@@ -29,7 +29,7 @@ INNER_SCALE, INNER_ADD_MM, WALL_MM, WALL_SHARE = 1.12, 1.0, 12.5, 0.08
 EVIDENCE, CLIP = 0.15, 3.0
 #: The usual wall in mm at radius 0 and how much of the radius is added; the standard deviation at an angle in mm;
 #: the least wall.
-USUAL_WALL_MM, USUAL_SHARE, WALL_SD_MM, LEAST_WALL_MM = 9.5, 0.08, 3.0, 3.0
+USUAL_WALL_MM, USUAL_SHARE, WALL_SD_MM, LEAST_WALL_MM = 8.75, 0.08, 3.0, 3.0
 #: Standard deviation of a contour's change from one angle to the next in mm; of its smoothing afterwards, in angles.
 INNER_CHANGE_MM, OUTER_CHANGE_MM, SMOOTHING = 2.0, 1.2, 1.0
 #: How far from a contour its fit is looked at, in mm.

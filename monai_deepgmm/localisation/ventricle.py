@@ -26,7 +26,7 @@ USUAL_WIDTH_MM, WIDTH_SD = 22.0, 0.25
 LEAST_SLICE_FIT, LEAST_SLICE_SHARE = 0.8, 0.45
 #: The confidence is one half at this fit, and grows with this softness. Nowhere but at hearts of 59 patients is the
 #: fit above 4.5; at hearts it is above 3.
-HALF_FIT, SOFTNESS = 2.35, 0.5
+HALF_FIT, SOFTNESS = 2.15, 0.5
 #: How far away another place begins, in mm. The confidence is halved where one is behind by this little, in the same
 #: units, with this softness.
 ELSEWHERE_MM, HALF_MARGIN, MARGIN_SOFTNESS = 25.0, 0.2, 0.1
