@@ -21,7 +21,7 @@ Array = NDArray[np.floating[Any]]
 DENOISE_MM = 0.7
 #: How often contours and appearance alternate at each place, and how often again at the best one; before which of
 #: these rounds the centre moves to the outer contour's.
-ROUNDS, MORE_ROUNDS, RECENTRED = 6, 8, (2, 4, 7)
+ROUNDS, MORE_ROUNDS, RECENTRED = 6, 10, (1, 2, 3, 4, 7)
 #: The first contours: the inner one, and the wall at radius 0 in mm, and how much of the radius is added. The outer
 #: one begins outside, and is drawn in.
 INNER_SCALE, INNER_ADD_MM, WALL_MM, WALL_SHARE = 1.12, 1.0, 12.5, 0.08
@@ -68,9 +68,12 @@ def around(image: Array, start: Candidate, even: NDArray[np.bool_]) -> Contours:
 def settled(image: Array, start: Candidate, found: Contours, even: NDArray[np.bool_]) -> Contours:
     """The contours after more rounds, of which many places are not worth; the fit stays that of ``around``.
 
-    More rounds make contours better, and so they do where no heart is: what a fit means was learnt without them.
+    More rounds make contours better, and so they do where no heart is: what a fit means was learnt without them. They
+    begin with circles of the radii found: where two contours are as good, the coarse grid must not decide.
     """
-    more = _alternated(image, found, range(ROUNDS, ROUNDS + MORE_ROUNDS), start.spacing_mm, even)
+    inner, outer = (np.repeat(c.mean(1, keepdims=True), polar_grid.ANGLES, 1) for c in (found.inner_mm, found.outer_mm))
+    round_ones = found._replace(inner_mm=inner, outer_mm=outer)
+    more = _alternated(image, round_ones, range(ROUNDS, ROUNDS + MORE_ROUNDS), start.spacing_mm, even)
     return more._replace(fit=found.fit)
 
 
