@@ -4,8 +4,8 @@
 ``deepgmm segment`` would, spoils its mask in each of several ways, and prints of each way how many are refused or
 flagged, and by which codes. Nothing is fitted, and reference labels are used for the right mask alone.
 
-``python scripts/measure_masks.py DIR --copies [--patients 5]`` finds the organ in mirrored, transposed, turned, cropped
-and padded copies of patients spread over DIR, and prints how well these masks agree with the one of the image as it is.
+``python scripts/measure_masks.py DIR --copies [--patients 5]`` finds the ventricle in mirrored, transposed, turned,
+cropped and padded copies of patients spread over DIR, and prints how well these masks agree with the image's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from monai_deepgmm import protocol
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import background, grid, loading, mask_edges, mask_examination
 from monai_deepgmm.images.loading import Scan
-from monai_deepgmm.images.mask import FINDERS
+from monai_deepgmm.localisation import ventricle
 from monai_deepgmm.patients import discovery
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
@@ -89,7 +89,7 @@ def codes(scan: Scan, mask: Bools, wanted: Protocol) -> Iterator[str]:
 def copies(scan: Scan, wanted: Protocol) -> Iterator[tuple[str, float]]:
     """What is done to an image → the Dice of the mask found in it, brought back, and of that in the image as it is."""
     image, spacing = scan.image, scan.reference.spacing_mm
-    find = FINDERS[wanted.mask_finder or ""]
+    find = ventricle.find_by
     found = find(image, wanted, scan.sequences, spacing).mask
     axis = grid.slice_axis(spacing)
     a, b = (i for i in range(3) if i != axis)
@@ -115,8 +115,8 @@ def copies(scan: Scan, wanted: Protocol) -> Iterator[tuple[str, float]]:
 
 def table_of_copies(studies: Sequence[Study], wanted: Protocol) -> int:
     """Prints one row for each patient; the exit code."""
-    if not wanted.mask_finder:
-        print(f"protocol {wanted.name} finds no mask by itself", file=sys.stderr)
+    if wanted.mask_finder != "ventricle":
+        print(f"protocol {wanted.name} finds no ventricle", file=sys.stderr)
         return 2
     rows = {study.patient: dict(copies(loading.load(study, wanted), wanted)) for study in studies}
     names = list(next(iter(rows.values()), {}))
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--protocol", default="infarct")
     parser.add_argument("--layout")
     parser.add_argument("--mask", choices=["nonzero"])
-    parser.add_argument("--copies", action="store_true", help="find the organ in copies instead")
+    parser.add_argument("--copies", action="store_true", help="find the ventricle in copies instead")
     parser.add_argument("--patients", type=int, default=5, help="of how many patients, with --copies")
     options = parser.parse_args(arguments)
     wanted = protocol.load(options.protocol)
