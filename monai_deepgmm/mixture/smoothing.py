@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -32,6 +33,12 @@ class Smoother:
         if not self.matrices:
             return values * self.inside
         return self._blur(values * self.inside) / self.reach * self.inside
+
+    def rows(self, index: Tensor) -> Smoother:
+        """That of some of the images."""
+        some = copy.copy(self)
+        some.inside, some.reach = self.inside[index], self.reach[index]
+        return some
 
     def _blur(self, values: Tensor) -> Tensor:
         """One axis after the other; beyond the image lies 0."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,17 +16,18 @@ from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.preparation import Prepared, prepare
 from monai_deepgmm.methods import name_check, naming, region_filter
+from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.naming import Naming
-from monai_deepgmm.methods.region_filter import Region
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.results import coverage, notes, parts, plausibility, provenance, uncertainty
+from monai_deepgmm.results import coverage, notes, parts, plausibility, provenance, refit, uncertainty
 from monai_deepgmm.results.assembly import Assembly, assemble
 from monai_deepgmm.results.numbers import numbers
 from monai_deepgmm.results.parts import Part
 from monai_deepgmm.results.provenance import Outcome
+from monai_deepgmm.results.refit import filtered
 from monai_deepgmm.results.segmentation import Segmentation
 
 #: What fits a mixture to a patient's images.
@@ -146,18 +147,17 @@ class Solver:
         return self.config.method.solve(images, device=self.config.device)
 
 
+def _solved_all(variants: Sequence[Images], config: Config, inferer: Inferer) -> list[Fit]:
+    """The fits to the same images with several protocols, at once where the method can."""
+    if isinstance(inferer, Solver) and isinstance(config.method, AnatomicalConfig):
+        return config.method.solve_all(variants)
+    return [inferer(images) for images in variants]
+
+
 def named(fit: Fit, images: Images, config: Config) -> tuple[Fit, Naming]:
     """The fit with its components in the order of the tissues, and how certain that is."""
     found = naming.name(fit.resp, images.expected, given=config.method.named)
     return naming.reorder(fit, found.order), found
-
-
-def filtered(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region]]:
-    """The fit without the regions that do not meet the protocol's criteria, and all regions."""
-    if not (config.presence and images.slices):
-        return fit, []
-    resp, regions = region_filter.decide(fit.resp, images)
-    return fit._replace(resp=resp), regions
 
 
 def _on_source_grid(
@@ -222,7 +222,9 @@ def _intervals(
     volumes, fixed = (
         [int((places == t.index).sum()) * reference.voxel_ml for t in tissues] for places in (labels, labels[elsewhere])
     )
-    refits = _refitted_ml(assembly, config, inferer, reference.voxel_ml)
+    variants = refit.variants(assembly.images, config)
+    fits = _solved_all(variants, config, inferer) if variants else []
+    refits = refit.volumes_ml(assembly, variants, fits, config, voxel_ml=reference.voxel_ml)
     deviations = uncertainty.standard_deviations(
         volumes,
         probabilities,
@@ -234,25 +236,6 @@ def _intervals(
     return [
         uncertainty.interval(*found, mask_ml=sum(volumes)) for found in zip(volumes, deviations, reaches, strict=True)
     ]
-
-
-def _refitted_ml(assembly: Assembly, config: Config, inferer: Inferer, voxel_ml: float) -> list[list[float]]:
-    """The volumes of each tissue, in ml, that fits with perturbed priors give."""
-    volumes = []
-    for number in range(getattr(config.method, "perturbations", 0)):
-        images = _perturbed(assembly.images, config.seed, number)
-        fit, _ = filtered(inferer(images), images, config)
-        labels = assembly.everywhere(fit).argmax(1)[:, None]
-        inside = assembly.mask > 0
-        volumes.append([float(((labels == k) & inside).sum()) * voxel_ml for k in range(len(images.tissues))])
-    return volumes
-
-
-def _perturbed(images: Images, seed: int, number: int) -> Images:
-    """The same task with priors as plausible as the protocol's own."""
-    protocol = uncertainty.perturbed(images.protocol, seed, number)
-    tissues = tuple(protocol.tissue(t.name) for t in images.tissues)
-    return images._replace(protocol=protocol, tissues=tissues, ring=None, enhancement=None).with_wall()
 
 
 def _fields(fit: Fit, prepared: Prepared, assembly: Assembly) -> dict[str, NDArray[np.float32]]:
