@@ -36,6 +36,10 @@ class Prepared(NamedTuple):
     crops: Crops
     fields: NDArray[np.float32] | None = None
 
+    def tight(self) -> Prepared:
+        """The same with no more around the masks than they need."""
+        return self._replace(crops=self.crops.tight()) if self.crops.slices else self
+
 
 def prepare(study: Study, preprocessing: Compose) -> Prepared:
     """Takes a study through the steps of a preprocessing.

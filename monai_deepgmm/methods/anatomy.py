@@ -17,7 +17,7 @@ from monai_deepgmm.images.resampling import relative_depth
 from monai_deepgmm.methods.settings import check_choice, check_numbers
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture import map_em
-from monai_deepgmm.mixture.fit import Diagnostics, Fit
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, likeliest
 from monai_deepgmm.mixture.gaussian import m_step, nll
 from monai_deepgmm.mixture.map_em import DensityModel, SpatialPrior
 from monai_deepgmm.protocol import Protocol, Tissue
@@ -42,6 +42,7 @@ class AnatomicalConfig:
     name: ClassVar[str] = "anatomy"
     named: ClassVar[bool] = True
     takes_means: ClassVar[bool] = False
+    surroundings: ClassVar[bool] = False
 
     sigma_mm: float = 2.2
     denoise_mm: float = 0.5
@@ -97,12 +98,11 @@ class AnatomicalConfig:
         if first.protocol.anatomy is not None:
             variants = [images.with_wall() for images in variants]
         image, mask = (torch.cat([getattr(v, name) for v in variants]) for name in ("image", "mask"))
-        image = image.float()  # what is fitted is standardised
         resp = image.new_zeros((len(image), len(first.tissues), *image.shape[2:]))
         weights, fits = torch.zeros_like(resp), []
         for place, members in _places(variants, mask):
             if len(members) == 1:  # nothing to tell apart
-                resp[:, members] = weights[:, members] = place.to(resp)
+                resp[:, members] = weights[:, members] = place
                 continue
             fits.append(self._in_place(variants, image, place, members))
             resp[:, members], weights[:, members] = fits[-1].resp, fits[-1].mixture.weights
@@ -143,7 +143,7 @@ def _on_scale(images: Images, resp: Tensor, weights: Tensor, known: Diagnostics 
     """The fit of one variant with what late enhancement shows, its mixture on the image's scale."""
     if images.protocol.anatomy is not None:
         resp = enhanced(resp, images)
-    mixture = m_step(images.image, resp.to(images.image), images.mask, covariance="full", spatial=True)
+    mixture = m_step(images.image, resp, images.mask, covariance="full", spatial=True)
     if known is None:  # where each place has one tissue, there was nothing to iterate
         known = Diagnostics(nll(images.image, images.mask, mixture))
     return Fit(resp, mixture._replace(weights=weights), known)
@@ -170,7 +170,7 @@ def enhanced(resp: Tensor, images: Images) -> Tensor:
     blended = resp * torch.where(own < 1, (1 - share) / (1 - own).clamp_min(1e-9), 0)
     blended[:, k : k + 1] = share
     blended[:, healthy : healthy + 1] += (images.mask - blended.sum(1, keepdim=True)).clamp_min(0)
-    cores = torch.from_numpy(_cores(blended.argmax(1), k, inside[:, 0], wall[:, 0]))[:, None].to(resp.device)
+    cores = torch.from_numpy(_cores(likeliest(blended), k, inside[:, 0], wall[:, 0]))[:, None].to(resp.device)
     certain = torch.zeros_like(blended)
     certain[:, k] = 1
     return torch.where(cores, certain, blended)

@@ -43,6 +43,7 @@ class GaussianMixtureConfig:
     name: ClassVar[str] = "gmm"
     named: ClassVar[bool] = False
     takes_means: ClassVar[bool] = True
+    surroundings: ClassVar[bool] = False
     spatial: ClassVar[bool] = False
 
     covariance: Covariance = "diag"

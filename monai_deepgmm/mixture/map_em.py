@@ -157,7 +157,8 @@ class _Task(NamedTuple):
         voxels: of the place, in the images.
         boxes: the same voxels in boxes around the places.
         seen: the statistics of the standardised images without their noise.
-        neighbourhood: what Π averages over, in the boxes.
+        neighbourhood: what Π averages over, in boxes of their size.
+        reach: ``G ∗ 1`` of it ``(B, 1, N)``.
         means: m ``(B, K, M)``.
         location: log ρ ``(B, K, N)``, or None.
     """
@@ -166,6 +167,7 @@ class _Task(NamedTuple):
     boxes: Packing
     seen: Statistics
     neighbourhood: Smoother
+    reach: Tensor
     means: Tensor
     location: Tensor | None
 
@@ -180,8 +182,9 @@ class _Task(NamedTuple):
             seen = boxes.pack(Smoother(boxed, spatial.denoise_mm, spacing_mm)(boxes.spread(seen)))
         location = None if prior.location is None else _centred(voxels.pack(prior.location.to(image)), inside)
         means = prior.means.to(image).expand(len(image), -1, -1)
-        found = sufficient.of_standardised(seen, inside, "full")
-        return cls(voxels, boxes, found, Smoother(boxed, spatial.sigma_mm, spacing_mm), means, location)
+        found, around = sufficient.of_standardised(seen, inside, "full"), Smoother(boxed, spatial.sigma_mm, spacing_mm)
+        reach = torch.where(inside > 0, boxes.pack(around.reach), 1)
+        return cls(voxels, boxes, found, around, reach, means, location)
 
     @property
     def inside(self) -> Tensor:
@@ -191,8 +194,14 @@ class _Task(NamedTuple):
     def rows(self, index: Tensor) -> _Task:
         """That of some of the images."""
         location = None if self.location is None else self.location[index]
-        seen, around = self.seen.rows(index), self.neighbourhood.rows(index)
-        return _Task(self.voxels.rows(index), self.boxes.rows(index), seen, around, self.means[index], location)
+        return self._replace(
+            voxels=self.voxels.rows(index),
+            boxes=self.boxes.rows(index),
+            seen=self.seen.rows(index),
+            reach=self.reach[index],
+            means=self.means[index],
+            location=location,
+        )
 
     def expected(self, prior: Prior) -> Mixture:
         """The mixture before any voxel was seen."""
@@ -217,7 +226,7 @@ class _Task(NamedTuple):
         scatter = scatter + torch.where(i == j, prior.variance, 0.0) * nu[..., None]
         covariances = scatter.new_empty(*means.shape, n_sequences)
         covariances[..., i, j] = covariances[..., j, i] = scatter / (count + nu)[..., None]
-        maps = self.boxes.pack(self.neighbourhood(self.boxes.spread(state.resp)))
+        maps = self.boxes.pack(self.neighbourhood.blur(self.boxes.spread(state.resp))).div_(self.reach)
         return Mixture(maps, means, covariances)
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from monai_deepgmm.methods import region_filter
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.region_filter import Region
 from monai_deepgmm.methods.task import Images
-from monai_deepgmm.mixture.fit import Fit
+from monai_deepgmm.mixture.fit import Fit, likeliest
 from monai_deepgmm.results import uncertainty
 from monai_deepgmm.results.assembly import Assembly
 
@@ -26,7 +24,7 @@ def filtered(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region
 def variants(images: Images, config: Config) -> list[Images]:
     """The same task with as many perturbed protocols as the method asks for."""
     count = getattr(config.method, "perturbations", 0)
-    return [perturbed(images, config.seed, number) for number in range(count)]
+    return images.variants([uncertainty.perturbed(images.protocol, config.seed, number) for number in range(count)])
 
 
 def volumes_ml(
@@ -37,15 +35,7 @@ def volumes_ml(
     return [_volumes(assembly, filtered(fit, images, config)[0], voxel_ml) for fit, images in pairs]
 
 
-def perturbed(images: Images, seed: int, number: int) -> Images:
-    """The same task with priors as plausible as the protocol's own."""
-    protocol = uncertainty.perturbed(images.protocol, seed, number)
-    tissues = tuple(protocol.tissue(t.name) for t in images.tissues)
-    return images._replace(protocol=protocol, tissues=tissues, ring=None, enhancement=None).with_wall()
-
-
 def _volumes(assembly: Assembly, fit: Fit, voxel_ml: float) -> list[float]:
     """Of each tissue in all images, in ml."""
-    labels: Tensor = assembly.everywhere(fit).argmax(1)[:, None]
-    inside = assembly.mask > 0
-    return [float(((labels == k) & inside).sum()) * voxel_ml for k in range(len(assembly.images.tissues))]
+    labels = likeliest(assembly.everywhere(fit))[assembly.mask[:, 0] > 0]
+    return (labels.bincount(minlength=fit.resp.shape[1]) * voxel_ml).tolist()

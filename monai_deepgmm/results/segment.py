@@ -20,7 +20,7 @@ from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.naming import Naming
 from monai_deepgmm.methods.task import Images
-from monai_deepgmm.mixture.fit import Fit
+from monai_deepgmm.mixture.fit import Fit, likeliest
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.results import coverage, notes, parts, plausibility, provenance, refit, uncertainty
 from monai_deepgmm.results.assembly import Assembly, assemble
@@ -49,6 +49,8 @@ def segment(
         StudyError: the patient cannot be segmented; the code says why.
     """
     prepared = prepare(study, preprocessing or config.preprocessing.transforms(config.protocol))
+    if inferer is None and not config.method.surroundings:
+        prepared = prepared.tight()
     inferer = inferer or Solver(config)
     divided = parts.split(prepared, config)
     wall = parts.wall(prepared, config) if len(divided) > 1 else None
@@ -174,7 +176,7 @@ def _on_source_grid(
     images = assembly.images
     index = np.array([t.index for t in images.tissues], dtype=np.uint8)
     labelled = scan.mask & (probabilities > 0).any(0)
-    labels = np.where(labelled, index[probabilities.argmax(0)], 0).astype(np.uint8)
+    labels = np.where(labelled, index[likeliest(torch.from_numpy(probabilities)[None])[0].numpy()], 0).astype(np.uint8)
     outcome = outcome._replace(
         intervals=_intervals(labels, elsewhere, probabilities, main, assembly, config, inferer),
         entropy=float(uncertainty.entropy(probabilities)[scan.mask].mean()),
