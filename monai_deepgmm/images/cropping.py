@@ -27,8 +27,8 @@ class Crops(NamedTuple):
     """The images of one patient: its slices, or its whole volume as a batch of one.
 
     Attributes:
-        image: (B, M, *S) float32, z-scored as the protocol says; 0 where the crop leaves the scan.
-        mask: (B, 1, *S) float32, 1 inside.
+        image: (B, M, *S), z-scored as the protocol says; 0 where the crop leaves the scan.
+        mask: (B, 1, *S), 1 inside.
         spacing_mm: of the axes in ``*S``.
         slices: the index of each image along the slice axis; empty for a volume.
         slice_axis: the array axis of the scan along which slices are stacked.
@@ -90,7 +90,7 @@ class Crops(NamedTuple):
         return out
 
 
-def crops(patient: Scan, protocol: Protocol) -> Crops:
+def crops(patient: Scan, protocol: Protocol, *, dtype: torch.dtype = torch.float64) -> Crops:
     """Cuts a scan into the protocol's images, and z-scores each sequence of each image (S §4.3).
 
     With a ``crop_mm``, each image is a square (cube) of that side around the middle of its mask, larger where the mask
@@ -100,6 +100,7 @@ def crops(patient: Scan, protocol: Protocol) -> Crops:
     Args:
         patient: the scan.
         protocol: the unit and the crop.
+        dtype: of the images and masks; single precision halves the memory of a head.
 
     Returns:
         The crops, in order along the slice axis.
@@ -116,7 +117,7 @@ def crops(patient: Scan, protocol: Protocol) -> Crops:
     size = _size(boxes, spacing, protocol.crop_mm, stack)
     corners = np.array([(low + high - size) // 2 for low, high in boxes])
     without = axis if by_slice else None
-    image = _cut_all(patient.image, corners, size, without)
+    image = _cut_all(patient.image, corners, size, without).to(dtype)
     mask = _cut_all(patient.mask[None], corners, size, without).to(image)
     covered = _cut_all(np.ones_like(patient.mask[None]), corners, size, without).to(image)
     usable = measured(image, mask)
@@ -196,14 +197,15 @@ def _cut(whole: Tensor, corner: NDArray[np.int64], size: NDArray[np.int64]) -> T
 def _zscore(image: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
     """Each sequence of each image with mean 0 and deviation 1 over ``over`` (B, M, *S); where its 0 is then (B, M).
 
-    Means are taken in double precision, one sequence at a time; a copy of a whole head would be large.
+    In double precision, one sequence at a time: a copy of a whole head would be large.
     """
     out, zero = torch.empty_like(image), image.new_zeros(image.shape[:2])
     for b, m in np.ndindex(*image.shape[:2]):
-        found = image[b, m][over[b, m] > 0].double()
+        values = image[b, m].double()
+        found = values[over[b, m] > 0]
         mean = found.mean() if len(found) else found.sum()
         deviation = (found - mean).square().mean().sqrt() if len(found) else mean
         deviation = deviation if deviation > 0 else torch.ones_like(deviation)
-        out[b, m] = (image[b, m] - mean) / deviation
+        out[b, m] = (values - mean) / deviation
         zero[b, m] = -mean / deviation
     return out, zero

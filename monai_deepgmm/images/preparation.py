@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from monai.transforms import Compose, Transform
 from numpy.typing import NDArray
 
@@ -88,7 +89,7 @@ class Cropd(Transform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """``scan`` → ``scan``, ``crops``."""
-        return {**data, "crops": cropping.crops(data["scan"], self.protocol)}
+        return {**data, "crops": cropping.crops(data["scan"], self.protocol, dtype=torch.float32)}
 
 
 class CorrectShadingd(Transform):

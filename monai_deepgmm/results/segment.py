@@ -175,20 +175,21 @@ def _on_source_grid(
     scan, assembly, outcome, main = prepared.scan, first.assembly, first.outcome, first.part.prepared
     images = assembly.images
     index = np.array([t.index for t in images.tissues], dtype=np.uint8)
-    labelled = scan.mask & (probabilities > 0).any(0)
-    labels = np.where(labelled, index[likeliest(torch.from_numpy(probabilities)[None])[0].numpy()], 0).astype(np.uint8)
+    inside = probabilities[:, scan.mask]  # (K, voxels)
+    labels = np.zeros(scan.mask.shape, dtype=np.uint8)
+    labels[scan.mask] = np.where((inside > 0).any(0), index[likeliest(torch.from_numpy(inside)[None])[0].numpy()], 0)
     outcome = outcome._replace(
-        intervals=_intervals(labels, elsewhere, probabilities, main, assembly, config, inferer),
-        entropy=float(uncertainty.entropy(probabilities)[scan.mask].mean()),
+        intervals=_intervals(labels, elsewhere, inside, main, assembly, config, inferer),
+        entropy=float(uncertainty.entropy(inside).mean()),
     )
     fields = _fields(outcome.fit, main, assembly)
     warnings = (*scan.warnings, *notes.about(main, assembly, outcome, config))
-    taken_off = 1 if prepared.fields is None else prepared.fields
+    scanned = scan.image if prepared.fields is None else scan.image * prepared.fields
     return Segmentation(
         patient=study.patient,
         protocol=config.protocol,
         tissues=images.tissues,
-        images=dict(zip(scan.sequences, scan.image * taken_off, strict=True)),
+        images=dict(zip(scan.sequences, scanned, strict=True)),
         mask=scan.mask,
         labels=labels,
         probabilities=probabilities,
@@ -213,13 +214,16 @@ def _seen(scan: Scan) -> dict[str, np.ndarray]:
 def _intervals(
     labels: NDArray[np.uint8],
     elsewhere: NDArray[np.bool_],
-    probabilities: NDArray[np.float32],
+    inside: NDArray[np.float32],
     prepared: Prepared,
     assembly: Assembly,
     config: Config,
     inferer: Inferer,
 ) -> list[uncertainty.Interval]:
-    """Where each tissue's volume may lie; what another part has labelled, ``elsewhere``, is the same in all refits."""
+    """Where each tissue's volume may lie, from the probabilities of the mask's voxels (K, N).
+
+    What another part has labelled, ``elsewhere``, is the same in all refits.
+    """
     reference, tissues = prepared.scan.reference, assembly.images.tissues
     volumes, fixed = (
         [int((places == t.index).sum()) * reference.voxel_ml for t in tissues] for places in (labels, labels[elsewhere])
@@ -229,7 +233,7 @@ def _intervals(
     refits = refit.volumes_ml(assembly, variants, fits, config, voxel_ml=reference.voxel_ml)
     deviations = uncertainty.standard_deviations(
         volumes,
-        probabilities,
+        inside[..., None, None],
         [[a + b for a, b in zip(v, fixed, strict=True)] for v in refits],
         voxel_ml=reference.voxel_ml,
         pixel_mm2=math.prod(s for a, s in enumerate(reference.spacing_mm) if a != prepared.crops.slice_axis),
