@@ -12,13 +12,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from monai.data import Dataset
 
 from monai_deepgmm import workers
-from monai_deepgmm.engine import Handler, PatientEngine
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyError, UsageError
 from monai_deepgmm.images import atomic_files, loading
 from monai_deepgmm.methods.config import Config
@@ -28,8 +26,12 @@ from monai_deepgmm.results.log_file import log_file
 from monai_deepgmm.results.row_files import Row
 from monai_deepgmm.results.segment import Inferer, segment
 from monai_deepgmm.results.steps import Steps
-from monai_deepgmm.training import self_training
 from monai_deepgmm.workers import Rows
+
+if TYPE_CHECKING:
+    from monai.data import Dataset
+
+    from monai_deepgmm.engine import Handler
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Row], None]
@@ -114,6 +116,8 @@ def run(
     job = Job(out, config, options.overwrite, steps)
     work = _work(studies, job, options)
     if config.method.name == "cohort" and config.model is None:
+        from monai_deepgmm.training import self_training  # MONAI takes seconds to import
+
         outputs.prepare(out, config.protocol)
         config = self_training.train_on_pseudo_labels(cohort, out, config)
         job = dataclasses.replace(job, config=config)
@@ -137,7 +141,7 @@ def _check_cohort(config: Config, options: BatchOptions, steps: Steps | None = N
         hint = "train with deepgmm train, and segment with its model"
         raise UsageError(f"preprocessing: --method cohort trains on images prepared as the configuration says; {hint}")
     if options.part != (1, 1):
-        hint = f"run it without --part; then others can use --model OUT/{self_training.MODEL}"
+        hint = "run it without --part; then others can use --model OUT/model"
         raise UsageError(f"--part: --method cohort learns from every patient; {hint}")
 
 
@@ -168,6 +172,8 @@ class Batch:
         options: BatchOptions,
         val_handlers: Sequence[Handler] = (),
     ) -> None:
+        from monai_deepgmm.engine import PatientEngine  # as above
+
         studies = tuple(item["study"] for item in dataset.data)
         self.cohort, self.output_dir = dataclasses.replace(cohort, studies=studies), Path(output_dir)
         self.config, self.options = config, options

@@ -12,6 +12,8 @@ from monai_deepgmm.protocol import Protocol
 if TYPE_CHECKING:
     from monai.transforms import Compose
 
+    from monai_deepgmm.images.preparation import Step
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -39,6 +41,12 @@ class Preprocessing:
     def normalisation(self, protocol: Protocol) -> str:
         """A name that tells two scales of intensity apart; means and networks are used only with their own."""
         return protocol.normalisation + ("-n4" if self.n4 else "")
+
+    def steps(self, protocol: Protocol) -> tuple[Step, ...]:
+        """The steps from files to images."""
+        from monai_deepgmm.images import preparation
+
+        return preparation.steps(protocol, frame=self.frame, max_voxels=self.max_voxels, n4=self.n4)
 
     def transforms(self, protocol: Protocol) -> Compose:
         """The steps, as MONAI's transforms."""

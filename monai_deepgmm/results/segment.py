@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from monai.transforms import Compose
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
@@ -30,6 +29,9 @@ from monai_deepgmm.results.provenance import Outcome
 from monai_deepgmm.results.refit import filtered
 from monai_deepgmm.results.segmentation import Segmentation
 
+if TYPE_CHECKING:
+    from monai.transforms import Compose
+
 #: What fits a mixture to a patient's images.
 Inferer = Callable[[Images], Fit]
 
@@ -48,7 +50,7 @@ def segment(
     Raises:
         StudyError: the patient cannot be segmented; the code says why.
     """
-    prepared = prepare(study, preprocessing or config.preprocessing.transforms(config.protocol))
+    prepared = prepare(study, preprocessing or config.preprocessing.steps(config.protocol))
     if inferer is None and not config.method.surroundings:
         prepared = prepared.tight()
     inferer = inferer or Solver(config)
