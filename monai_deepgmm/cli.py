@@ -27,6 +27,7 @@ from monai_deepgmm.errors import (
     StudyError,
     UsageError,
 )
+from monai_deepgmm.images import COPIES
 from monai_deepgmm.methods import METHODS
 from monai_deepgmm.patients import discovery, layout
 
@@ -254,6 +255,8 @@ def _add_segment(parsers: Any) -> None:
     group.add_argument("--model", type=Path, metavar="MODEL_DIR", help="a network from deepgmm train")
     _add_trust(group)
     group.add_argument("--probabilities", action="store_true", help="also write one probability map per tissue")
+    copies = f"also write the label map as {' or '.join(COPIES)}, or both"
+    group.add_argument("--copies", nargs="+", choices=COPIES, default=[], metavar="FORMAT", help=copies)
     group.add_argument("--fields", action="store_true", help="also write bias fields, and images without them")
     group = made.add_argument_group("how to work through the patients")
     group.add_argument("--jobs", type=_positive, default=1, metavar="N", help="patients at the same time")

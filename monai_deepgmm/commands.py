@@ -298,6 +298,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         frame=arguments.frame,
         max_voxels=arguments.max_voxels,
         probabilities=arguments.probabilities,
+        copies=arguments.copies,
         fields=arguments.fields,
         device=_device(arguments.device),
         trust_code=arguments.trust_code,

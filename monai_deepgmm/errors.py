@@ -19,7 +19,7 @@ CODES: dict[str, str] = {
     "E_FILE": "a file cannot be opened: missing, dangling or looping link, a folder, no permission",
     "E_EMPTY": "a file has zero bytes",
     "E_GZIP": "a gzip stream is truncated or damaged, or the file's name and its compression disagree",
-    "E_FORMAT": "a file is not NIfTI",
+    "E_FORMAT": "a file is of no format that is read",
     "E_POINTER": "a pointer of git-annex, Git LFS or DVC stands where a file belongs that was never fetched",
     "E_HEADER": "a NIfTI header is invalid: dimensions, data type or offset",
     "E_DICOM": "a DICOM file or series stands where a NIfTI file belongs",

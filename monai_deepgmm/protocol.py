@@ -6,6 +6,7 @@ A protocol is a YAML file. Two come with the package (``infarct`` and ``brain``)
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -134,13 +135,22 @@ def load(name: str | Path) -> Protocol:
     """
     label = f"--protocol {name}"
     if str(name).endswith((".yaml", ".yml")):
-        text = schema.read_text(Path(name), label)
-    elif str(name) in names():
-        text = (resources.files("monai_deepgmm") / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        near = schema.nearest(name, names())
-        known = ", ".join(names())
-        raise UsageError(f"--protocol: no protocol {str(name)!r}{near}; choose one of {known}, or a YAML file")
+        return _from_text(schema.read_text(Path(name), label), label)
+    if str(name) in names():
+        return _built_in(str(name))
+    near = schema.nearest(name, names())
+    known = ", ".join(names())
+    raise UsageError(f"--protocol: no protocol {str(name)!r}{near}; choose one of {known}, or a YAML file")
+
+
+@functools.cache
+def _built_in(name: str) -> Protocol:
+    """One that comes with the package; every patient and page asks for it again."""
+    text = (resources.files("monai_deepgmm") / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
+    return _from_text(text, f"--protocol {name}")
+
+
+def _from_text(text: str, label: str) -> Protocol:
     content = schema.check(schema.parse_yaml(text, label), "protocol")
     try:
         return _parse(content)

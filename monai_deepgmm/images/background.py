@@ -38,6 +38,10 @@ BONE_MM, BONE_SHARE, BONE_LEVEL = (3.0, 20.0), 0.18, 0.4
 #: Of what lies less deep than this (mm), so much is brighter than this multiple of the inside: fat of the scalp.
 SCALP_MM, SCALP_SHARE, SCALP_LEVEL = 10.0, 0.12, 1.4
 
+#: Of the outer layer of a mask (mm), so much at most is darker than this share of its inside. Right masks of 14
+#: brains: .07 to .41; where a layer of residue a quarter as bright as brain, or of bone, lies around them: 1.
+RIM_MM, RIM_SHARE, RIM_LEVEL = 4.0, 0.85, 0.4
+
 
 class Foreground(NamedTuple):
     """The voxels that are not background.
@@ -85,6 +89,7 @@ def foreground(image: Volume, sequence: str, protocol: Protocol) -> Foreground:
     if dark > MUCH_DARK:
         raise StudyError("E_MASK_BACKGROUND", told, remedy)
     notes += [f"W_MASK_BACKGROUND: {told}"] if dark > SOME_DARK else []
+    notes += about_rim(image, mask, protocol, code="W_MASK_BACKGROUND", why="left by skull stripping?")
     return Foreground(mask, rule, tuple(notes))
 
 
@@ -135,6 +140,34 @@ def about_rest(image: Volume, mask: Bools, protocol: Protocol) -> Iterator[str]:
         f"W_MASK_PART: {image.name} shows {whole:.0f} ml that are not 0, of which {beyond:.0f} ml "
         f"({100 * beyond / whole:.0f} %) lie outside the mask; check that it covers the whole {protocol.mask}"
     )
+
+
+def about_rim(image: Volume, mask: Bools, protocol: Protocol, *, code: str, why: str) -> Iterator[str]:
+    """A warning where the outer layer of a brain's mask is dark nearly everywhere: residue, or bone.
+
+    Args:
+        image: the reference sequence's, on the mask's grid.
+        mask: (X, Y, Z).
+        protocol: only where its mask must be without a skull.
+        code: of the warning.
+        why: what may have happened, for the message.
+    """
+    if protocol.mask_shape is None or not protocol.mask_shape.no_skull:
+        return
+    steps = [max(1, round(COARSE_MM / s)) for s in image.spacing_mm]
+    thinned = tuple(slice(None, None, step) for step in steps)
+    inside, values = mask[thinned] & np.isfinite(image.data[thinned]), image.data[thinned]
+    spacing = np.array(image.spacing_mm) * steps
+    depth = distance_transform_edt(inside, sampling=spacing)
+    rim, deep = (depth > 0) & (depth <= max(RIM_MM, 2 * spacing.max())), depth > depth.max() / 2
+    if not rim.any() or np.quantile(values[inside], 0.1) < 0:
+        return
+    dark = float((values[rim] < RIM_LEVEL * np.median(values[deep])).mean())
+    if dark > RIM_SHARE:
+        told = (
+            f"{100 * dark:.0f} % of the mask's outer layer is less than {RIM_LEVEL:g} times as bright as its inside"
+        )
+        yield f"{code}: {told} in {image.name} (usual: up to 45 %): {why}"
 
 
 def _border(data: Floats, axis: int) -> Floats:

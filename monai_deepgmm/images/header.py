@@ -16,6 +16,11 @@ from monai_deepgmm.patients.spacing import Spacing
 
 MIN_BYTES = 348
 
+#: Of a patient's stack: three sequences and the mask of 512 × 512 × 512 voxels.
+DEFAULT_MAX_VOXELS = 1 << 29
+#: A file that is small, or packs better than this, is nearly empty and may hold but a small part of the voxels.
+_SMALL_BYTES, _VOXELS_PER_BYTE, _NEARLY_EMPTY = 1 << 20, 32, 64
+
 _STORED = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _REFUSED = {
     1: "1-bit",
@@ -131,6 +136,27 @@ def plan(
     place = placement.place(path, header, (*shape, 1)[:3], spacing=spacing)
     warnings = scaling + place.warnings
     return ReadPlan(header, shape, stored, slope, intercept, offset, place.affine, place.known, warnings)
+
+
+def refuse_nearly_empty(path: Path, size: int, shape: tuple[int, ...], max_voxels: int, beside: int) -> None:
+    """Refuses a small file that unpacks to a large image of nothing, which no scanner makes.
+
+    Args:
+        path: the file, for messages.
+        size: of the file, in bytes.
+        shape: that its header promises.
+        max_voxels: the most voxels.
+        beside: how many voxels the image has that a mask or labels belong to.
+
+    Raises:
+        StudyError: ``E_SIZE``.
+    """
+    found = math.prod(shape)
+    full = _VOXELS_PER_BYTE * size if size >= _SMALL_BYTES else 0
+    if found > max(max(max_voxels, DEFAULT_MAX_VOXELS) // _NEARLY_EMPTY, full, 2 * beside):
+        message = f"{size} bytes unpack to {found} voxels, so the image is nearly empty"
+        remedy = f"Crop it, or raise --max-voxels to {_NEARLY_EMPTY * found} if it is right"
+        raise refused(path, "E_SIZE", message, remedy)
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import nifti, voxelwise
+from monai_deepgmm.images import image_file, voxelwise
+from monai_deepgmm.images import volume as volumes
 from monai_deepgmm.patients.discovery import Study
 from monai_deepgmm.protocol import Protocol
 
@@ -26,7 +27,7 @@ class Truth(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def read(study: Study, protocol: Protocol, sequences: Sequence[str], *, like: nifti.Volume) -> Truth:
+def read(study: Study, protocol: Protocol, sequences: Sequence[str], *, like: volumes.Volume) -> Truth:
     """Reads a patient's reference labels; tissues that the sequences cannot show join those that the protocol names.
 
     Args:
@@ -46,17 +47,17 @@ def read(study: Study, protocol: Protocol, sequences: Sequence[str], *, like: ni
         raise StudyError(
             "E_TRUTH", f"no reference labels were found{why}", "Add a file of them, or leave this patient out"
         )
-    volume = nifti.read(study.truth, spacing=study.spacing, beside=like.data.size, dtype=np.float64)
+    volume = image_file.read(study.truth, spacing=study.spacing, beside=like.data.size, dtype=np.float64)
     name, data, warnings = f"{volume.name} (reference labels)", volume.data, list(volume.warnings)
-    if nifti.grids_equal(volume, like):
+    if volumes.grids_equal(volume, like):
         pass
     elif same := voxelwise.note(volume, like, labels=True):
         warnings.append(f"W_PLACE: {same}")
     else:
-        if not nifti.overlaps(volume, like):
+        if not volumes.overlaps(volume, like):
             remedy = "Check that both belong to the same patient and examination"
             raise StudyError("E_GRID", f"{name} does not overlap {like.name}", remedy)
-        data = nifti.resample(volume, like, nearest=True)
+        data = volumes.resample(volume, like, nearest=True)
         warnings.append(f"W_GRID: {name} lies on another grid; it was resampled by nearest neighbour")
     meaning = study.truth_labels or {t.index: t.index for t in protocol.tissues}
     unknown = _unknown(data, meaning, name)

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import coverage, grid, mask_edges, nifti, stack_size
+from monai_deepgmm.images import coverage, grid, image_file, mask_edges, stack_size
 from monai_deepgmm.images import mask as masks
 from monai_deepgmm.images.coverage import Coverage
-from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS, Volume
+from monai_deepgmm.images.header import DEFAULT_MAX_VOXELS
+from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
 
@@ -63,7 +64,7 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
         raise StudyError(problem.code, problem.message, problem.remedy)
     sequences = tuple(s for s in protocol.sequences if s in study.images)
     stack_size.check(study, sequences, frame=frame, max_voxels=max_voxels)
-    read = functools.partial(nifti.read, frame=frame, max_voxels=max_voxels, spacing=study.spacing)
+    read = functools.partial(image_file.read, frame=frame, max_voxels=max_voxels, spacing=study.spacing)
     volumes = {s: read(study.images[s]) for s in sequences}
     _refuse_identical(volumes)
     reference = volumes[sequences[0]]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import background, grid, mask_examination, nifti
+from monai_deepgmm.images import background, grid, image_file, mask_examination
 from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.localisation import ventricle
@@ -82,6 +82,9 @@ def read(
     if study.mask_rule != "nonzero":
         background.refuse_head(reference.data, examined.mask, reference, protocol)
         notes += background.about_rest(reference, examined.mask, protocol)
+        notes += background.about_rim(
+            reference, examined.mask, protocol, code="W_MASK_EDGE", why="the mask may be too large"
+        )
     return Mask(examined.mask, facts, (*notes, *examined.warnings))
 
 
@@ -107,7 +110,7 @@ def _from_file(
     chosen = study.mask_named or bool(study.mask_labels)
     named = list(mask_examination.about_name(study.mask.name, study.patient, protocol, asked_for=chosen))
     reference = next(iter(volumes.values()))
-    volume = nifti.read(
+    volume = image_file.read(
         Path(study.mask),
         frame=frame,
         max_voxels=max_voxels,

@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import atomic_files, header
 from monai_deepgmm.images.atomic_files import refused
+from monai_deepgmm.images.header import DEFAULT_MAX_VOXELS
 from monai_deepgmm.images.volume import Volume, grids_equal, overlaps, resample
 from monai_deepgmm.patients.spacing import Spacing
 
@@ -32,11 +33,6 @@ __all__ = [
     "write_labels",
     "write_probabilities",
 ]
-
-#: Of a patient's stack: three sequences and the mask of 512 × 512 × 512 voxels.
-DEFAULT_MAX_VOXELS = 1 << 29
-#: A file that is small, or packs better than this, is nearly empty and may hold but a small part of the voxels.
-_SMALL_BYTES, _VOXELS_PER_BYTE, _NEARLY_EMPTY = 1 << 20, 32, 64
 
 _BLOCK = 1 << 16
 _DRAIN_BYTES = 1 << 28
@@ -180,7 +176,7 @@ def _planned(
         stream = _Stream(file, path)
         with _true_cause(path, stream):
             found = header.plan(path, _header(path, stream), frame=frame, max_voxels=max_voxels, spacing=spacing)
-            _refuse_nearly_empty(path, file, found, max_voxels, beside)
+            header.refuse_nearly_empty(path, os.fstat(file.fileno()).st_size, found.shape, max_voxels, beside)
             yield stream, found
 
 
@@ -194,16 +190,6 @@ def _true_cause(path: Path, stream: _Stream) -> Iterator[None]:
         if stream.packed and error.code != "E_GZIP":
             stream.drain(_DRAIN_BYTES)
         raise
-
-
-def _refuse_nearly_empty(path: Path, file: BinaryIO, plan: header.ReadPlan, max_voxels: int, beside: int) -> None:
-    """Refuses a small file that unpacks to a large image of nothing, which no scanner makes."""
-    found, size = math.prod(plan.shape), os.fstat(file.fileno()).st_size
-    full = _VOXELS_PER_BYTE * size if size >= _SMALL_BYTES else 0
-    if found > max(max(max_voxels, DEFAULT_MAX_VOXELS) // _NEARLY_EMPTY, full, 2 * beside):
-        message = f"{size} bytes unpack to {found} voxels, so the image is nearly empty"
-        remedy = f"Crop it, or raise --max-voxels to {_NEARLY_EMPTY * found} if it is right"
-        raise refused(path, "E_SIZE", message, remedy)
 
 
 def _refuse_folder(path: Path) -> None:

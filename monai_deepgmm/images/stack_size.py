@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import nifti
+from monai_deepgmm.images import image_file
 from monai_deepgmm.images.atomic_files import shown
 from monai_deepgmm.patients.study import Study
 
@@ -30,7 +30,8 @@ def check(study: Study, sequences: tuple[str, ...], *, frame: int | None, max_vo
     shapes: dict[str, tuple[int, ...]] = {}
     for name, path in files.items():
         beside = math.prod(shapes[sequences[0]][:3]) if name == "mask" else 0
-        shapes[name] = nifti.plan(path, frame=frame, max_voxels=max_voxels, spacing=study.spacing, beside=beside).shape
+        planned = image_file.plan(path, frame=frame, max_voxels=max_voxels, spacing=study.spacing, beside=beside)
+        shapes[name] = planned.shape
     reference = (*shapes[sequences[0]], 1)[:3]
     others = {name: math.prod(shape) for name, shape in shapes.items() if (*shape, 1)[:3] != reference or shape[3:]}
     total = (len(sequences) + 1) * math.prod(reference) + sum(others.values())

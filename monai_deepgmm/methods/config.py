@@ -13,7 +13,8 @@ from typing import Any
 
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
+from monai_deepgmm.images import COPIES
+from monai_deepgmm.images.header import DEFAULT_MAX_VOXELS
 from monai_deepgmm.images.preprocessing import Preprocessing
 from monai_deepgmm.methods import METHODS, known_means, model_spec, registry, settings
 from monai_deepgmm.methods.known_means import Means
@@ -36,6 +37,7 @@ class Config:
         means: μ_data, or None.
         seed: of every random draw; each patient starts from it anew.
         probabilities: also write one probability map per tissue.
+        copies: further formats of the label map: ``nrrd``, ``mha``.
         fields: also write each sequence's bias field, and the image without it.
         device: where tensors live: cpu, cuda, cuda:1 …
         trusted: whether the network's code is a stranger's, which the user trusts (``--trust-code``).
@@ -47,6 +49,7 @@ class Config:
     means: Means | None = None
     seed: int = 0
     probabilities: bool = False
+    copies: tuple[str, ...] = ()
     fields: bool = False
     device: str = "cpu"
     trusted: bool = False
@@ -63,6 +66,8 @@ class Config:
             raise UsageError("--fields: no bias field is looked for; use --set n4=true, or degree with gmm or svgmm")
         if self.means is not None and not self.method.takes_means:
             raise UsageError(f"--means: --method {name} has the protocol's own priors; use another with means")
+        for format_name in self.copies:
+            settings.check_choice("--copies", format_name, COPIES)
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"--seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
 
@@ -82,7 +87,7 @@ class Config:
         return bool(self.method.presence) and self.protocol.anatomy is not None
 
     def as_json(self) -> dict[str, Any]:
-        """For the sidecar: whatever can change a label. The device and ``--probabilities`` cannot."""
+        """For the sidecar: whatever can change a label. The device, ``--probabilities`` and ``--copies`` cannot."""
         protocol = json.dumps(dataclasses.asdict(self.protocol), sort_keys=True, default=list)
         nested = {"model", "training"}
         plain = {f.name for f in dataclasses.fields(self.method)} - nested
@@ -113,6 +118,7 @@ def build(
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
     probabilities: bool = False,
+    copies: Sequence[str] = (),
     fields: bool = False,
     device: str = "cpu",
     trust_code: bool = False,
@@ -130,6 +136,7 @@ def build(
         frame: which frame of a 4-D file.
         max_voxels: larger images are refused.
         probabilities: also write probability maps.
+        copies: further formats of the label map.
         fields: also write bias fields and the images without them.
         device: cpu, cuda, cuda:1 …
         trust_code: whether the network may be a class that this software does not know, whose code is then run.
@@ -157,6 +164,7 @@ def build(
         means=None if means is None else known_means.read(Path(means), found, prepared),
         seed=seed,
         probabilities=probabilities,
+        copies=tuple(dict.fromkeys(copies)),
         fields=fields,
         device=device,
         trusted=trusted or (trained is not None and trained.trusted),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.patients.directory import NIFTI, listed, shown
+from monai_deepgmm.patients.directory import READABLE, listed, shown
 from monai_deepgmm.patients.formats import foreign
 
 #: Entity → the values that are wanted; "" stands for files without that entity.
@@ -57,7 +57,7 @@ def parse(path: str) -> BidsName:
     """Reads a name; the session may stand in a folder's name only."""
     folders, _, base = path.rpartition("/")
     other = foreign(base)
-    *words, suffix = (other.stem if other else NIFTI.sub("", base)).split("_")
+    *words, suffix = (other.stem if other else READABLE.sub("", base)).split("_")
     parts = folders.split("/")
     entities = {}
     for word in (*(p for p in parts if p.casefold().startswith("ses-")), *words):

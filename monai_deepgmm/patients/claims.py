@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from monai_deepgmm.patients import bids
-from monai_deepgmm.patients.directory import NIFTI, Tree, beside, holds_dicom
+from monai_deepgmm.patients.directory import READABLE, SEGMENTATION, Tree, beside, holds_dicom
 from monai_deepgmm.patients.formats import foreign
 from monai_deepgmm.patients.layout import NOT_PATIENTS, NOT_SOURCE, Layout, Reader
 from monai_deepgmm.protocol import Protocol
@@ -87,11 +87,11 @@ def claim(tree: Tree, reader: Reader, protocol: Protocol, wanted: bids.Filters |
     found: dict[tuple[str, str], Found] = {}
     labels: list[tuple[str, str, str]] = []
     for name in tree.files:
-        other = None if NIFTI.search(name) else foreign(name)
-        if other is None and not NIFTI.search(name):
+        other = None if READABLE.search(name) else foreign(name)
+        if other is None and not READABLE.search(name):
             continue
         stem = other.stem if other else name
-        image = None if other and other.segmentation else reader.image(stem)
+        image = None if SEGMENTATION.search(name) else reader.image(stem)
         if image is not None and image[1] in protocol.sequences:
             patient = bids.with_session(image[0], name) if layout.entities else image[0]
             one = found.setdefault(key := _key(patient, name, layout), Found(*key))
@@ -126,7 +126,7 @@ def _add_labels(found: Iterable[Found], labels: Iterable[tuple[str, str, str]]) 
 
 
 def _add_label(one: Found, role: str, name: str) -> None:
-    if NIFTI.search(name):
+    if READABLE.search(name):
         (one.mask if role == "mask" else one.truth).append(name)
     else:
         one.foreign.setdefault(role, []).append(name)

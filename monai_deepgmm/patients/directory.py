@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-#: The end of a NIfTI file's name.
-NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+#: The end of the name of a file that is read: NIfTI, NRRD or MetaImage.
+READABLE = re.compile(r"\.(nii(\.gz)?|(seg\.)?nrrd|mha)$", re.IGNORECASE)
+#: The end of the name of a segmentation of 3D Slicer, which is no image.
+SEGMENTATION = re.compile(r"\.seg\.nrrd$", re.IGNORECASE)
 
 #: Deeper than derivatives/pipeline/sub/ses/anat, and an end to links that lead ever deeper.
 MAX_DEPTH = 8
@@ -90,7 +92,7 @@ def beside(root: Path, pattern: str) -> Iterator[str]:
     here = Path(os.path.abspath(root))
     for folder in sorted(_listed(here.parent, folders=True)):
         if folder != here.name and fnmatch.fnmatch(folder, pattern):
-            yield from (f"../{folder}/{n}" for n in sorted(_listed(here.parent / folder)) if NIFTI.search(n))
+            yield from (f"../{folder}/{n}" for n in sorted(_listed(here.parent / folder)) if READABLE.search(n))
 
 
 def holds_dicom(tree: Tree, names: Iterable[str]) -> bool:
@@ -128,7 +130,7 @@ def _has_dicom_mark(path: Path) -> bool:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    if NIFTI.search(entry.name):
+    if READABLE.search(entry.name):
         return False  # it stands where a file belongs: whoever reads it will say so
     try:
         return entry.is_dir()

@@ -17,7 +17,7 @@ from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients import manifest as manifests
 from monai_deepgmm.patients import spacing as spacings
 from monai_deepgmm.patients.claims import Claims, Found, claim
-from monai_deepgmm.patients.directory import NIFTI, Tree, holds_dicom, listed, scan, shown
+from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed, scan, shown
 from monai_deepgmm.patients.formats import foreign
 from monai_deepgmm.patients.judge import Asked, failed, judge
 from monai_deepgmm.patients.layout import Layout
@@ -206,7 +206,7 @@ def _of_dataset(tree: Tree, channels: str, protocol: Protocol) -> Meanings | Non
 
 def _reader(layout: Layout, protocol: Protocol, tree: Tree) -> layouts.Reader:
     plain = layouts.reader(layout, protocol, tree.root, needed=False)
-    names = (other.stem if (other := foreign(n)) else n for n in tree.files if NIFTI.search(n) or foreign(n))
+    names = (other.stem if (other := foreign(n)) else n for n in tree.files if READABLE.search(n) or foreign(n))
     needed = layout.channels is not None and any(map(plain.could_be_image, names))
     return layouts.reader(layout, protocol, tree.root, needed=True) if needed else plain
 
@@ -230,12 +230,12 @@ def _choose(claims: Sequence[Claims]) -> tuple[Claims, tuple[str, ...]]:
 
 def _holds_scans(tree: Tree, found: Found) -> bool:
     names = tree.below(found.folder or "")
-    return any(NIFTI.search(n) for n in names) or holds_dicom(tree, names)
+    return any(READABLE.search(n) for n in names) or holds_dicom(tree, names)
 
 
 def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
     flat = [n for n in tree.files if "/" not in n]
-    scans = [n for n in tree.files if NIFTI.search(n)]
+    scans = [n for n in tree.files if READABLE.search(n)]
     looked = f"{len(tree.files)} files in {len(tree.folders)} folders, of which {len(scans)} are NIfTI"
     hint = ""
     inside = {n.split("/")[0] for n in tree.folders if "/" in n and n.split("/")[-1].casefold() in layouts.NOT_PATIENTS}
@@ -243,8 +243,8 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
         hint = f" Give the data set's own folder: {listed(sorted(inside))}."
     elif holds_dicom(tree, flat):
         hint = " There are DICOM files: convert them with dcm2niix."
-    elif any(NIFTI.search(n) for n in flat):
-        hint = f" It holds {listed([n for n in flat if NIFTI.search(n)])}: if it is one patient's folder, give the "
+    elif any(READABLE.search(n) for n in flat):
+        hint = f" It holds {listed([n for n in flat if READABLE.search(n)])}: if it is one patient's folder, give the "
         hint += "folder around it."
     return (
         f"no patient found in {shown(tree.root.name or '.')} ({looked}): nothing is named like "

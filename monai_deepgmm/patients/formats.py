@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from monai_deepgmm.patients.directory import NIFTI, shown
+from monai_deepgmm.patients.directory import READABLE, shown
 from monai_deepgmm.patients.study import Problem
 
 _DCM2NIIX = "Convert it with dcm2niix"
-_SLICER = "Convert it to NIfTI, with 3D Slicer or SimpleITK's WriteImage"
+_ONE_FILE = "Save both as one file (.nrrd, .mha or .nii.gz), with 3D Slicer or SimpleITK's WriteImage"
 _MRTRIX = "Convert it to NIfTI, with mrconvert"
 _UNPACK = "Unpack it and pack it with gzip"
 _PAIR = "Join the two files into one, with fslchfiletype NIFTI_GZ or nibabel"
@@ -22,8 +22,7 @@ _KINDS: tuple[tuple[str, str, str, str], ...] = (
     (r"\.nii(\.gz)?\.(bz2|xz|zst|zip|7z|rar|gz|Z|lz4)", "E_FORMAT", "a NIfTI file packed otherwise", _UNPACK),
     (r"\.nii(\.gz)?\.dvc", "E_POINTER", "a pointer of DVC", "Fetch the file: dvc pull"),
     (r"\.nii(\.gz)?\.(part|partial|crdownload|filepart|download)", "E_FORMAT", "half a download", "Fetch it again"),
-    (r"\.(nrrd|nhdr)", "E_FORMAT", "NRRD", _SLICER),
-    (r"\.(mha|mhd)", "E_FORMAT", "MetaImage", _SLICER),
+    (r"\.(nhdr|mhd)", "E_FORMAT", "a header whose voxels lie in another file", _ONE_FILE),
     (r"\.(hdr|img)(\.gz)?", "E_FORMAT", "an Analyze or NIfTI pair (.hdr and .img)", _PAIR),
     (r"\.(mgz|mgh|mgh\.gz)", "E_FORMAT", "FreeSurfer's format", "Convert it with mri_convert"),
     (r"\.(mnc|mnc\.gz)", "E_FORMAT", "MINC", "Convert it with mnc2nii"),
@@ -33,7 +32,6 @@ _KINDS: tuple[tuple[str, str, str, str], ...] = (
     (r"\.(tiff?|npy|npz)", "E_FORMAT", "no medical image format", "Save it as NIfTI, with its voxel size and place"),
 )
 _ENDINGS = tuple((re.compile(f"{e}$", re.IGNORECASE), code, what, remedy) for e, code, what, remedy in _KINDS)
-_SEGMENTATION = re.compile(r"\.seg\.nrrd$", re.IGNORECASE)
 
 _POINTER_BYTES = 2048  # a pointer is shorter than this; an image's file is longer
 _POINTERS = (
@@ -46,31 +44,25 @@ class Foreign(NamedTuple):
     """A file that holds an image in a format that is not read.
 
     Attributes:
-        stem: its name without the ending, or of a segmentation of 3D Slicer without ``.seg.nrrd``.
+        stem: its name without the ending.
         problem: what to tell of it.
-        segmentation: whether it can hold labels only.
     """
 
     stem: str
     problem: Problem
-    segmentation: bool = False
 
 
 @functools.lru_cache(maxsize=1 << 16)  # each name is asked for once per layout
 def foreign(name: str) -> Foreign | None:
-    """What a file is by the ending of its name, if that is not NIfTI but holds an image; else None."""
-    if NIFTI.search(name):
+    """What a file is by the ending of its name, if it holds an image and is not read; else None."""
+    if READABLE.search(name):
         return None
     base = shown(name.rpartition("/")[2])
     for ending, code, what, remedy in _ENDINGS:
         if ending.search(name):
-            problem = Problem(
-                code, f"{base} is {what}, and only NIfTI is read", f"{remedy}, and put the .nii.gz in its place"
-            )
+            problem = Problem(code, f"{base} is {what}, and is not read", f"{remedy}, and put the result in its place")
             if code == "E_POINTER" or "download" in what:
                 problem = Problem(code, f"{base} is {what}, not the image", remedy)
-            if _SEGMENTATION.search(name):
-                return Foreign(_SEGMENTATION.sub("", name), problem, True)
             return Foreign(ending.sub("", name), problem)
     return None
 

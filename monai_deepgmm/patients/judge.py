@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from monai_deepgmm.patients import bids, label_meanings
 from monai_deepgmm.patients.claims import Found
-from monai_deepgmm.patients.directory import NIFTI, Tree, holds_dicom, listed, shown
+from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed, shown
 from monai_deepgmm.patients.formats import foreign, pointer
 from monai_deepgmm.patients.layout import Layout
 from monai_deepgmm.patients.study import Meanings, Problem, Study
@@ -179,7 +179,7 @@ def failed(found: Found, tree: Tree, protocol: Protocol) -> Study:
         problem = Problem("E_FILE", "the folder cannot be read", "Check its permissions")
     elif holds_dicom(tree, names):
         problem = _dicom("the folder holds DICOM files, and no NIfTI file")
-        if any(NIFTI.search(n) for n in names):
+        if any(READABLE.search(n) for n in names):
             problem = _dicom("the folder holds DICOM files, and no NIfTI file of a sequence")
     else:
         sequences = ", ".join(protocol.sequences)

@@ -1,6 +1,6 @@
 """How the files of a cohort are named: a layout is a YAML file of patterns.
 
-A pattern is a path below DIR, without ``.nii`` or ``.nii.gz``, compared without regard to case:
+A pattern is a path below DIR, without the ending of the file's name, compared without regard to case:
 
 ========================  ==========================================================================================
 ``{patient}``             the patient's id (``patient:`` in the file narrows it with a regular expression)
@@ -14,6 +14,7 @@ A pattern is a path below DIR, without ``.nii`` or ``.nii.gz``, compared without
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Any
 from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import dataset_json
-from monai_deepgmm.patients.directory import NIFTI
+from monai_deepgmm.patients.directory import READABLE
 from monai_deepgmm.protocol import Protocol
 
 #: The layouts that come with the package, in the order in which they are tried.
@@ -191,15 +192,20 @@ def load(name: str | Path) -> Layout:
     """
     label = f"--layout {name}"
     if str(name).endswith((".yaml", ".yml")):
-        text, title = schema.read_text(Path(name), label), Path(name).stem
-    elif str(name) in ORDER:
-        text, title = (
-            (resources.files("monai_deepgmm.patients") / "layouts" / f"{name}.yaml").read_text("utf-8"),
-            str(name),
-        )
-    else:
-        near = schema.nearest(name, ORDER)
-        raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {', '.join(ORDER)}, or a YAML file")
+        return _from_text(schema.read_text(Path(name), label), Path(name).stem, label)
+    if str(name) in ORDER:
+        return _built_in(str(name))
+    near = schema.nearest(name, ORDER)
+    raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {', '.join(ORDER)}, or a YAML file")
+
+
+@functools.cache
+def _built_in(name: str) -> Layout:
+    text = (resources.files("monai_deepgmm.patients") / "layouts" / f"{name}.yaml").read_text("utf-8")
+    return _from_text(text, name, f"--layout {name}")
+
+
+def _from_text(text: str, title: str, label: str) -> Layout:
     content = schema.check(schema.parse_yaml(text, label), "layout")
     try:
         return _parse(title, content)
@@ -281,5 +287,5 @@ def _compile(pattern: str, patient: str, aliases: Iterable[str]) -> re.Pattern[s
 
 def _matches(patterns: Sequence[re.Pattern[str]], name: str) -> Iterable[re.Match[str]]:
     """Matches of the whole path, less the ending that makes it NIfTI."""
-    stem = NIFTI.sub("", name)
+    stem = READABLE.sub("", name)
     return (found for pattern in patterns if (found := pattern.fullmatch(stem)))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import label_meanings
 from monai_deepgmm.patients.claims import Found
-from monai_deepgmm.patients.directory import NIFTI, shown
+from monai_deepgmm.patients.directory import READABLE, shown
 from monai_deepgmm.patients.formats import foreign, pointer
 from monai_deepgmm.patients.study import Problem
 from monai_deepgmm.protocol import Protocol
@@ -118,7 +118,7 @@ def _check_labels(path: Path, line: int, found: Found, protocol: Protocol) -> No
     """Refuses a cell of the column labels that does not name values."""
     if not found.labels:
         return
-    if "=" not in found.labels and (NIFTI.search(found.labels) or foreign(found.labels)):
+    if "=" not in found.labels and (READABLE.search(found.labels) or foreign(found.labels)):
         hint = "the file of the reference labels belongs into the column truth"
         raise UsageError(f"--manifest {path.name}, line {line}, labels: {shown(found.labels)} is a file; {hint}")
     label_meanings.pairs(found.labels, protocol, f"--manifest {path.name}, line {line}, labels", strict=True)
@@ -129,7 +129,7 @@ def _unread(rows: Sequence[tuple[int, list[str]]], columns: list[str | None]) ->
     unread = [
         shown(name.strip())
         for i, (name, column) in enumerate(zip(rows[0][1], columns, strict=True))
-        if column is None and any(i < len(cells) and NIFTI.search(cells[i].strip()) for _, cells in rows[1:])
+        if column is None and any(i < len(cells) and READABLE.search(cells[i].strip()) for _, cells in rows[1:])
     ]
     return (f"the columns {', '.join(unread)} hold images of no known sequence and are not read",) if unread else ()
 

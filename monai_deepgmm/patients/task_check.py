@@ -10,7 +10,7 @@ from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import dataset_json
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients.claims import Found
-from monai_deepgmm.patients.directory import NIFTI, Tree
+from monai_deepgmm.patients.directory import READABLE, Tree
 from monai_deepgmm.patients.formats import foreign
 from monai_deepgmm.protocol import Protocol
 
@@ -22,10 +22,10 @@ def sequences_by_name(tree: Tree) -> Counter[str]:
     everyone = {s for name in protocols.names() for s in protocols.load(name).sequences}
     reader = layouts.Reader(folder, folder.aliases(protocols.load("infarct")), {}, (), (), ())
     for name in tree.files:
-        other = None if NIFTI.search(name) else foreign(name)
-        if layouts.in_results(name) or not (NIFTI.search(name) or other):
+        other = None if READABLE.search(name) else foreign(name)
+        if layouts.in_results(name) or not (READABLE.search(name) or other):
             continue
-        stem = other.stem if other else NIFTI.sub("", name)
+        stem = other.stem if other else READABLE.sub("", name)
         meant = reader.meaning(stem.rpartition("/")[2])
         found[meant or ""] += meant in everyone
     for name in _channels(tree):

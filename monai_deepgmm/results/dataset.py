@@ -18,6 +18,8 @@ IGNORED = (
         "*_viewer.json",
         "*_thumb.png",
         "*_entropy.nii.gz",
+        "*_dseg.nrrd",
+        "*_dseg.mha",
         "*_bias.nii.gz",
         "*_corrected.nii.gz",
     ),

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import atomic_files, nifti
+from monai_deepgmm.images import COPIES, atomic_files, itk_file, nifti
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
@@ -156,6 +156,7 @@ def done(out: Path, study: Study, config: Config, steps: Mapping[str, Any] | Non
         return None
     wanted = ["_dseg.nii.gz", "_dseg.json", *PICTURES]
     wanted += ["_probseg.nii.gz", "_entropy.nii.gz"] * config.probabilities
+    wanted += [f"_dseg.{ending}" for ending in config.copies]
     if config.fields:
         present = [s for s in config.protocol.sequences if s in study.images]
         wanted += [f"_{s}{suffix}" for s in present for suffix in SHADING]
@@ -200,6 +201,8 @@ def write(
     """
     place, name = _fresh(out, study), study.patient
     nifti.write_labels(place / f"{name}_dseg.nii.gz", segmentation.labels, like=segmentation.reference)
+    for ending in config.copies:
+        itk_file.write_labels(place / f"{name}_dseg.{ending}", segmentation.labels, like=segmentation.reference)
     if config.probabilities:
         maps = place / f"{name}_probseg.nii.gz"
         nifti.write_probabilities(maps, segmentation.probabilities, like=segmentation.reference)
@@ -271,6 +274,7 @@ def clear(out: Path, study: Study) -> None:
         "_dseg.nii.gz",
         "_probseg.nii.gz",
         "_entropy.nii.gz",
+        *(f"_dseg.{ending}" for ending in COPIES),
         *PICTURES,
         "_report.html",
     ):

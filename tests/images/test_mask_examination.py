@@ -228,6 +228,16 @@ def test_residue_of_skull_stripping_is_no_brain(tmp_path, capsys):
     assert "E_MASK_BACKGROUND" in brain_line(tmp_path, capsys, image)
 
 
+def test_residue_as_bright_as_fluid_is_flagged(tmp_path, capsys):
+    image = head(strip=True)
+    around = (image == 0) & (distance_transform_edt(image == 0) < 2)
+    image[around] = 0.25 * np.median(image[image > 0]) + np.random.default_rng(3).random(around.sum())
+    assert "W_MASK_BACKGROUND" in brain_line(tmp_path / "a", capsys, image)
+    whole = head()
+    larger = binary_dilation(head(strip=True) > 0, iterations=2)
+    assert "W_MASK_EDGE" in brain_line(tmp_path / "b", capsys, whole, larger)
+
+
 def test_a_stripped_brain_passes_with_and_without_a_mask_and_a_head_with_the_brains_mask(tmp_path, capsys):
     brain = head(strip=True)
     assert "_MASK_" not in brain_line(tmp_path / "a", capsys, brain)

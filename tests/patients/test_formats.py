@@ -12,10 +12,8 @@ from monai_deepgmm.cli import main
 @pytest.mark.parametrize(
     ("name", "code", "said", "remedy"),
     [
-        ("T2.nrrd", "E_FORMAT", "NRRD", "3D Slicer"),
-        ("T2.NHDR", "E_FORMAT", "NRRD", "3D Slicer"),
-        ("T2.mha", "E_FORMAT", "MetaImage", "SimpleITK"),
-        ("T2.mhd", "E_FORMAT", "MetaImage", "SimpleITK"),
+        ("T2.NHDR", "E_FORMAT", "lie in another file", "3D Slicer"),
+        ("T2.mhd", "E_FORMAT", "lie in another file", "SimpleITK"),
         ("T2.{hdr,img}", "E_FORMAT", "pair", "fslchfiletype"),
         ("T2.{hdr,img.gz}", "E_FORMAT", "pair", "nibabel"),
         ("T2.mgz", "E_FORMAT", "FreeSurfer", "mri_convert"),
@@ -44,25 +42,43 @@ def test_a_sequence_in_another_format(tmp_path, name, code, said, remedy):
 @pytest.mark.parametrize(
     ("names", "options"),
     [
-        (["P1_{LGE,T2}.nrrd", "P1_mask.nrrd"], {}),
+        (["P1_{LGE,T2}.nhdr", "P1_mask.nhdr"], {}),
         (["sub-1/anat/sub-1_T1w.mgz", "sub-1/anat/sub-1_desc-brain_mask.nii.gz"], {"protocol": BRAIN}),
-        (["P1/Images/a.mha", "P1/Contours/a.nii.gz"], {"layout": "emidec"}),
-        (["imagesTr/P1_0000.nrrd", "masksTr/P1.nii.gz"], {}),
+        (["P1/Images/a.mhd", "P1/Contours/a.nii.gz"], {"layout": "emidec"}),
+        (["imagesTr/P1_0000.mgz", "masksTr/P1.nii.gz"], {}),
     ],
     ids=["myops", "bids", "emidec", "nnunet"],
 )
-def test_a_patient_without_any_nifti_image_is_a_failed_row_in_every_layout(tmp_path, names, options):
-    touch(tmp_path, "dataset.json", content=b'{"channel_names": {"0": "LGE"}, "file_ending": ".nrrd"}')
+def test_a_patient_without_any_image_that_is_read_is_a_failed_row_in_every_layout(tmp_path, names, options):
+    touch(tmp_path, "dataset.json", content=b'{"channel_names": {"0": "LGE"}, "file_ending": ".mgz"}')
     assert set(codes(one(tmp_path, *names, **options))) == {"E_FORMAT"}
 
 
-@pytest.mark.parametrize("name", ["mask.nrrd", "mask.seg.nrrd", "lv.mha"])
+@pytest.mark.parametrize("name", ["mask.mgz", "lv.mhd"])
 def test_masks_and_labels(tmp_path, name):
-    study = one(tmp_path, "p1/LGE.nii.gz", f"p1/{name}", "p1/seg.nrrd")
+    study = one(tmp_path, "p1/LGE.nii.gz", f"p1/{name}", "p1/seg.nhdr")
     assert codes(study) == ["E_FORMAT"]
     assert [p.code for p in study.label_problems] == ["E_FORMAT"]
     assert codes(one(tmp_path, mask="nonzero")) == []
-    assert codes(one(tmp_path, "p1/T2.seg.nrrd", mask="nonzero")) == []  # a segmentation is no sequence
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("p1/{LGE,T2,lv.seg,seg}.nrrd", "p1/T2.seg.nrrd"),  # 3D Slicer's segmentations: a mask, and no sequence
+        ("p1/{DE,STIR,mask,truth}.MHA",),
+        ("P1_{LGE,T2,gd}.nrrd",),
+        ("sub-1/anat/sub-1_{LGE,T2w,desc-lv_mask,dseg}.nrrd",),
+        ("imagesTr/P1_{0000,0001}.mha", "{masksTr,labelsTr}/P1.mha"),
+    ],
+    ids=["slicer", "folder", "myops", "bids", "nnunet"],
+)
+def test_nrrd_and_metaimage_are_found_in_every_layout(tmp_path, names):
+    touch(tmp_path, "dataset.json", content=b'{"channel_names": {"0": "LGE", "1": "T2"}, "file_ending": ".mha"}')
+    study = one(tmp_path, *names)
+    assert (codes(study), [*study.images]) == ([], ["LGE", "T2"])
+    assert study.truth is not None
+    assert study.mask is not None
 
 
 ANNEX = "annex/objects/SHA256E-s8211--0123abcd.nii.gz"
@@ -80,13 +96,13 @@ def test_pointers_and_twice_packed_files_through_the_command(cohort_dir, tmp_pat
     (cohort_dir / "pat1_T2.nii.gz").symlink_to(f"../.git/{ANNEX}")
     packed = (cohort_dir / "pat2_T2.nii.gz").read_bytes()
     (cohort_dir / "pat2_T2.nii.gz").write_bytes(gzip.compress(packed))
-    (cohort_dir / "pat3_T2.nii.gz").rename(cohort_dir / "pat3_T2.nrrd")
+    (cohort_dir / "pat3_T2.nii.gz").rename(cohort_dir / "pat3_T2.mgz")
     assert main(["segment", str(cohort_dir), str(tmp_path / "out")]) == 3
     rows = [json.loads((tmp_path / f"out/pat{n}/pat{n}_row.json").read_text()) for n in (1, 2, 3)]
     assert [row["code"] for row in rows] == ["E_POINTER", "E_GZIP", "E_FORMAT"]
     assert "git annex get" in rows[0]["remedy"]
     assert "twice" in rows[1]["message"]
-    assert "T2.nrrd" in rows[2]["message"]
+    assert "T2.mgz" in rows[2]["message"]
 
 
 @pytest.mark.parametrize("case", POINTERS)
@@ -119,10 +135,10 @@ class TestManifest:
         assert codes(one(tmp_path, manifest=tmp_path / "m.csv")) == []
 
     def test_formats_and_pointers(self, tmp_path):
-        touch(tmp_path, "{a,m}.nii.gz", "t.nrrd")
+        touch(tmp_path, "{a,m}.nii.gz", "t.mgz")
         touch(tmp_path, "b.nii.gz", content=POINTERS["lfs"].encode())
         (tmp_path / "m.csv").write_text(
-            "patient,LGE,T2,mask\np,a.nii.gz,t.nrrd,m.nii.gz\nq,a.nii.gz,b.nii.gz,m.nii.gz\n"
+            "patient,LGE,T2,mask\np,a.nii.gz,t.mgz,m.nii.gz\nq,a.nii.gz,b.nii.gz,m.nii.gz\n"
         )
         assert all_codes(find_manifest(tmp_path)) == [["E_FORMAT"], ["E_POINTER"]]
 
