@@ -164,9 +164,7 @@ def about_rim(image: Volume, mask: Bools, protocol: Protocol, *, code: str, why:
         return
     dark = float((values[rim] < RIM_LEVEL * np.median(values[deep])).mean())
     if dark > RIM_SHARE:
-        told = (
-            f"{100 * dark:.0f} % of the mask's outer layer is less than {RIM_LEVEL:g} times as bright as its inside"
-        )
+        told = f"{100 * dark:.0f} % of the mask's outer layer is less than {RIM_LEVEL:g} times as bright as its inside"
         yield f"{code}: {told} in {image.name} (usual: up to 45 %): {why}"
 
 

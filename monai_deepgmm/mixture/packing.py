@@ -15,11 +15,13 @@ class Packing(NamedTuple):
         inside: 1 for those, 0 for what fills up an image that has fewer ``(B, 1, N)``.
         where: the flat position of each in its image ``(B, N)``; what fills up lies one beyond the last voxel.
         shape: of the images, ``*S``.
+        whole: whether every voxel of every image counts, so that nothing is to be moved.
     """
 
     inside: Tensor
     where: Tensor
     shape: tuple[int, ...]
+    whole: bool = False
 
     @property
     def size(self) -> int:
@@ -36,11 +38,15 @@ class Packing(NamedTuple):
 
     def pack(self, values: Tensor) -> Tensor:
         """``(B, C, *S)`` → ``(B, C, N)``; what fills up is 0, so that it is always finite."""
+        if self.whole:
+            return values.flatten(2)
         found = values.flatten(2).take_along_dim(self.where.clamp_max(self.size - 1)[:, None], 2)
         return torch.where(self.inside > 0, found, 0)
 
     def spread(self, values: Tensor, outside: float = 0.0) -> Tensor:
         """The way back: ``(B, C, N)`` → ``(B, C, *S)``."""
+        if self.whole:
+            return values.reshape(*values.shape[:2], *self.shape)
         full = values.new_full((*values.shape[:2], self.size + 1), outside)
         full.scatter_(2, self.where[:, None].expand_as(values), values)
         return full[..., :-1].reshape(*values.shape[:2], *self.shape)
@@ -68,4 +74,5 @@ def packing(mask: Tensor) -> Packing:
     longest = max(int(counts.max()), 1)
     where = torch.full((len(mask), longest), flat.shape[1], device=mask.device)
     where[image, turn] = voxel
-    return Packing((where < flat.shape[1])[:, None].to(mask.dtype), where, tuple(mask.shape[2:]))
+    inside = (where < flat.shape[1])[:, None].to(mask.dtype)
+    return Packing(inside, where, tuple(mask.shape[2:]), bool(inside.all()) and longest == flat.shape[1])
