@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import logging
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[Row], None]
 #: How long a worker that nobody hears of is left to finish the patient that it is at.
 STILL_WORKING_SECONDS = 120
+#: glibc's option, and what is large.
+M_MMAP_THRESHOLD, LARGE_BYTES = -3, 8 << 20
 _counting, _patients, _threads = threading.Lock(), 0, 1
 
 
@@ -272,6 +275,7 @@ def process(study: Study, job: Job) -> Row:
         The patient's row. Its code is ``E_DISK`` when the run has to stop.
     """
     try:
+        _give_memory_back()
         with _one_thread(), outputs.lock(job.out, study.patient):
             row = None if job.overwrite else outputs.done(job.out, study, job.config, job.customised)
             if row is None:
@@ -295,6 +299,13 @@ def _anew(study: Study, job: Job) -> Row:
         row |= _surprise(error)
     row |= {"seconds": round(time.monotonic() - began, 3)}
     return _fail(job.out, study, row)
+
+
+@functools.cache
+def _give_memory_back() -> None:
+    """Lets what a head's arrays took go back to the system at once; glibc would keep it between smaller ones."""
+    with suppress(AttributeError, OSError):  # another system's allocator has its own way
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def crops(patient: Scan, protocol: Protocol, *, dtype: torch.dtype = torch.float
     image, zero = _zscore(image, over.expand_as(image) if seen is None or not by_slice else over * seen)
     kept = tuple(s for i, s in enumerate(spacing) if i not in stack)
     slices = tuple(int(i) for i in found)
-    return Crops(image * covered, mask, kept, slices, axis, corners, patient.mask.shape, zero, usable, seen)
+    return Crops(image.mul_(covered), mask, kept, slices, axis, corners, patient.mask.shape, zero, usable, seen)
 
 
 def _cut_all(whole: NDArray[Any], corners: NDArray[np.int64], size: NDArray[np.int64], axis: int | None) -> Tensor:

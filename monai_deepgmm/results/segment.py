@@ -255,4 +255,6 @@ def _fields(fit: Fit, prepared: Prepared, assembly: Assembly) -> dict[str, NDArr
     crops = prepared.crops
     above = torch.zeros(len(crops.image), *fit.mixture.field.shape[1:], dtype=crops.mask.dtype)
     above[assembly.large] = fit.mixture.field.to(above) - 1
-    return dict(zip(assembly.images.sequences, 1 + crops.restore(above), strict=True))
+    fields = crops.restore(above)
+    fields += 1
+    return dict(zip(assembly.images.sequences, fields, strict=True))
