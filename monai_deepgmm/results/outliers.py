@@ -9,6 +9,8 @@ from typing import Any
 
 #: With fewer patients nobody is told apart; above this robust z-score a patient is.
 PATIENTS, Z = 10, 3.0
+#: Patients who are more alike than this, as a share, are taken to differ by so much.
+LEAST_SPREAD = 0.05
 #: Numbers of the whole ventricle that are compared.
 VENTRICLE = {"lv_mass_g": "LV mass (g)", "thickness_mean_mm": "mean wall thickness (mm)"}
 #: Turns a median absolute deviation into a standard deviation of a normal distribution.
@@ -53,5 +55,5 @@ def _far(values: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:
     middle = statistics.median(logs.values())
     spread = NORMAL * statistics.median(abs(v - middle) for v in logs.values())
     for patient, value in logs.items():
-        if spread > 1e-9 and (z := abs(value - middle) / spread) > Z:
+        if spread > 1e-9 and (z := abs(value - middle) / max(spread, LEAST_SPREAD)) > Z:
             yield patient, z, math.exp(middle)

@@ -147,6 +147,9 @@ def test_outliers_need_ten_patients_who_have_the_tissue_and_differ():
     assert outliers.warnings(rows([*values, 0.0])) == {}  # nine have it
     assert outliers.warnings(rows([5.0] * 12 + [50.0])) == {}  # no spread to measure by
     assert outliers.warnings(rows([5.0])[:0]) == {}
+    alike = [5 + k / 1000 for k in range(12)]
+    assert outliers.warnings(rows([*alike, 5.5])) == {}  # a tenth more is no outlier among copies
+    assert outliers.warnings(rows([*alike, 7.0])).keys() == {"12"}
 
 
 def brain(grey: int, white: int, fluid: int) -> list[str]:
