@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import logging
 import re
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from monai_deepgmm import workers
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyError, UsageError
@@ -38,9 +34,6 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[Row], None]
 #: How long a worker that nobody hears of is left to finish the patient that it is at.
 STILL_WORKING_SECONDS = 120
-#: glibc's option, and what is large.
-M_MMAP_THRESHOLD, LARGE_BYTES = -3, 8 << 20
-_counting, _patients, _threads = threading.Lock(), 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,8 +268,8 @@ def process(study: Study, job: Job) -> Row:
         The patient's row. Its code is ``E_DISK`` when the run has to stop.
     """
     try:
-        _give_memory_back()
-        with _one_thread(), outputs.lock(job.out, study.patient):
+        workers.give_memory_back()
+        with workers.one_thread(), outputs.lock(job.out, study.patient):
             row = None if job.overwrite else outputs.done(job.out, study, job.config, job.customised)
             if row is None:
                 return _anew(study, job)
@@ -299,34 +292,6 @@ def _anew(study: Study, job: Job) -> Row:
         row |= _surprise(error)
     row |= {"seconds": round(time.monotonic() - began, 3)}
     return _fail(job.out, study, row)
-
-
-@functools.cache
-def _give_memory_back() -> None:
-    """Lets what a head's arrays took go back to the system at once; glibc would keep it between smaller ones."""
-    with suppress(AttributeError, OSError):  # another system's allocator has its own way
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One core per patient: the last digits do not depend on the machine, and small tensors are faster that way.
-
-    A worker of Dask's may have several threads: the first to come sets the number, the last to leave sets it back.
-    """
-    global _patients, _threads
-    with _counting:
-        if _patients == 0:
-            _threads = torch.get_num_threads()
-        _patients += 1
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _counting:
-            _patients -= 1
-            if _patients == 0:
-                torch.set_num_threads(_threads)
 
 
 def _fail(out: Path, study: Study, row: Row) -> Row:
