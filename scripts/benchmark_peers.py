@@ -184,3 +184,19 @@ def pomegranate(images: list[Any], starts: list[Any], covariance: str, *, tol: f
         mixture.fit(voxels)
         nll.append(-float(mixture.log_probability(voxels).mean()))
     return Fitted(sum(nll) / len(nll), 0)
+
+
+def atropos(image: Tensor, mask: Tensor, spacing_mm: float) -> Any:
+    """ANTs' Atropos on a head ``(M, X, Y, Z)``, with N4 before it, which is how its users take shading off.
+
+    Returns:
+        1 GM, 2 WM, 3 CSF by their order on the first sequence ``(X, Y, Z)``, 0 outside the mask.
+    """
+    import ants
+    import numpy as np
+
+    where, *scans = (ants.from_numpy(c.numpy(), spacing=(spacing_mm,) * 3) for c in (mask, *image))
+    given = [ants.n4_bias_field_correction(scan, where) for scan in scans]
+    found = ants.atropos(a=given, x=where, i="kmeans[3]", m="[0.1,1x1x1]")["segmentation"].numpy().astype(int)
+    order = np.argsort([given[0].numpy()[found == k].mean() for k in (1, 2, 3)])  # CSF, GM, WM on T1
+    return np.append(0, np.array([3, 1, 2])[np.argsort(order)])[found]
