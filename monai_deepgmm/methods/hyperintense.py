@@ -15,7 +15,7 @@ from scipy.ndimage import binary_dilation, find_objects, gaussian_filter, genera
 from torch import Tensor
 
 from monai_deepgmm.methods.task import Images
-from monai_deepgmm.mixture.fit import Fit
+from monai_deepgmm.mixture.fit import Fit, likeliest
 from monai_deepgmm.protocol import Hyperintense, Tissue
 
 #: Noise is smoothed by so many of the smallest voxel's sides (standard deviation).
@@ -73,7 +73,7 @@ def _regions(resp: Tensor, index: int, images: Images, known: list[Tissue], rule
     seen = mask if images.measured is None else images.measured[index, channel].cpu().numpy() & mask
     # What is too bright for any tissue counts as bright, though the fit left it out.
     smooth = _smoothed(images.image[index, channel].cpu().numpy(), mask, images.spacing_mm)
-    labels = resp.argmax(0).cpu().numpy()
+    labels = likeliest(resp[None])[0].cpu().numpy()
     names = [t.name for t in known]
     reference = mask & seen & (labels == names.index(rule.brighter_than))
     around = mask & seen & (labels == names.index(rule.inside))
