@@ -6,19 +6,14 @@ import dataclasses
 import functools
 import logging
 import re
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
-
-import torch
-from monai.data import Dataset
+from typing import TYPE_CHECKING, Any
 
 from monai_deepgmm import workers
-from monai_deepgmm.engine import Handler, PatientEngine
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyError, UsageError
 from monai_deepgmm.images import atomic_files, loading
 from monai_deepgmm.methods.config import Config
@@ -28,14 +23,17 @@ from monai_deepgmm.results.log_file import log_file
 from monai_deepgmm.results.row_files import Row
 from monai_deepgmm.results.segment import Inferer, segment
 from monai_deepgmm.results.steps import Steps
-from monai_deepgmm.training import self_training
 from monai_deepgmm.workers import Rows
+
+if TYPE_CHECKING:
+    from monai.data import Dataset
+
+    from monai_deepgmm.engine import Handler
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Row], None]
 #: How long a worker that nobody hears of is left to finish the patient that it is at.
 STILL_WORKING_SECONDS = 120
-_counting, _patients, _threads = threading.Lock(), 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +112,8 @@ def run(
     job = Job(out, config, options.overwrite, steps)
     work = _work(studies, job, options)
     if config.method.name == "cohort" and config.model is None:
+        from monai_deepgmm.training import self_training  # MONAI takes seconds to import
+
         outputs.prepare(out, config.protocol)
         config = self_training.train_on_pseudo_labels(cohort, out, config)
         job = dataclasses.replace(job, config=config)
@@ -137,7 +137,7 @@ def _check_cohort(config: Config, options: BatchOptions, steps: Steps | None = N
         hint = "train with deepgmm train, and segment with its model"
         raise UsageError(f"preprocessing: --method cohort trains on images prepared as the configuration says; {hint}")
     if options.part != (1, 1):
-        hint = f"run it without --part; then others can use --model OUT/{self_training.MODEL}"
+        hint = "run it without --part; then others can use --model OUT/model"
         raise UsageError(f"--part: --method cohort learns from every patient; {hint}")
 
 
@@ -168,6 +168,8 @@ class Batch:
         options: BatchOptions,
         val_handlers: Sequence[Handler] = (),
     ) -> None:
+        from monai_deepgmm.engine import PatientEngine  # as above
+
         studies = tuple(item["study"] for item in dataset.data)
         self.cohort, self.output_dir = dataclasses.replace(cohort, studies=studies), Path(output_dir)
         self.config, self.options = config, options
@@ -268,7 +270,8 @@ def process(study: Study, job: Job) -> Row:
         The patient's row. Its code is ``E_DISK`` when the run has to stop.
     """
     try:
-        with _one_thread(), outputs.lock(job.out, study.patient):
+        workers.give_memory_back()
+        with workers.one_thread(), outputs.lock(job.out, study.patient):
             row = None if job.overwrite else outputs.done(job.out, study, job.config, job.customised)
             if row is None:
                 return _anew(study, job)
@@ -292,27 +295,6 @@ def _anew(study: Study, job: Job) -> Row:
         row |= _surprise(error)
     row |= {"seconds": round(time.monotonic() - began, 3)}
     return _fail(job.out, study, row)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One core per patient: the last digits do not depend on the machine, and small tensors are faster that way.
-
-    A worker of Dask's may have several threads: the first to come sets the number, the last to leave sets it back.
-    """
-    global _patients, _threads
-    with _counting:
-        if _patients == 0:
-            _threads = torch.get_num_threads()
-        _patients += 1
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _counting:
-            _patients -= 1
-            if _patients == 0:
-                torch.set_num_threads(_threads)
 
 
 def _fail(out: Path, study: Study, row: Row) -> Row:

@@ -5,17 +5,21 @@ Workers are sent a study's paths and what to do with them, never arrays.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.util
 import logging
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
+
+import torch
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients.study import Study
@@ -29,6 +33,9 @@ Step = Callable[[Study], Row]
 Crash = Callable[[Study, str], Row]
 #: How long a scheduler, and then a first worker, is waited for.
 WAIT_SECONDS = 30
+#: glibc's option, and what is large.
+M_MMAP_THRESHOLD, LARGE_BYTES = -3, 8 << 20
+_counting, _patients, _threads = threading.Lock(), 0, 1
 DIED = "the process died each time it handled this patient"
 
 
@@ -51,6 +58,37 @@ def rows(studies: Sequence[Study], process: Step, *, crashed: Crash, jobs: int =
     if jobs > 1:
         return _in_processes(studies, process, crashed, jobs)
     return (process(study) for study in studies)
+
+
+# Each patient -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def give_memory_back() -> None:
+    """Lets what a head's arrays took go back to the system at once; glibc would keep it between smaller ones."""
+    with suppress(AttributeError, OSError):  # another system's allocator has its own way
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One core per patient: the last digits do not depend on the machine, and small tensors are faster that way.
+
+    A worker of Dask's may have several threads: the first to come sets the number, the last to leave sets it back.
+    """
+    global _patients, _threads
+    with _counting:
+        if _patients == 0:
+            _threads = torch.get_num_threads()
+        _patients += 1
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _counting:
+            _patients -= 1
+            if _patients == 0:
+                torch.set_num_threads(_threads)
 
 
 # Processes ---------------------------------------------------------------------------------------------------------

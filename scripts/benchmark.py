@@ -1,166 +1,217 @@
 #!/usr/bin/env python
-"""How fast this software is and how much memory it takes, beside scikit-learn where that has the same, on phantoms.
+"""How fast this software is, beside its peers and the paper's algorithms as plain loops, on phantoms.
 
-    python scripts/benchmark.py OUT --only head em-diag
+    python scripts/benchmark.py OUT                      # everything, some minutes
+    python scripts/benchmark.py OUT --only em-diag       # one case
+    python scripts/benchmark.py OUT --write              # and bundle/docs/speed.md from what OUT holds
 
-Every measurement has a process of its own on one thread, so that its peak of memory is its own; the imports and the
-reading of arrays come before the clock, and the peak after the imports alone stands beside the peak of all. The sides
-of a row are measured in turns, each several times, and a row is measured in one go or not at all: its JSON in OUT is
-what a second run takes as it is. The table has medians, then the least and the most. The exit code is 1 if something
-could not be measured, 2 if nothing could.
+Each case is a process of its own on one thread, in which its sides take turns, so that what else the machine does hits
+all of them alike. What is counted is CPU time; what is printed is the median of the repeats. A case that OUT holds is
+not measured again. The exit code is 1 if something could not be measured, 2 if nothing could.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import benchmark_peers as peers
 import runner
-from benchmark_rows import FULL, PHANTOMS, ROWS, TINY, Side
+from benchmark_cases import CASES, FULL, TINY
 from runner import Facts
 
 from monai_deepgmm.errors import UsageError
 
-# Nothing heavy here: on Linux a new process is charged with what its parent held, and each side imports only its own.
+#: A side is run so often in one repeat that it takes about so many seconds, and never more often than that.
+ABOUT_SECONDS, MOST = 0.1, 50
+#: Cases of which each side is also run in a process of its own, for its peak of memory.
+PEAKS = ("volume", "pvgmm")
+PAGE = Path(__file__).parents[1] / "bundle" / "docs" / "speed.md"
+TEXT = """# Speed and memory
+
+Measured on phantoms (no patient's data is needed) and written by
+
+```
+python scripts/benchmark.py OUT --write
+```
+
+{machine}.
+
+Each case is one process on one thread in which the sides take turns; seconds are **CPU time**, the median of {repeats}
+repeats (of one where a side takes long). Other programs shared the cores meanwhile (load {load}), which makes CPU
+seconds longer than on a quiet machine, for all sides alike: compare the sides of a row, not rows of different days.
+*x faster* is the other side's seconds over those of the first one, from the same start to the same tolerance; *came of
+it* shows whether they agree. The paper's loops are its algorithms written plainly, image after image and component
+after component (`scripts/benchmark_peers.py`). Not installed, so not measured: {absent}. Research use only, not a
+medical device.
+
+{table}
+
+{limits}
+"""
 
 
-# One measurement -----------------------------------------------------------------------------------------------------
+# One case ------------------------------------------------------------------------------------------------------------
 
 
-def measure(side: Side, folder: Path) -> Facts:
-    """Measures one side in this process."""
-    for module in side.modules:
-        importlib.import_module(module)
-    peaks = {"imports_mb": runner.peak_mb()}
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
-    work = side.load(folder)
-    peaks["loaded_mb"] = runner.peak_mb()
-    facts, seconds = runner.timed(work)
-    peaks["peak_mb"] = runner.peak_mb()
-    return facts | {k: round(v, 3) for k, v in seconds.items()} | {k: round(mb) for k, mb in peaks.items()}
+def measure(name: str, arguments: argparse.Namespace) -> Facts:
+    """A case in this process: each side's seconds and what came of it."""
+    sides = prepared(name, arguments)
+    runs: dict[str, Facts] = {}
+    counts: dict[str, int] = {}
+    for side, work in sides.works.items():  # the first time, imports and caches are warmed
+        facts, spent = runner.timed(work)
+        seconds = facts.pop("spent", spent["cpu_seconds"])
+        counts[side] = min(max(round(ABOUT_SECONDS / max(seconds, 1e-6)), 1), MOST)
+        runs[side] = {**facts, "seconds": [seconds] if side in sides.once else []}
+    for _ in range(arguments.repeats):
+        for side, work in sides.works.items():
+            if side not in sides.once:
+                runs[side]["seconds"].append(repeated(work, counts[side]))
+    return {"shape": sides.shape, "sides": runs}
 
 
-def here(arguments: argparse.Namespace) -> None:
-    """Makes a phantom, or measures a side of a row, and prints it; in a process of its own."""
-    name, *side = arguments.here
-    if not side:
-        with tempfile.TemporaryDirectory(dir=arguments.OUT) as place:
-            made = Path(place) / name
-            made.mkdir()
-            PHANTOMS[name](made, TINY if arguments.tiny else FULL)
-            made.rename(data(arguments, name))  # a phantom that is there is whole
-        return
-    chosen = ROWS[name][side[0]]
-    print(json.dumps(measure(chosen, data(arguments, chosen.data))))
+def prepared(name: str, arguments: argparse.Namespace) -> Any:
+    """A case's sides, on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    return CASES[name][1](TINY if arguments.tiny else FULL)
 
 
-def data(arguments: argparse.Namespace, name: str) -> Path:
-    """Where a phantom lies."""
-    return Path(arguments.OUT, f"{name}-tiny" if arguments.tiny else name)
+def repeated(work: Any, count: int) -> float:
+    """The CPU seconds of one of so many runs."""
+    spent: list[float] = []
+
+    def some() -> None:
+        spent.extend(work().get("spent", math.nan) for _ in range(count))
+
+    _, seconds = runner.timed(some)
+    return seconds["cpu_seconds"] / count if math.isnan(spent[0]) else sum(spent) / count
 
 
-# All of them ---------------------------------------------------------------------------------------------------------
+def peak(name: str, side: str, arguments: argparse.Namespace) -> Facts:
+    """The most memory that one side takes, and what this process held before it began."""
+    work = prepared(name, arguments).works[side]
+    before = runner.peak_mb()
+    work()
+    return {"peak_mb": round(runner.peak_mb()), "before_mb": round(before)}
 
 
-def measured(arguments: argparse.Namespace, row: str) -> Facts:
-    """A row, from OUT or anew.
+def measured(name: str, arguments: argparse.Namespace) -> Facts:
+    """A case, from OUT or anew.
 
     Raises:
-        StageError: one of its sides could not be measured.
+        StageError: it could not be measured.
     """
-    asked = {"row": row, "tiny": arguments.tiny, "repeats": arguments.repeats}
-    return runner.kept(arguments.OUT / f"{row}.json", asked, lambda: runs_of(arguments, row))
+    asked = {"case": name, "tiny": arguments.tiny, "repeats": arguments.repeats}
+    return runner.kept(arguments.OUT / f"{name}.json", asked, lambda: anew(name, arguments))
 
 
-def runs_of(arguments: argparse.Namespace, row: str) -> Facts:
-    """The runs of each side, and when and where they were made."""
-    sides, words = ROWS[row], [arguments.OUT, *(["--tiny"] if arguments.tiny else []), "--here"]
-    for name in dict.fromkeys(side.data for side in sides.values()):
-        if not data(arguments, name).is_dir():
-            runner.apart(__file__, *words, name)
-    before = load()
-    runs: dict[str, list[Facts]] = {name: [] for name in sides}
-    for _ in range(arguments.repeats):
-        for name in sides:  # in turns, so that what else the machine does hits all sides alike
-            runs[name].append(runner.apart(__file__, *words, row, name))
-    when = datetime.now(UTC).isoformat(timespec="seconds")
-    return {
-        "machine": runner.machine_line(runner.machine(), "1 thread"),
-        "load": [before, load()],
-        "when": when,
-        "runs": runs,
-    }
-
-
-def load() -> float:
-    """How many processes wanted a core, on average over the last minute."""
-    return round(os.getloadavg()[0], 1)
+def anew(name: str, arguments: argparse.Namespace) -> Facts:
+    """A case now, and when and where it was measured."""
+    words = [arguments.OUT, "--repeats", arguments.repeats, *(["--tiny"] if arguments.tiny else [])]
+    load = os.getloadavg()[0]
+    found = runner.apart(__file__, *words, "--here", name)
+    if name in PEAKS:
+        for side, facts in found["sides"].items():
+            facts |= runner.apart(__file__, *words, "--here", name, side)
+    where = runner.machine_line(runner.machine(), "1 thread")
+    when = datetime.now(UTC).isoformat(timespec="minutes")
+    return {**found, "machine": where, "load": round(max(load, os.getloadavg()[0]), 1), "when": when}
 
 
 # What is printed -----------------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """The median, then the least and the most."""
-    least, most = (f"{one:.{digits}f}" for one in (min(values), max(values)))
-    return f"{median(values):.{digits}f}" + (f" ({least}-{most})" if least != most else "")
+def seconds(facts: Mapping[str, Any]) -> float:
+    """Of one run, of one patient where there are several."""
+    return median(facts["seconds"]) / facts.get("patients", 1)
 
 
-def each(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """One number of every run; seconds are those of one patient."""
-    return [float(run[key]) / (run.get("patients", 1) if key.endswith("_seconds") else 1) for run in runs]
+def lines(found: Mapping[str, Facts]) -> Iterator[Sequence[str]]:
+    """The table: one line for each side of each case."""
+    yield ("case", "side", "on", "CPU s", "x faster", "peak MB", "came of it")
+    for name, case in found.items():
+        ours = next(iter(case["sides"].values()))
+        for number, (side, facts) in enumerate(case["sides"].items()):
+            ratio = "" if number == 0 or name in ("machine", "hearts", "command") else faster(facts, ours)
+            memory = f"{facts['peak_mb']} ({facts['before_mb']} before)" if "peak_mb" in facts else ""
+            about, shape = (CASES[name][0], case["shape"]) if number == 0 else ("", "")
+            yield (about, side, shape, f"{seconds(facts):.3g}", ratio, memory, facts["came"])
 
 
-def ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str, other: str | None) -> str:
-    """The CPU seconds of a side and of that beside it, and how they compare; per iteration too, where both count."""
-    if other is None:
-        return ""
-    mine, theirs = (median(each(runs[side], "cpu_seconds")) for side in (name, other))
-    said = f"{mine:.2f} / {theirs:.2f} = {mine / max(theirs, 1e-9):.2f} × {other}"
-    steps = [runs[side][0].get("iterations", 0) for side in (name, other)]
-    if all(steps):
-        a, b = (1e3 * one / n for one, n in zip((mine, theirs), steps, strict=True))
-        said += f"; divided by iterations {a:.2f} / {b:.2f} ms = {a / max(b, 1e-9):.2f}"
-    return said
+def faster(facts: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """How many times as long a side takes, and how far it ends from the same objective."""
+    told = f"{seconds(facts) / max(seconds(ours), 1e-9):.1f}"
+    if "objective" in facts and "objective" in ours:
+        apart = ours["objective"] - facts["objective"]
+        told += f" (ours {'lower' if apart < 0 else 'higher'} by {abs(apart):.1g})"
+    return told
 
 
-def table(rows: Sequence[Facts]) -> Iterator[Sequence[str]]:
-    """One line for each side; seconds are those of one patient."""
-    yield ("row", "what", "shape", "CPU s", "wall s", "peak MB", "after imports", "came of it", "CPU s, both sides")
-    for found in rows:
-        row, runs = found["asked"]["row"], found["runs"]
-        for name, of_side in runs.items():
-            seconds = [spread(each(of_side, key), 2) for key in ("cpu_seconds", "wall_seconds")]
-            peaks = [spread(each(of_side, key), 0) for key in ("peak_mb", "imports_mb")]
-            beside = ratio(runs, name, ROWS[row][name].beside)
-            yield (row, name, of_side[0]["shape"], *seconds, *peaks, of_side[0]["came"], beside)
+def limits(found: Mapping[str, Facts]) -> str:
+    """What the machine can do, which share of it kernels reach, how seconds grow, and what a run costs besides."""
+    told = []
+    sides = found.get("machine", {}).get("sides", {})
+    if sides:
+        flops = sides["product"]["flop"] / seconds(sides["product"]) / 1e9
+        copied = sides["copy"]["bytes"] / seconds(sides["copy"]) / 1e9
+        told.append(f"- The machine multiplies matrices at {flops:.0f} GFLOP/s and copies {copied:.1f} GB/s.")
+        for name, case in found.items():
+            ours = next(iter(case["sides"].values()))
+            if name != "machine" and "flop" in ours:
+                share = ours["flop"] / seconds(ours) / 1e9 / flops
+                told.append(
+                    f"- {CASES[name][0]}: its two products run at {100 * share:.0f} % of that, all else included."
+                )
+    if "scaling" in found:
+        each = found["scaling"]["sides"]
+        base = seconds(each["as it is"])
+        slopes = [f"{k.split()[0]} {math.log(seconds(v) / base, 4):.2f}" for k, v in each.items() if k != "as it is"]
+        told.append(f"- A GMM's seconds grow as a power of: {', '.join(slopes)}.")
+    if "command" in found:
+        few, many = [f for f in found["command"]["sides"].values() if "hearts" in f][-2:]
+        slope = (seconds(many) - seconds(few)) / max(many["hearts"] - few["hearts"], 1)
+        begun = max(seconds(few) - slope * few["hearts"], 0.0)
+        share = begun / (begun + 100 * slope)
+        told.append(
+            f"- `segment` with two processes: {begun:.1f} CPU s to start, {slope:.2f} for each heart; of 100 hearts "
+            f"{100 * share:.0f} % is not reading, solving or writing."
+        )
+    return "\n".join(told)
 
 
-def about(rows: Sequence[Facts]) -> str:
-    """The machines, and how busy they were."""
-    machines = dict.fromkeys(found["machine"] for found in rows)
-    loads = [one for found in rows for one in found["load"]]
-    days = sorted({found["when"][:10] for found in rows})
-    repeats = rows[0]["asked"]["repeats"]
-    return "\n".join([*machines, f"load {min(loads)} to {max(loads)}; {repeats} run(s) of each; {', '.join(days)}"])
+def page(found: Mapping[str, Facts]) -> str:
+    """The document."""
+    loads = [case["load"] for case in found.values()]
+    first = next(iter(found.values()))
+    days = sorted({case["when"][:10] for case in found.values()})
+    return TEXT.format(
+        machine=f"{'; '.join(dict.fromkeys(case['machine'] for case in found.values()))}; {', '.join(days)}",
+        repeats=first["asked"]["repeats"],
+        load=f"{min(loads)} to {max(loads)}",
+        absent=", ".join(peers.absent()) or "nothing",
+        table=runner.table(lines(found), text=3),
+        limits=limits(found),
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     known = runner.parser(__doc__)
     known.add_argument("OUT", type=Path, nargs="?", default=Path("benchmark"), help="the folder for the measurements")
-    known.add_argument("--only", nargs="+", metavar="NAME", choices=ROWS, default=list(ROWS), help=", ".join(ROWS))
+    known.add_argument("--only", nargs="+", metavar="CASE", choices=CASES, default=list(CASES), help=", ".join(CASES))
     known.add_argument("--repeats", type=int, default=3, help="runs of each side")
+    known.add_argument("--write", action="store_true", help="write speed.md from all that OUT holds")
     known.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     known.add_argument("--here", nargs="+", help=argparse.SUPPRESS)  # how the script calls itself
     return known
@@ -170,26 +221,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures what is not measured yet, prints the table and returns the exit code."""
     arguments = parser().parse_args(argv)
     if arguments.here:
-        here(arguments)
+        work = measure if len(arguments.here) == 1 else peak
+        print(json.dumps(work(*arguments.here, arguments)))
         return 0
     return runner.ended("benchmark", lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """All rows that can be measured; of the others, why not."""
+    """All cases that can be measured; of the others, why not."""
     if arguments.repeats < 1:
         raise UsageError(f"--repeats: got {arguments.repeats}, expected at least 1")
     arguments.OUT.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for row in arguments.only:
+    found: dict[str, Facts] = {}
+    for name in arguments.only:
         try:
-            rows.append(measured(arguments, row))
+            found[name] = measured(name, arguments)
         except runner.StageError as error:
-            print(f"left out: {row}: {error}", file=sys.stderr)
-    if not rows:
+            print(f"left out: {name}: {error}", file=sys.stderr)
+    if not found:
         raise UsageError("nothing could be measured")
-    print(f"{about(rows)}\n\n{runner.table(table(rows), text=3)}")
-    return int(len(rows) < len(arguments.only))
+    if arguments.write:
+        every = {name: runner.read_json(arguments.OUT / f"{name}.json") for name in CASES}
+        PAGE.write_text(page({name: case for name, case in every.items() if case}), encoding="utf-8")
+    print(f"{runner.table(lines(found), text=3)}\n\n{limits(found)}")
+    return int(len(found) < len(arguments.only))
 
 
 if __name__ == "__main__":

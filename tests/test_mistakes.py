@@ -86,7 +86,7 @@ MISTAKES = {
     "segment in out --truth-labels blood": "--truth-labels: got 'blood', expected … blood=1 myocardium=2",
     "segment in out --filter run": "--filter: got 'run', expected … such as acq=tse run=1",
     "segment in out --spacing 1.5": "--spacing 1.5: expected sform, pixdim, or three voxel sizes in mm",
-    "mask in out --protocol brain --mask auto": "cannot find the brain; give a file, or --mask nonzero",
+    "mask in out --protocol brain": "that is not what protocol brain looks for … --protocol infarct",
     # Tables and files of options
     "segment in out --manifest gone.csv": "--manifest gone.csv: cannot be read (No such file",
     "segment in out --manifest wrong.csv": "wrong.csv, line 1: column 3 is called 'maks' (did you mean mask?); rename",

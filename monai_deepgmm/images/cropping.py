@@ -19,14 +19,16 @@ from monai_deepgmm.protocol import Protocol
 
 #: Voxels kept around the mask where the crop would cut it.
 MARGIN = 2
+#: What surrounds the mask in a tight crop: a Gaussian of 3 mm that is mirrored at the border does not come back to it.
+TIGHT_MM = 6.0
 
 
 class Crops(NamedTuple):
     """The images of one patient: its slices, or its whole volume as a batch of one.
 
     Attributes:
-        image: (B, M, *S) float64, z-scored as the protocol says; 0 where the crop leaves the scan.
-        mask: (B, 1, *S) float64, 1 inside.
+        image: (B, M, *S), z-scored as the protocol says; 0 where the crop leaves the scan.
+        mask: (B, 1, *S), 1 inside.
         spacing_mm: of the axes in ``*S``.
         slices: the index of each image along the slice axis; empty for a volume.
         slice_axis: the array axis of the scan along which slices are stacked.
@@ -56,6 +58,26 @@ class Crops(NamedTuple):
         cut = torch.stack([_cut(whole, corner, size)[0] for corner in self.corners])
         return (cut.squeeze(1 + self.slice_axis) if self.slices else cut).numpy()
 
+    def tight(self) -> Crops:
+        """The images cut to boxes of one size around their masks, for who looks at nothing else."""
+        boxes = [_box((m > 0).numpy(), None, 0) for m in self.mask[:, 0]]
+        margin = np.ceil(TIGHT_MM / np.array(self.spacing_mm)).astype(int)
+        shape = np.array(self.mask.shape[2:])
+        size = np.minimum(np.max([high - low for low, high in boxes], axis=0) + 2 * margin, shape)
+        firsts = np.array([((low + high - size) // 2).clip(0, shape - size) for low, high in boxes])
+
+        def cut(values: Tensor) -> Tensor:
+            places = [(slice(None), *(slice(f, f + n) for f, n in zip(first, size, strict=True))) for first in firsts]
+            return torch.stack([image[place] for image, place in zip(values, places, strict=True)])
+
+        return self._replace(
+            image=cut(self.image),
+            mask=cut(self.mask),
+            corners=self.corners + (np.insert(firsts, self.slice_axis, 0, axis=1) if self.slices else firsts),
+            measured=cut(self.measured),
+            seen=None if self.seen is None else cut(self.seen),
+        )
+
     def restore(self, values: Tensor) -> NDArray[np.float32]:
         """Maps (B, C, *S) back to where they came from: (C, X, Y, Z) float32, 0 outside the mask."""
         out = np.zeros((values.shape[1], *self.scan_shape), dtype=np.float32)
@@ -68,7 +90,7 @@ class Crops(NamedTuple):
         return out
 
 
-def crops(patient: Scan, protocol: Protocol) -> Crops:
+def crops(patient: Scan, protocol: Protocol, *, dtype: torch.dtype = torch.float64) -> Crops:
     """Cuts a scan into the protocol's images, and z-scores each sequence of each image (S §4.3).
 
     With a ``crop_mm``, each image is a square (cube) of that side around the middle of its mask, larger where the mask
@@ -78,6 +100,7 @@ def crops(patient: Scan, protocol: Protocol) -> Crops:
     Args:
         patient: the scan.
         protocol: the unit and the crop.
+        dtype: of the images and masks; single precision halves the memory of a head.
 
     Returns:
         The crops, in order along the slice axis.
@@ -93,11 +116,14 @@ def crops(patient: Scan, protocol: Protocol) -> Crops:
         found, boxes = np.array([], dtype=int), [_box(patient.mask, None, 0)]
     size = _size(boxes, spacing, protocol.crop_mm, stack)
     corners = np.array([(low + high - size) // 2 for low, high in boxes])
-    whole = torch.from_numpy(np.concatenate([patient.image, patient.mask[None], np.ones_like(patient.mask)[None]]))
-    cut = torch.stack([_cut(whole, corner, size) for corner in corners]).double()
-    cut = cut.squeeze(2 + axis) if by_slice else cut
-    image, mask, covered = cut[:, :-2], cut[:, -2:-1], cut[:, -1:]
-    usable, seen = measured(image, mask), _seen(patient, corners, size, axis if by_slice else None)
+    without = axis if by_slice else None
+    image = _cut_all(patient.image, corners, size, without).to(dtype)
+    mask = _cut_all(patient.mask[None], corners, size, without).to(image)
+    covered = _cut_all(np.ones_like(patient.mask[None]), corners, size, without).to(image)
+    usable = measured(image, mask)
+    seen = None
+    if patient.coverage is not None and not patient.coverage.whole():
+        seen = _cut_all(patient.coverage.seen, corners, size, without)
     if seen is not None and by_slice:
         image, usable = _without_data(image, mask, seen), usable & seen
     image = limited(image, mask) if by_slice else image
@@ -105,15 +131,13 @@ def crops(patient: Scan, protocol: Protocol) -> Crops:
     image, zero = _zscore(image, over.expand_as(image) if seen is None or not by_slice else over * seen)
     kept = tuple(s for i, s in enumerate(spacing) if i not in stack)
     slices = tuple(int(i) for i in found)
-    return Crops(image * covered, mask, kept, slices, axis, corners, patient.mask.shape, zero, usable, seen)
+    return Crops(image.mul_(covered), mask, kept, slices, axis, corners, patient.mask.shape, zero, usable, seen)
 
 
-def _seen(patient: Scan, corners: NDArray[np.int64], size: NDArray[np.int64], axis: int | None) -> Tensor | None:
-    """Where each sequence was measured, cut like the images (B, M, *S); None: everywhere."""
-    if patient.coverage is None or patient.coverage.whole():
-        return None
-    whole = torch.from_numpy(patient.coverage.seen)
-    cut = torch.stack([_cut(whole, corner, size) for corner in corners])
+def _cut_all(whole: NDArray[Any], corners: NDArray[np.int64], size: NDArray[np.int64], axis: int | None) -> Tensor:
+    """The crops of (C, X, Y, Z) at each corner (B, C, *S), without the axis that slices lack."""
+    given = torch.from_numpy(np.ascontiguousarray(whole))
+    cut = torch.stack([_cut(given, corner, size) for corner in corners])
     return cut if axis is None else cut.squeeze(2 + axis)
 
 
@@ -129,8 +153,9 @@ def _without_data(image: Tensor, mask: Tensor, seen: Tensor) -> Tensor:
 
 def _box(mask: NDArray[np.bool_], axis: int | None, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First and one-past-last voxel (3,) of a mask in scan coordinates; ``axis`` is the one a 2-D mask lacks."""
-    where = np.argwhere(mask)
-    low, high = where.min(0), where.max(0) + 1
+    lines = [np.flatnonzero(mask.any(tuple(o for o in range(mask.ndim) if o != a))) for a in range(mask.ndim)]
+    low, high = (np.array([int(line[end]) for line in lines]) for end in (0, -1))
+    high = high + 1
     if axis is None:
         return low, high
     return np.insert(low, axis, index), np.insert(high, axis, index + 1)
@@ -170,11 +195,17 @@ def _cut(whole: Tensor, corner: NDArray[np.int64], size: NDArray[np.int64]) -> T
 
 
 def _zscore(image: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sequence of each image with mean 0 and deviation 1 over ``over`` (B, M, *S); where its 0 is then (B, M)."""
-    axes = tuple(range(2, image.ndim))
-    count = over.sum(axes, keepdim=True).clamp_min(1)
-    mean = (image * over).sum(axes, keepdim=True) / count
-    centred = image - mean
-    deviation = ((centred.square() * over).sum(axes, keepdim=True) / count).sqrt()
-    deviation = torch.where(deviation > 0, deviation, 1.0)
-    return centred / deviation, (-mean / deviation).flatten(1)
+    """Each sequence of each image with mean 0 and deviation 1 over ``over`` (B, M, *S); where its 0 is then (B, M).
+
+    In double precision, one sequence at a time: a copy of a whole head would be large.
+    """
+    out, zero = torch.empty_like(image), image.new_zeros(image.shape[:2])
+    for b, m in np.ndindex(*image.shape[:2]):
+        values = image[b, m].double()
+        found = values[over[b, m] > 0]
+        mean = found.mean() if len(found) else found.sum()
+        deviation = (found - mean).square().mean().sqrt() if len(found) else mean
+        deviation = deviation if deviation > 0 else torch.ones_like(deviation)
+        out[b, m] = (values - mean) / deviation
+        zero[b, m] = -mean / deviation
+    return out, zero

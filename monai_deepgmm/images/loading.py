@@ -121,7 +121,7 @@ def _refuse_identical(volumes: dict[str, Volume]) -> None:
 def _finite(
     image: NDArray[np.floating[Any]], mask: NDArray[np.bool_], sequences: tuple[str, ...]
 ) -> tuple[NDArray[np.float32], list[str]]:
-    """The image with 0 for what is not finite outside the mask, and a warning for each such sequence."""
+    """The image, changed, with 0 for what is not finite outside the mask, and a warning for each such sequence."""
     notes = []
     broken = ~np.isfinite(image)
     for channel, sequence in zip(broken, sequences, strict=True):
@@ -130,7 +130,9 @@ def _finite(
             raise StudyError("E_NONFINITE", message, "Export the image again, or take these voxels out of the mask")
         if outside := int(channel.sum()):
             notes.append(f"W_NONFINITE: {outside} voxels of {sequence} outside the mask are NaN or infinite; set to 0")
-    return np.where(broken, 0, image).astype(np.float32), notes
+    if broken.any():
+        image[broken] = 0
+    return image.astype(np.float32, copy=False), notes
 
 
 def _refuse_constant(image: NDArray[np.float32], mask: NDArray[np.bool_], sequences: tuple[str, ...]) -> None:

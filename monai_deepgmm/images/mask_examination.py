@@ -199,7 +199,7 @@ def _pieces(mask: Bools, axis: int | None, voxel_ml: float) -> tuple[Bools, list
 def _cavity(mask: Bools, axis: int | None, organ: str) -> Iterator[str]:
     """A warning where the mask encloses what is not of it."""
     box = find_objects(mask.astype(np.uint8))[0]
-    parts = [mask[box]] if axis is None else [plane for _, plane in planes(mask, axis)]
+    parts = [mask[box]] if axis is None else [plane for _, plane in planes(mask[box], axis)]
     filled = np.array([[binary_fill_holes(part).sum(), part.sum()] for part in parts], dtype=float)
     share = 1 - filled[:, 1].sum() / filled[:, 0].sum()
     if share > RING:
@@ -261,6 +261,7 @@ def _ellipse_dice(plane: Bools) -> float:
     """The Dice of a figure (X, Y) and the ellipse that has its centre and its second moments."""
     where = np.argwhere(plane).astype(float)
     centre, spread = where.mean(0), np.cov(where.T) + np.eye(2) / 12
-    index = np.stack(np.meshgrid(*map(np.arange, plane.shape), indexing="ij"), -1) - centre
-    ellipse = np.einsum("xyi,ij,xyj->xy", index, np.linalg.inv(spread), index) <= 4
+    (a, b), (_, c) = np.linalg.inv(spread)
+    x, y = (np.arange(n) - middle for n, middle in zip(plane.shape, centre, strict=True))
+    ellipse = (a * x**2)[:, None] + np.multiply.outer(2 * b * x, y) + c * y**2 <= 4
     return float(2 * (ellipse & plane).sum() / (ellipse.sum() + plane.sum()))

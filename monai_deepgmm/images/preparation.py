@@ -7,11 +7,11 @@ and extend them. Each reads and writes ``scan`` or ``crops``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from monai.transforms import Compose, Transform
+import torch
 from numpy.typing import NDArray
 
 from monai_deepgmm.images import cropping, loading
@@ -22,6 +22,12 @@ from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.registration import Align
+
+if TYPE_CHECKING:
+    from monai.transforms import Compose
+
+#: One step: a dictionary in, the same with more in it out.
+Step = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 class Prepared(NamedTuple):
@@ -37,25 +43,30 @@ class Prepared(NamedTuple):
     crops: Crops
     fields: NDArray[np.float32] | None = None
 
+    def tight(self) -> Prepared:
+        """The same with no more around the masks than they need."""
+        return self._replace(crops=self.crops.tight()) if self.crops.slices else self
 
-def prepare(study: Study, preprocessing: Compose) -> Prepared:
+
+def prepare(study: Study, preprocessing: Compose | Sequence[Step]) -> Prepared:
     """Takes a study through the steps of a preprocessing.
 
     Args:
         study: the files.
-        preprocessing: from ``preprocessing``, or one that a user has changed.
+        preprocessing: from ``steps`` or ``preprocessing``, or one that a user has changed.
 
     Raises:
         StudyError: the patient cannot be used; the code says why.
     """
     data: dict[str, Any] = {"study": study}
     # Step by step, because Compose would hide a StudyError inside a RuntimeError.
-    for step in preprocessing.flatten().transforms:
+    each = preprocessing if isinstance(preprocessing, Sequence) else preprocessing.flatten().transforms
+    for step in each:
         data = step(data)
     return Prepared(data["scan"], data["crops"], data.get("fields"))
 
 
-class LoadStudyd(Transform):
+class LoadStudyd:
     """Adds ``scan``: the sequences and mask of ``study``, loaded by key, checked, on the reference's grid.
 
     Args:
@@ -81,7 +92,7 @@ class LoadStudyd(Transform):
         return {**data, "scan": loading.load(data["study"], self.protocol, **more)}
 
 
-class Cropd(Transform):
+class Cropd:
     """Adds ``crops``: the images of the scan, cropped and normalised.
 
     Args:
@@ -93,10 +104,10 @@ class Cropd(Transform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """``scan`` → ``scan``, ``crops``."""
-        return {**data, "crops": cropping.crops(data["scan"], self.protocol)}
+        return {**data, "crops": cropping.crops(data["scan"], self.protocol, dtype=torch.float32)}
 
 
-class CorrectShadingd(Transform):
+class CorrectShadingd:
     """Divides each sequence of ``scan`` by its bias field, and adds the ``fields`` (M, X, Y, Z), by N4."""
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,14 +118,14 @@ class CorrectShadingd(Transform):
         return {**data, "scan": dataclasses.replace(patient, image=patient.image / fields), "fields": fields}
 
 
-def preprocessing(
+def steps(
     protocol: Protocol,
     *,
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
     n4: bool = False,
     align: Align = "off",
-) -> Compose:
+) -> tuple[Step, ...]:
     """What happens to every study, on the command line and in the bundle alike: load, align, check, crop, normalise.
 
     Args:
@@ -124,6 +135,21 @@ def preprocessing(
         n4: whether N4 takes the shading off.
         align: how sequences are brought together.
     """
-    steps: list[Transform] = [LoadStudyd(protocol, frame=frame, max_voxels=max_voxels, align=align)]
-    steps += [CorrectShadingd()] if n4 else []
-    return Compose([*steps, Cropd(protocol)])
+    shading: tuple[Step, ...] = (CorrectShadingd(),) if n4 else ()
+    return (LoadStudyd(protocol, frame=frame, max_voxels=max_voxels, align=align), *shading, Cropd(protocol))
+
+
+def preprocessing(
+    protocol: Protocol,
+    *,
+    frame: int | None = None,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    n4: bool = False,
+    align: Align = "off",
+) -> Compose:
+    """``steps`` as MONAI's transforms, for a bundle's configuration."""
+    from monai.transforms import Compose, Transform  # here, as importing monai takes seconds
+
+    for kind in (LoadStudyd, CorrectShadingd, Cropd):
+        Transform.register(kind)
+    return Compose(steps(protocol, frame=frame, max_voxels=max_voxels, n4=n4, align=align))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from monai_deepgmm.registration import ALIGN, Align
 
 if TYPE_CHECKING:
     from monai.transforms import Compose
+
+    from monai_deepgmm.images.preparation import Step
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,14 @@ class Preprocessing:
         """A name that tells two scales of intensity apart; means and networks are used only with their own."""
         return protocol.normalisation + ("-n4" if self.n4 else "")
 
+    def steps(self, protocol: Protocol) -> tuple[Step, ...]:
+        """The steps from files to images."""
+        from monai_deepgmm.images import preparation
+
+        return preparation.steps(protocol, **dataclasses.asdict(self))
+
     def transforms(self, protocol: Protocol) -> Compose:
         """The steps, as MONAI's transforms."""
         from monai_deepgmm.images import preparation
 
-        return preparation.preprocessing(
-            protocol, frame=self.frame, max_voxels=self.max_voxels, n4=self.n4, align=self.align
-        )
+        return preparation.preprocessing(protocol, **dataclasses.asdict(self))

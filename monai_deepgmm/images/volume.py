@@ -7,7 +7,6 @@ from itertools import product
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 (the name its own manual uses)
 from numpy.typing import NDArray
 
 
@@ -96,6 +95,8 @@ def resample(volume: Volume, like: Volume, *, nearest: bool = False) -> NDArray[
     Returns:
         (X, Y, Z) on ``like``'s grid, in ``volume``'s dtype; 0 outside ``volume``'s box.
     """
+    import SimpleITK as sitk  # noqa: N813 (the name its own manual uses); only what is resampled needs it
+
     source = sitk.GetImageFromArray(volume.data.transpose(2, 1, 0))
     origin, spacing, direction = _frame(volume)
     source.SetOrigin(origin)

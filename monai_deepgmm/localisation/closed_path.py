@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -35,20 +36,19 @@ def smoothest(gain: Array, weight: float) -> NDArray[np.int64]:
 
 def _best_path(gain: Array, weight: float) -> NDArray[np.int64]:
     """The same for open paths through N tables ``(N, A, R)``, ``(N, A)``."""
-    n_radii = gain.shape[2]
+    count, n_angles, n_radii = gain.shape
     steps = np.arange(-MAX_STEP, MAX_STEP + 1)
-    came_from = np.arange(n_radii) + steps[:, None]  # (steps, R)
-    possible = (came_from >= 0) & (came_from < n_radii)
-    cost = np.where(possible, weight * steps[:, None] ** 2, np.inf)
-    source = came_from.clip(0, n_radii - 1)
-    best, back = gain[:, 0], []
-    for angle in range(1, gain.shape[1]):
-        candidates = best[:, source] - cost
-        choice = candidates.argmax(1)
-        back.append(source[choice, np.arange(n_radii)])
-        best = np.take_along_axis(candidates, choice[:, None], 1)[:, 0] + gain[:, angle]
-    rows = np.arange(len(gain))
-    path = [best.argmax(1)]
-    for previous in reversed(back):
-        path.append(previous[rows, path[-1]])
-    return np.stack(path[::-1], 1)
+    cost = weight * steps**2
+    # Beyond the radii nothing is possible; each radius sees those that it can be reached from as a window.
+    best = np.full((n_angles, count, n_radii + 2 * MAX_STEP), -np.inf)
+    reachable = np.moveaxis(sliding_window_view(best, len(steps), axis=2), 3, 2)  # (A, N, steps, R)
+    here = best[:, :, MAX_STEP : MAX_STEP + n_radii]
+    here[0] = gain[:, 0]
+    for angle in range(1, n_angles):
+        np.add((reachable[angle - 1] - cost[:, None]).max(1), gain[:, angle], out=here[angle])
+    rows, path = np.arange(count), np.empty((n_angles, count), dtype=np.int64)
+    path[-1] = here[-1].argmax(1)
+    for angle in range(n_angles - 1, 0, -1):
+        choice = (reachable[angle - 1, rows, :, path[angle]] - cost).argmax(1)
+        path[angle - 1] = (path[angle] + steps[choice]).clip(0, n_radii - 1)
+    return path.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -16,7 +17,7 @@ from monai_deepgmm.images.resampling import relative_depth
 from monai_deepgmm.methods.settings import check_choice, check_numbers
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture import map_em
-from monai_deepgmm.mixture.fit import Diagnostics, Fit
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, likeliest
 from monai_deepgmm.mixture.gaussian import m_step, nll
 from monai_deepgmm.mixture.map_em import DensityModel, SpatialPrior
 from monai_deepgmm.protocol import Protocol, Tissue
@@ -41,6 +42,7 @@ class AnatomicalConfig:
     name: ClassVar[str] = "anatomy"
     named: ClassVar[bool] = True
     takes_means: ClassVar[bool] = False
+    surroundings: ClassVar[bool] = False
 
     sigma_mm: float = 2.2
     denoise_mm: float = 0.5
@@ -84,43 +86,67 @@ class AnatomicalConfig:
         The result's components are in the order of the tissues, its mixture is on the image's scale; the diagnostics
         are those of the place with the most tissues, on that place's own scale.
         """
-        if images.protocol.anatomy is None:
-            fit = self._in_place(images, images.mask, [*range(len(images.tissues))])
-            return fit._replace(mixture=m_step(images.image, fit.resp, images.mask, covariance="full", spatial=True))
-        images = images.with_wall()
-        tissues, ring = images.tissues, images.border()
-        within = [k for k, t in enumerate(tissues) if t.name in images.anatomy().inside]
-        around = [k for k in range(len(tissues)) if k not in within]
-        places = [(ring.inside, within), (images.mask - ring.inside, around)]
-        if not (within and around):
-            places = [(images.mask, [*within, *around])]
-        resp = images.image.new_zeros((len(images.image), len(tissues), *images.image.shape[2:]))
-        weights = torch.zeros_like(resp)
-        fits = []
-        for place, members in places:
+        return self.solve_all([images])[0]
+
+    def solve_all(self, variants: Sequence[Images]) -> list[Fit]:
+        """The fits of ``solve`` to the same images with several protocols, as one batch.
+
+        Args:
+            variants: at least one; alike but for levels, the anatomy and the wall's borders.
+        """
+        first = variants[0]
+        if first.protocol.anatomy is not None:
+            variants = [images.with_wall() for images in variants]
+        image, mask = (torch.cat([getattr(v, name) for v in variants]) for name in ("image", "mask"))
+        resp = image.new_zeros((len(image), len(first.tissues), *image.shape[2:]))
+        weights, fits = torch.zeros_like(resp), []
+        for place, members in _places(variants, mask):
             if len(members) == 1:  # nothing to tell apart
                 resp[:, members] = weights[:, members] = place
                 continue
-            fits.append(self._in_place(images, place, members))
+            fits.append(self._in_place(variants, image, place, members))
             resp[:, members], weights[:, members] = fits[-1].resp, fits[-1].mixture.weights
-        resp = enhanced(resp, images)
-        mixture = m_step(images.image, resp, images.mask, covariance="full", spatial=True)
-        # Where each place has one tissue, there was nothing to iterate.
-        alone = Diagnostics(nll(images.image, images.mask, mixture))
-        known = max(fits, key=lambda f: f.resp.shape[1]).diagnostics if fits else alone
-        return Fit(resp, mixture._replace(weights=weights), known)
+        known = max(fits, key=lambda f: f.resp.shape[1]).diagnostics if fits else None
+        rows = torch.arange(len(image)).chunk(len(variants))
+        return [
+            _on_scale(images, resp[r], weights[r], None if known is None else known.rows(r))
+            for images, r in zip(variants, rows, strict=True)
+        ]
 
-    def _in_place(self, images: Images, place: Tensor, members: list[int]) -> Fit:
+    def _in_place(self, variants: Sequence[Images], image: Tensor, place: Tensor, members: list[int]) -> Fit:
         return map_em.fit_map_em(
-            images.image,
+            image,
             place,
-            _prior([images.tissues[k] for k in members], images),
-            images.spacing_mm,
+            _prior(members, variants),
+            variants[0].spacing_mm,
             spatial=SpatialPrior(sigma_mm=self.sigma_mm, temper=self.temper, denoise_mm=self.denoise_mm),
             density=DensityModel(dof=self.dof, outliers=self.outliers),
             tol=self.tol,
             max_iter=self.max_iter,
         )
+
+
+def _places(variants: Sequence[Images], mask: Tensor) -> list[tuple[Tensor, list[int]]]:
+    """Each place ``(R B, 1, *S)`` of R variants with the tissues that are fitted in it."""
+    first, everyone = variants[0], [*range(len(variants[0].tissues))]
+    if first.protocol.anatomy is None:
+        return [(mask, everyone)]
+    within = [k for k in everyone if first.tissues[k].name in first.anatomy().inside]
+    around = [k for k in everyone if k not in within]
+    if not (within and around):
+        return [(mask, [*within, *around])]
+    inside = torch.cat([v.border().inside for v in variants])
+    return [(inside, within), (mask - inside, around)]
+
+
+def _on_scale(images: Images, resp: Tensor, weights: Tensor, known: Diagnostics | None) -> Fit:
+    """The fit of one variant with what late enhancement shows, its mixture on the image's scale."""
+    if images.protocol.anatomy is not None:
+        resp = enhanced(resp, images)
+    mixture = m_step(images.image, resp, images.mask, covariance="full", spatial=True)
+    if known is None:  # where each place has one tissue, there was nothing to iterate
+        known = Diagnostics(nll(images.image, images.mask, mixture))
+    return Fit(resp, mixture._replace(weights=weights), known)
 
 
 def enhanced(resp: Tensor, images: Images) -> Tensor:
@@ -144,7 +170,7 @@ def enhanced(resp: Tensor, images: Images) -> Tensor:
     blended = resp * torch.where(own < 1, (1 - share) / (1 - own).clamp_min(1e-9), 0)
     blended[:, k : k + 1] = share
     blended[:, healthy : healthy + 1] += (images.mask - blended.sum(1, keepdim=True)).clamp_min(0)
-    cores = torch.from_numpy(_cores(blended.argmax(1), k, inside[:, 0], wall[:, 0]))[:, None].to(resp.device)
+    cores = torch.from_numpy(_cores(likeliest(blended), k, inside[:, 0], wall[:, 0]))[:, None].to(resp.device)
     certain = torch.zeros_like(blended)
     certain[:, k] = 1
     return torch.where(cores, certain, blended)
@@ -161,10 +187,16 @@ def _cores(labels: Tensor, tissue: int, inside: Tensor, wall: Tensor) -> NDArray
     return np.stack(cores)
 
 
-def _prior(members: list[Tissue], images: Images) -> map_em.Prior:
-    means = torch.tensor([[t.level.get(s, 0.0) for s in images.sequences] for t in members], dtype=torch.float64)
-    shares = torch.tensor([t.share for t in members], dtype=torch.float64)
-    return map_em.Prior(means, shares / shares.sum(), location=_location(members, images))
+def _prior(members: list[int], variants: Sequence[Images]) -> map_em.Prior:
+    """What is expected of these tissues in the images of each variant."""
+    first = variants[0]
+    levels = [[[v.tissues[k].level.get(s, 0.0) for s in v.sequences] for k in members] for v in variants]
+    shares = torch.tensor([first.tissues[k].share for k in members], dtype=torch.float64)
+    means = torch.tensor(levels, dtype=torch.float64).repeat_interleave(len(first.image), 0)
+    location = _location([first.tissues[k] for k in members], first)
+    if location is not None:
+        location = location.repeat(len(variants), *[1] * (location.ndim - 1))
+    return map_em.Prior(means, shares / shares.sum(), location=location)
 
 
 def _location(members: list[Tissue], images: Images) -> Tensor | None:

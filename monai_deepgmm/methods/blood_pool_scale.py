@@ -62,13 +62,30 @@ def scale(wall: Array, blood: Array, *, pooled: bool = True) -> Scale | None:
     return Scale(level, np.maximum(POOLED * usual + (1 - POOLED) * own, LEAST * usual))
 
 
-def quantile(values: Array, weights: Array, share: float) -> float:
-    """The weighted quantile of values ``(N,)``; NaN where nothing has a weight."""
-    if not weights.sum() > 0:
-        return float("nan")
-    order = np.argsort(values)
-    reached = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(reached, share * reached[-1])])
+class Sorted(NamedTuple):
+    """Weighted values in ascending order, for quantiles of many parts of them.
+
+    Attributes:
+        order: of the values ``(B, N)``.
+        values: sorted ``(B, N)``.
+        weights: likewise.
+    """
+
+    order: NDArray[np.int64]
+    values: Array
+    weights: Array
+
+    @classmethod
+    def of(cls, values: Array, weights: Array) -> Sorted:
+        """Values and weights ``(B, N)``."""
+        order = np.argsort(values, axis=1)
+        return cls(order, np.take_along_axis(values, order, 1), np.take_along_axis(weights, order, 1))
+
+    def quantile(self, place: NDArray[np.bool_], share: float) -> Array:
+        """The weighted quantile of each row's values in a place ``(B, N)`` → ``(B,)``; NaN where nothing weighs."""
+        reached = np.cumsum(self.weights * np.take_along_axis(place, self.order, 1), axis=1)
+        index = (reached < share * reached[:, -1:]).sum(1)
+        return np.where(reached[:, -1] > 0, self.values[np.arange(len(index)), index], np.nan)
 
 
 def beside(slices: Sequence[int], index: int) -> list[int]:

@@ -29,6 +29,7 @@ class CohortConfig:
     name: ClassVar[str] = "cohort"
     named: ClassVar[bool] = True
     takes_means: ClassVar[bool] = False
+    surroundings: ClassVar[bool] = True
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     network: Mapping[str, Any] | None = field(default=None, metadata=NOT_SET)

@@ -44,6 +44,7 @@ class DeepSVGConfig:
     name: ClassVar[str] = "deepsvg"
     named: ClassVar[bool] = False
     takes_means: ClassVar[bool] = True
+    surroundings: ClassVar[bool] = True
     spatial: ClassVar[bool] = True
 
     covariance: Covariance = "tied"

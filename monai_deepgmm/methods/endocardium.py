@@ -88,7 +88,20 @@ def ring(
     *,
     slices: tuple[int, ...] = (),
 ) -> Ring:
-    """Finds the inner border in each image of a patient.
+    """The borders of the wall in each image of a patient: ``rings`` with one anatomy."""
+    return rings(image, mask, [anatomy], sequences, spacing_mm, slices=slices)[0]
+
+
+def rings(
+    image: Tensor,
+    mask: Tensor,
+    anatomies: Sequence[Anatomy],
+    sequences: tuple[str, ...],
+    spacing_mm: tuple[float, ...],
+    *,
+    slices: tuple[int, ...] = (),
+) -> list[Ring]:
+    """Finds the inner border in each image of a patient, as each of some anatomies would have it.
 
     The radius ρ(θ), as a share of the outer border's, maximises
 
@@ -101,42 +114,44 @@ def ring(
     ``m = (μ / τ² + Σ_i ρ̄_i / σ²) / (1 / τ² + n / σ²)``
 
     of n slices with mean radii ρ̄, τ and σ the anatomy's spread; moved some way (``NEIGHBOURS``) to what was found in
-    the neighbouring slices. The contrast of late enhancement is that of ``_enhancement``.
+    the neighbouring slices. The contrast of late enhancement is that of ``LateView``.
 
     Args:
         image: ``(B, M, H, W)``; any scale.
         mask: ``(B, 1, H, W)``.
-        anatomy: the contrast and the usual radius.
+        anatomies: alike but for the usual radius.
         sequences: the names of the channels.
         spacing_mm: of H and W.
         slices: the position of each image along the stack, neighbours differ by 1; empty: the images have nothing to
             do with each other.
     """
+    anatomy = anatomies[0]
     views = [polar.view(m, np.array(spacing_mm)) for m in mask[:, 0].cpu().numpy() > 0]
     standard = standardise(image, mask).cpu().numpy().astype(float)
     weights = np.array([anatomy.contrast.get(s, 0.0) for s in sequences])
     plain = _sampled(views, np.tensordot(standard, weights, (1, 0)))
     late = anatomy.enhancement.sequence if anatomy.enhancement else None
-    enhanced = _sampled(views, standard[:, sequences.index(late)]) if late in sequences else None
-    usual, shares = np.full((len(views), ANGLES), anatomy.radius[0]), np.full((len(views), ANGLES), BRIGHT_IN_WALL)
-    borders = usual
+    seen = LateView(_sampled(views, standard[:, sequences.index(late)]), views, slices) if late in sequences else None
+    cells, rays = np.stack([v.weight for v in views]), np.array([v.ray for v in views])[:, None, None]
+    shape = (len(anatomies), len(views), ANGLES)
+    means = np.array([a.radius[0] for a in anatomies])[:, None, None]
+    usual = borders = np.broadcast_to(means, shape)
+    shares = np.full(shape, BRIGHT_IN_WALL)
     for number in range(ROUNDS):
-        contrast = plain
-        if enhanced is not None:
+        contrast = np.broadcast_to(plain, (*shape, RADII))
+        if seen is not None:
             if number >= INFORMED:
-                shares = _bright_share(enhanced, views, borders, slices)
-            contrast = plain + _enhancement(enhanced, views, borders, shares, pooled=bool(slices))
-        gains = [np.cumsum(c.clip(-CLIP, CLIP) * v.weight, 1) / v.ray for c, v in zip(contrast, views, strict=True)]
-        borders = _border(np.stack(gains), usual, anatomy.radius[1])
-        usual = _usual(borders, anatomy, slices)
-    outer = np.stack([v.outer for v in views])
-    inside = np.stack([v.within(b) for v, b in zip(views, borders, strict=True)])
-    return Ring(
-        inside=torch.from_numpy(inside)[:, None].to(mask),
-        angle=np.stack([v.angle for v in views]),
-        outer=outer,
-        inner=borders * outer,
-    )
+                shares = np.stack([seen.bright_share(b) for b in borders])
+            contrast = plain + np.stack([seen.contrast(b, s) for b, s in zip(borders, shares, strict=True)])
+        gains = np.cumsum(contrast.clip(-CLIP, CLIP) * cells, -1) / rays
+        borders = _border(gains, usual, anatomy.radius[1])
+        usual = np.stack([_usual(b, a, slices) for b, a in zip(borders, anatomies, strict=True)])
+    outer, angle = np.stack([v.outer for v in views]), np.stack([v.angle for v in views])
+    inside = [np.stack([v.within(b) for v, b in zip(views, found, strict=True)]) for found in borders]
+    return [
+        Ring(torch.from_numpy(i)[:, None].to(mask), angle, outer, found * outer)
+        for i, found in zip(inside, borders, strict=True)
+    ]
 
 
 def _sampled(views: Sequence[PolarView], images: Array) -> Array:
@@ -145,7 +160,7 @@ def _sampled(views: Sequence[PolarView], images: Array) -> Array:
 
 
 def _border(gain: Array, usual: Array, sd: float) -> Array:
-    """The inner border's relative radius at each angle ``(B, ANGLES)``."""
+    """The inner border's relative radius at each angle ``(..., ANGLES)``."""
     penalty = ((ENDS - usual[..., None]) / sd) ** 2 / 2
     return ENDS[smoothest(EVIDENCE * gain - penalty, 1 / (2 * (SMOOTHNESS * RADII) ** 2))]
 
@@ -164,62 +179,70 @@ def _usual(borders: Array, anatomy: Anatomy, slices: tuple[int, ...]) -> Array:
     return usual
 
 
-def _on_scale(image: Array, views: Sequence[PolarView], borders: Array, *, pooled: bool) -> Array | None:
-    """Polar images ``(B, ANGLES, RADII)`` on the blood pool's scale, by these borders; None: blood is not bright."""
-    cavity = borders[..., None] - CAVITY_MARGIN > MIDDLES
-    wall = (borders[..., None] < MIDDLES) & (MIDDLES < WALL_END)
-    weights = np.stack([v.weight for v in views])
-    # A cell that the mask only touches holds what lies outside.
-    weights = np.where(weights > weights.max((1, 2), keepdims=True) * 1e-3, weights, 0)
-    levels = [
-        np.array([blood_pool_scale.quantile(x[p], w[p], share) for x, w, p in zip(image, weights, place, strict=True)])
-        for place, share in ((wall, HEALTHY_QUANTILE), (cavity, 0.5))
-    ]
-    found = blood_pool_scale.scale(levels[0], levels[1], pooled=pooled)
-    return None if found is None else found(image)
-
-
-def _enhancement(image: Array, views: Sequence[PolarView], borders: Array, shares: Array, *, pooled: bool) -> Array:
-    """The log-likelihood ratio of cavity against wall that late enhancement gives ``(B, ANGLES, RADII)``.
-
-    ``log [(1 − d) N(x | 1, s) + d N(x | 0, s)] − log [(1 − b(θ)) N(x | 0, s) + b(θ) N(x | 1, S)]`` with x on the blood
-    pool's scale, d = ``DARK_IN_CAVITY``, b the bright share of the wall, s = ``TISSUE_SD`` and S = ``SCAR_SD``.
+class LateView:
+    """Late enhancement in polar cells, and what it says for borders of the wall.
 
     Args:
         image: ``(B, ANGLES, RADII)``.
         views: of the B images.
-        borders: the last ones ``(B, ANGLES)``.
-        shares: b ``(B, ANGLES)``.
-        pooled: whether the images are one patient's.
+        slices: their positions along the stack; empty: they are not one patient's.
     """
-    x = _on_scale(image, views, borders, pooled=pooled)
-    if x is None:
-        return np.zeros_like(image)
-    dark, bright, scar = _normal(x, 0, TISSUE_SD), _normal(x, 1, TISSUE_SD), _normal(x, 1, SCAR_SD)
-    b = shares[..., None]
-    cavity, wall = (1 - DARK_IN_CAVITY) * bright + DARK_IN_CAVITY * dark, (1 - b) * dark + b * scar
-    ratio: Array = ENHANCEMENT_WEIGHT * np.log((cavity + 1e-3) / (wall + 1e-3))
-    return np.where(np.isnan(ratio), 0.0, ratio)  # a slice without a scale of its own says nothing
+
+    def __init__(self, image: Array, views: Sequence[PolarView], slices: tuple[int, ...]) -> None:
+        self.image, self.slices = image, slices
+        self.weights = np.stack([v.weight for v in views])
+        # A cell that the mask only touches holds what lies outside.
+        full = np.where(self.weights > self.weights.max((1, 2), keepdims=True) * 1e-3, self.weights, 0)
+        self.sorted = blood_pool_scale.Sorted.of(image.reshape(len(image), -1), full.reshape(len(image), -1))
+
+    def on_scale(self, borders: Array) -> Array | None:
+        """The image on the blood pool's scale by borders ``(B, ANGLES)``; None: blood is not bright."""
+        cavity = borders[..., None] - CAVITY_MARGIN > MIDDLES
+        wall = (borders[..., None] < MIDDLES) & (MIDDLES < WALL_END)
+        healthy, blood = (
+            self.sorted.quantile(place.reshape(len(place), -1), share)
+            for place, share in ((wall, HEALTHY_QUANTILE), (cavity, 0.5))
+        )
+        found = blood_pool_scale.scale(healthy, blood, pooled=bool(self.slices))
+        return None if found is None else found(self.image)
+
+    def contrast(self, borders: Array, shares: Array) -> Array:
+        """The log-likelihood ratio of cavity against wall ``(B, ANGLES, RADII)``.
+
+        ``log [(1 − d) N(x | 1, s) + d N(x | 0, s)] − log [(1 − b(θ)) N(x | 0, s) + b(θ) N(x | 1, S)]`` with x on the
+        blood pool's scale, d = ``DARK_IN_CAVITY``, b the bright share of the wall, s = ``TISSUE_SD``, S = ``SCAR_SD``.
+
+        Args:
+            borders: the last ones ``(B, ANGLES)``.
+            shares: b ``(B, ANGLES)``.
+        """
+        x = self.on_scale(borders)
+        if x is None:
+            return np.zeros_like(self.image)
+        dark, bright, scar = _normal(x, 0, TISSUE_SD), _normal(x, 1, TISSUE_SD), _normal(x, 1, SCAR_SD)
+        b = shares[..., None]
+        cavity, wall = (1 - DARK_IN_CAVITY) * bright + DARK_IN_CAVITY * dark, (1 - b) * dark + b * scar
+        ratio: Array = ENHANCEMENT_WEIGHT * np.log((cavity + 1e-3) / (wall + 1e-3))
+        return np.where(np.isnan(ratio), 0.0, ratio)  # a slice without a scale of its own says nothing
+
+    def bright_share(self, borders: Array) -> Array:
+        """The share of the wall that is bright at each angle, here and in the neighbouring slices ``(B, ANGLES)``."""
+        x = self.on_scale(borders)
+        if x is None:
+            return np.full(borders.shape, BRIGHT_IN_WALL)
+        weights = self.weights * (borders[..., None] < MIDDLES)
+        bright = np.where(np.isnan(x), BRIGHT_IN_WALL, expit((x - 0.5) / BRIGHT_SOFTNESS))
+        share = (weights * bright).sum(2) / np.maximum(weights.sum(2), 1e-9)
+        smooth = gaussian_filter1d(share, ANGULAR_SD, axis=1, mode="wrap")
+        found = smooth.copy()
+        for i in range(len(found)):
+            if near := blood_pool_scale.beside(self.slices, i):
+                found[i] = (smooth[i] + smooth[near].mean(0)) / 2
+        limited: Array = found.clip(*BRIGHT_LIMITS)
+        return limited
 
 
 def _normal(x: Array, mean: float, sd: float) -> Array:
     """A normal density without its constant factor."""
     density: Array = np.exp(-(((x - mean) / sd) ** 2) / 2) / sd
     return density
-
-
-def _bright_share(image: Array, views: Sequence[PolarView], borders: Array, slices: tuple[int, ...]) -> Array:
-    """The share of the wall that is bright at each angle, here and in the neighbouring slices ``(B, ANGLES)``."""
-    x = _on_scale(image, views, borders, pooled=bool(slices))
-    if x is None:
-        return np.full(borders.shape, BRIGHT_IN_WALL)
-    weights = np.stack([v.weight for v in views]) * (borders[..., None] < MIDDLES)
-    bright = np.where(np.isnan(x), BRIGHT_IN_WALL, expit((x - 0.5) / BRIGHT_SOFTNESS))
-    share = (weights * bright).sum(2) / np.maximum(weights.sum(2), 1e-9)
-    smooth = gaussian_filter1d(share, ANGULAR_SD, axis=1, mode="wrap")
-    found = smooth.copy()
-    for i in range(len(found)):
-        if near := blood_pool_scale.beside(slices, i):
-            found[i] = (smooth[i] + smooth[near].mean(0)) / 2
-    limited: Array = found.clip(*BRIGHT_LIMITS)
-    return limited

@@ -101,18 +101,20 @@ def measure(
     blood, noise = _blood(image, inside)
     quantiles = [_level(i, w, 0.5) for i, w in zip(image, wall, strict=True)]
     cautious = blood_pool_scale.scale(np.array(quantiles), blood)
-    scale = _healthy_scale(image, wall, weights, blood, spacing)
+    smooth = Neighbourhood.of(image, weights, BRIGHTNESS_MM, spacing).mean()
+    scale = _healthy_scale(image, smooth, wall, blood)
     if scale is None or np.isnan(noise).all():
         return None
     noise = (noise + np.nanmedian(noise)) / 2
     noise = np.where(np.isnan(noise), np.nanmedian(noise), noise)
-    brightness = _smooth(scale(image), weights, spacing)
+    brightness = scale(smooth)
     level = _scar_level(brightness[wall])
+    around = Neighbourhood.of(image, weights, EVIDENCE_MM, spacing)
     # Where half of the wall is as bright as blood, its median is not healthy.
-    local = _evidence(image, cautious or scale, noise, weights, spacing, slices)
+    local = _evidence(around, cautious or scale, noise, slices)
     found = float(np.quantile(local[wall], 1 - SHARE_WITH_EVIDENCE))
     separation, apart = _separation(brightness[weights > CORE_WEIGHT])
-    evidence = _evidence(image, scale, noise, weights, spacing, slices)
+    evidence = _evidence(around, scale, noise, slices)
     return Enhancement(
         fraction=np.where(wall, (brightness / level).clip(0, 1), 0),
         evidence=np.where(wall, evidence, -np.inf),
@@ -121,6 +123,29 @@ def measure(
         separation=separation,
         present=found >= threshold or (separation > ONE_CLASS and apart >= FAINT / 2),
     )
+
+
+class Neighbourhood(NamedTuple):
+    """What images hold around each voxel; a scale is linear, so that this serves for all of them.
+
+    Attributes:
+        total: ``G ∗ (w x)`` with a Gaussian G ``(B, H, W)``.
+        weight: ``G ∗ w``.
+    """
+
+    total: Array
+    weight: Array
+
+    @classmethod
+    def of(cls, images: Array, weights: Array, sigma_mm: float, spacing: Array) -> Neighbourhood:
+        """That of images and weights ``(B, H, W)``."""
+        known = np.where(weights > 0, images, 0)
+        return cls(*(_blur(values, sigma_mm, spacing) for values in (known * weights, weights)))
+
+    def mean(self) -> Array:
+        """The weighted local mean ``(B, H, W)``."""
+        mean: Array = self.total / np.maximum(self.weight, 1e-6)
+        return mean
 
 
 def _rim_weights(mask: Mask, inside: Mask, wall: Mask, spacing: Array) -> Array:
@@ -147,14 +172,14 @@ def _level(image: Array, place: Mask, share: float, least: int = MIN_WALL) -> fl
     return float(np.quantile(image[place], share)) if place.sum() > least else float("nan")
 
 
-def _healthy_scale(image: Array, wall: Mask, weights: Array, blood: Array, spacing: Array) -> Scale | None:
+def _healthy_scale(image: Array, smooth: Array, wall: Mask, blood: Array) -> Scale | None:
     """The scale whose 0 is the median of what is darker than half of the blood pool, slice by slice."""
     levels = np.array([_level(i, w, HEALTHY_QUANTILE) for i, w in zip(image, wall, strict=True)])
     found = blood_pool_scale.scale(levels, blood)
     for _ in range(ROUNDS):
         if found is None:
             break
-        dark = wall & (_smooth(found(image), weights, spacing) < 0.5)
+        dark = wall & (found(smooth) < 0.5)
         for i, (healthy, whole) in enumerate(zip(dark.sum((1, 2)), wall.sum((1, 2)), strict=True)):
             if whole > MIN_WALL and healthy > max(MIN_HEALTHY_SHARE * whole, MIN_HEALTHY):
                 levels[i] = np.median(image[i][dark[i]])
@@ -167,25 +192,15 @@ def _blur(images: Array, sigma_mm: float, spacing: Array) -> Array:
     return np.stack([gaussian_filter(i, sigma_mm / spacing) for i in images])
 
 
-def _smooth(images: Array, weights: Array, spacing: Array) -> Array:
-    """The weighted local mean of images ``(B, H, W)``."""
-    images = np.where(weights > 0, images, 0)
-    reach = np.maximum(_blur(weights, BRIGHTNESS_MM, spacing), 1e-6)
-    smooth: Array = _blur(images * weights, BRIGHTNESS_MM, spacing) / reach
-    return smooth
-
-
-def _evidence(
-    image: Array, scale: Scale, noise: Array, weights: Array, spacing: Array, slices: tuple[int, ...]
-) -> Array:
+def _evidence(around: Neighbourhood, scale: Scale, noise: Array, slices: tuple[int, ...]) -> Array:
     """ℓ averaged over the neighbourhood, in the neighbouring slices too; less where there is little to average.
 
     ``√N ∑ w ℓ / N`` with ``N = ∑ w``, sums over a Gaussian neighbourhood; w are the weights.
     """
-    unit = (np.maximum(noise, 1e-9) / scale.unit)[:, None, None]
-    ratio = np.where(weights > 0, FAINT * (scale(image) - FAINT / 2) / unit**2, 0)
-    total, count = _blur(ratio * weights, EVIDENCE_MM, spacing), _blur(weights, EVIDENCE_MM, spacing)
-    near = [beside(slices, i) for i in range(len(image))]
+    wall, unit, noise = (v[:, None, None] for v in (scale.wall, scale.unit, np.maximum(noise, 1e-9)))
+    bright, count = (around.total - wall * around.weight) / unit, around.weight
+    total = FAINT * (bright - FAINT / 2 * count) / (noise / unit) ** 2
+    near = [beside(slices, i) for i in range(len(count))]
     total, count = (
         np.stack([(1 - NEIGHBOURS) * v[i] + NEIGHBOURS * v[j].mean(0) if j else v[i] for i, j in enumerate(near)])
         for v in (total, count)

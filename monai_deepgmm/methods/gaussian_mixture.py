@@ -43,6 +43,7 @@ class GaussianMixtureConfig:
     name: ClassVar[str] = "gmm"
     named: ClassVar[bool] = False
     takes_means: ClassVar[bool] = True
+    surroundings: ClassVar[bool] = False
     spatial: ClassVar[bool] = False
 
     covariance: Covariance = "diag"
@@ -81,8 +82,11 @@ class GaussianMixtureConfig:
                 for _ in range(self.restarts)
             ]
             start = torch.stack(draws)
+        image = images.from_zero() if self.degree else images.image
+        if self.spatial:  # a weight that was small once comes back by factors; single precision would lose it sooner
+            image = image.double()
         fit = em.fit_em(
-            images.from_zero() if self.degree else images.image,
+            image,
             images.mask,
             start,
             spatial=self.spatial,

@@ -16,7 +16,7 @@ from scipy.ndimage import binary_dilation, find_objects, gaussian_filter, genera
 from torch import Tensor
 
 from monai_deepgmm.methods.task import Images
-from monai_deepgmm.mixture.fit import Fit
+from monai_deepgmm.mixture.fit import Fit, likeliest
 from monai_deepgmm.protocol import Hyperintense, Tissue
 
 #: Noise is smoothed by so many of the smallest voxel's sides (standard deviation).
@@ -73,7 +73,7 @@ def _regions(resp: Tensor, index: int, images: Images, known: list[Tissue], rule
     """Where one image has regions of the tissue ``(1, *S)``, as 0 and 1."""
     mask = images.mask[index, 0].cpu().numpy() > 0
     seen = mask & _measured(images, index, rule.sequence)
-    labels = resp.argmax(0).cpu().numpy()
+    labels = likeliest(resp[None])[0].cpu().numpy()
     names = [t.name for t in known]
     reference = seen & (labels == names.index(rule.brighter_than))
     around = seen & (labels == names.index(rule.inside))

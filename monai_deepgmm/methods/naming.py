@@ -7,6 +7,7 @@ components being named at once. With known means (μ_data) the map is made from 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
 from typing import NamedTuple
 
@@ -77,28 +78,50 @@ def signature_map(
         ``(B, T, *S)``, sums to 1 inside the mask, 0 outside.
     """
     seen = mask.expand_as(image) if measured is None else measured.to(mask)
-    z, depth = standardise(image, seen), _depth(mask, tissues, spacing_mm)
-    return torch.stack([_log_expected(z, depth, t, sequences, seen) for t in tissues], 1).softmax(1) * mask
+    where = mask[:, 0] > 0
+    z, seen, depth = _inside(image, mask, seen, where, tissues, spacing_mm)
+    expected = image.new_zeros((len(image), len(tissues), *image.shape[2:]))
+    expected.movedim(1, 0)[:, where] = _log_expected(z, seen, depth, tissues, [sequences])[0].softmax(0)
+    return expected
 
 
-def _depth(mask: Tensor, tissues: tuple[Tissue, ...], spacing_mm: tuple[float, ...]) -> Tensor:
-    """The relative depth, or 0 everywhere if it tells nothing about any of the tissues: it costs seconds in 3-D."""
+def _inside(
+    image: Tensor,
+    mask: Tensor,
+    seen: Tensor,
+    where: Tensor,
+    tissues: tuple[Tissue, ...],
+    spacing_mm: tuple[float, ...],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All voxels of a mask: standardised, where each sequence was seen ``(M, N)``, and the relative depth ``(N,)``.
+
+    The depth is None where it tells nothing about any of the tissues: it costs seconds in 3-D.
+    """
+    z, known = (values.movedim(1, 0)[:, where] for values in (standardise(image, seen), seen))
     if all(t.centrality is None for t in tissues):
-        return torch.zeros_like(mask)
-    return relative_depth(mask, spacing_mm)
+        return z, known.to(z), None
+    return z, known.to(z), relative_depth(mask, spacing_mm)[:, 0][where].to(z)
 
 
 def _log_expected(
-    z: Tensor, depth: Tensor, tissue: Tissue, sequences: tuple[str, ...], seen: Tensor | None = None
+    z: Tensor, seen: Tensor, depth: Tensor | None, tissues: tuple[Tissue, ...], orders: Sequence[tuple[str, ...]]
 ) -> Tensor:
-    """How well each voxel fits one tissue's signature and place, as an unnormalised log density ``(B, *S)``."""
-    signature = torch.tensor([tissue.signature[s] for s in sequences]).to(z)
-    signature = signature.reshape(-1, *[1] * (z.ndim - 2))
-    each = ((z - signature) / BRIGHTNESS_SD).square()
-    cost = (each if seen is None else each * seen).sum(1)
-    if tissue.centrality is not None:
-        cost = cost + ((depth[:, 0] - tissue.centrality) / DEPTH_SD).square()
-    return -cost / 2
+    """How well each voxel fits each tissue's signature and place, as a log density ``(O, T, N)``, up to its own factor.
+
+    Args:
+        z: ``(M, N)``.
+        seen: ``(M, N)``, 0 where a sequence says nothing.
+        depth: ``(N,)``.
+        tissues: T of them.
+        orders: O ways to call the channels.
+    """
+    signatures = torch.tensor([[[t.signature[s] for s in order] for t in tissues] for order in orders]).to(z)
+    linear = torch.cat([signatures, -0.5 * signatures.square()], -1) / BRIGHTNESS_SD**2  # −½ z² is the same for all
+    found = linear @ torch.cat([z * seen, seen])
+    for k, tissue in enumerate(tissues):
+        if tissue.centrality is not None and depth is not None:
+            found[:, k] -= 0.5 * ((depth - tissue.centrality) / DEPTH_SD).square()
+    return found
 
 
 def name(resp: Tensor, expected: Tensor, *, given: bool = False) -> Naming:
@@ -190,15 +213,8 @@ def looks_swapped(
         image, mask, seen = image[thinned], mask[thinned], seen[thinned]
     else:  # a mask so thin that it falls between them
         step = 1
-    z, depth = standardise(image, seen), _depth(mask, tissues, tuple(step * s for s in spacing_mm))
-
-    def surprise(order: tuple[str, ...]) -> float:
-        joint = torch.stack([_log_expected(z, depth, t, order, seen) for t in tissues], 1)
-        return float(-(joint.logsumexp(1, keepdim=True) * mask).sum() / mask.sum())
-
-    given = surprise(sequences)
-    rivals = [order for order in permutations(sequences) if order != sequences]
-    costs = [surprise(order) for order in rivals]
-    if not rivals or given - min(costs) < SWAP_MARGIN:
-        return None
-    return rivals[int(np.argmin(costs))]
+    where = mask[:, 0] > 0
+    z, seen, depth = _inside(image, mask, seen, where, tissues, tuple(step * s for s in spacing_mm))
+    orders = [sequences, *(order for order in permutations(sequences) if order != sequences)]
+    given, *rivals = (-_log_expected(z, seen, depth, tissues, orders).logsumexp(1).mean(1)).tolist()
+    return None if given - min(rivals) < SWAP_MARGIN else orders[1 + int(np.argmin(rivals))]

@@ -35,6 +35,7 @@ class TrainedConfig:
     name: ClassVar[str] = "network"
     named: ClassVar[bool] = True
     takes_means: ClassVar[bool] = True
+    surroundings: ClassVar[bool] = True
 
     label_rule: LabelRule | None = None
     presence: bool | None = None

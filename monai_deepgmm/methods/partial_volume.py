@@ -36,6 +36,7 @@ class PartialVolumeConfig:
     name: ClassVar[str] = "pvgmm"
     named: ClassVar[bool] = True
     takes_means: ClassVar[bool] = False
+    surroundings: ClassVar[bool] = False
     finds_regions: ClassVar[bool] = True
 
     degree: int | None = None

@@ -66,14 +66,15 @@ def view(mask: Mask, spacing_mm: Array) -> PolarView:
     grid = np.indices(mask.shape).astype(float)
     centre = np.array([axis[mask].mean() if mask.any() else axis.mean() for axis in grid])
     away = (grid - centre[:, None, None]) * spacing_mm[:, None, None]
-    outer = _outer(mask, centre, spacing_mm)
+    distance = np.hypot(*away)
+    outer = _outer(mask, centre, float(distance[mask].max(initial=0.0)), spacing_mm)
     points = centre[:, None, None] + _directions() / spacing_mm[:, None, None] * (outer[:, None] * MIDDLES)
     # Outside the mask (a hole, an open ring) nothing is known.
     known = map_coordinates(mask.astype(float), points, order=1, mode="constant")
     area = MIDDLES * outer[:, None] ** 2
     turn = np.arctan2(away[1], away[0]) / (2 * np.pi) % 1
     ray = max(float(area.sum()) / ANGLES, 1e-9)
-    return PolarView(mask, np.hypot(*away), turn, outer, points, known * area, ray, spacing_mm)
+    return PolarView(mask, distance, turn, outer, points, known * area, ray, spacing_mm)
 
 
 def _directions() -> Array:
@@ -82,10 +83,10 @@ def _directions() -> Array:
     return np.stack([np.cos(turns), np.sin(turns)])[..., None]
 
 
-def _outer(mask: Mask, centre: Array, spacing_mm: Array) -> Array:
-    """How far the mask reaches at each angle, in mm, slightly smoothed."""
+def _outer(mask: Mask, centre: Array, farthest_mm: float, spacing_mm: Array) -> Array:
+    """How far the mask reaches at each angle, in mm, slightly smoothed; none of its voxels lies farther than said."""
     step = spacing_mm.min() / 2
-    lengths = np.arange(0.0, np.hypot(*(np.array(mask.shape) * spacing_mm)), step)
+    lengths = np.arange(0.0, farthest_mm + spacing_mm.sum(), step)
     points = centre[:, None, None] + _directions() / spacing_mm[:, None, None] * lengths
     found = map_coordinates(mask.astype(float), points, order=1, mode="constant") > 0.5
     farthest = np.where(found.any(1), len(lengths) - 1 - found[:, ::-1].argmax(1), 0)

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt, gaussian_filter1d, label
+from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter1d, label
 from torch import Tensor
 
 from monai_deepgmm.methods.enhancement import Enhancement
 from monai_deepgmm.methods.polar import ANGLES
 from monai_deepgmm.methods.task import Images
+from monai_deepgmm.mixture.fit import likeliest
 from monai_deepgmm.protocol import RegionCriteria
 
 #: What the neighbouring slices are taken to hold where there are none.
@@ -79,32 +80,31 @@ def decide(resp: Tensor, images: Images) -> tuple[Tensor, list[Region]]:
             continue
         gone = [j >= k and t.criteria is not None for j, t in enumerate(tissues)]
         decided = torch.tensor(gone, device=resp.device)[:, None, None]
-        found = resp.argmax(1).cpu().numpy()
+        found = likeliest(resp).cpu().numpy()
         shares = [_by_angle(f == k, w, a) for f, w, a in zip(found, wall, ring.angle, strict=True)]
         values = image[:, sequences.index(criteria.sequence)].cpu().numpy()
         shown = images.enhanced() if _shines(images, tissues[k].name) else None
+        there = shown is None or shown.present
         for i in range(len(resp)):
             support = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1] if slices else []
-            inside = found[i] == k
-            parts, count = label(inside & wall[i])
+            parts, _ = label((found[i] == k) & wall[i])
             rest = values[i][(found[i] == healthy) & wall[i]]
-            for part in range(1, count + 1):
-                where = parts == part
+            for part, box in enumerate(find_objects(parts), 1):
+                where = parts[box] == part
                 region = Region(
                     tissue=tissues[k].name,
                     image=i,
                     voxels=int(where.sum()),
                     size=_diameter(where, spacing_mm),
-                    support=_support(where, ring.angle[i], support),
-                    contrast=_contrast(values[i][where], rest),
-                    evidence=0.0 if shown is None else _shown(shown, i, where),
+                    support=_support(where, ring.angle[i][box], support),
+                    contrast=_contrast(values[i][box][where], rest),
+                    evidence=0.0 if shown is None else _shown(shown, (i, *box), where),
                     accepted=False,
                 )
-                there = shown is None or shown.present
                 region = region._replace(accepted=there and accepted(region, criteria))
                 regions.append(region)
                 if not region.accepted:
-                    resp[i] = torch.where(decided & torch.from_numpy(where).to(resp.device), 0, resp[i])
+                    resp[(i, slice(None), *box)][decided & torch.from_numpy(where).to(resp.device)] = 0
     total = resp.sum(1, keepdim=True)
     # Where nothing else was possible, the healthy wall is.
     lost = (total[:, 0] <= 0) & (mask[:, 0] > 0)
@@ -125,10 +125,10 @@ def _shines(images: Images, tissue: str) -> bool:
     return late is not None and late.tissue == tissue
 
 
-def _shown(enhancement: Enhancement, image: int, where: NDArray[np.bool_]) -> float:
-    """The mean evidence of what shines of a region ``(H, W)``: a dark core says nothing of what encloses it."""
-    bright = where & (enhancement.fraction[image] > 0.5)
-    return float(enhancement.evidence[image][bright if bright.any() else where].mean())
+def _shown(enhancement: Enhancement, box: tuple[int | slice, ...], where: NDArray[np.bool_]) -> float:
+    """The mean evidence of what shines of a region in a box: a dark core says nothing of what encloses it."""
+    bright = where & (enhancement.fraction[box] > 0.5)
+    return float(enhancement.evidence[box][bright if bright.any() else where].mean())
 
 
 def _diameter(where: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> float:

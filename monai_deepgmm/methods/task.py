@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor
@@ -66,9 +67,36 @@ class Images(NamedTuple):
         """The wall's borders: ``ring``, or found now."""
         if self.ring is not None:
             return self.ring
-        organ = self.mask if self.organ is None else self.organ
-        found = endocardium.ring(self.image, organ, self.anatomy(), self.sequences, self.spacing_mm, slices=self.slices)
-        return found if self.organ is None else found._replace(inside=found.inside * self.mask)
+        found = endocardium.ring(
+            self.image, self.whole, self.anatomy(), self.sequences, self.spacing_mm, slices=self.slices
+        )
+        return self._measured(found)
+
+    @property
+    def whole(self) -> Tensor:
+        """The whole organ ``(B, 1, *S)``."""
+        return self.mask if self.organ is None else self.organ
+
+    def _measured(self, ring: Ring) -> Ring:
+        return ring if self.organ is None else ring._replace(inside=ring.inside * self.mask)
+
+    def variants(self, protocols: Sequence[protocols.Protocol]) -> list[Self]:
+        """The same task for other protocols, which differ from this one in levels and in the usual inner border.
+
+        The wall's borders are found at once, where the protocols have an anatomy.
+        """
+        made = [
+            self._replace(
+                protocol=p, tissues=tuple(p.tissue(t.name) for t in self.tissues), ring=None, enhancement=None
+            )
+            for p in protocols
+        ]
+        if self.protocol.anatomy is None or not made:
+            return made
+        given = (self.image, self.whole, [v.anatomy() for v in made], self.sequences, self.spacing_mm)
+        rings = endocardium.rings(*given, slices=self.slices)
+        walled = [v._replace(ring=self._measured(ring)) for v, ring in zip(made, rings, strict=True)]
+        return [v._replace(enhancement=v.enhanced()) for v in walled]
 
     def with_wall(self) -> Self:
         """The same, with the wall's borders and enhancement, found once for all; itself where there is no anatomy."""
@@ -116,11 +144,13 @@ class MethodConfig(Protocol):
         name: as typed after ``--method``.
         named: whether its components are in the order of the tissues, so that nothing is named afterwards.
         takes_means: whether known class means help it.
+        surroundings: whether it looks at what surrounds the mask.
     """
 
     name: ClassVar[str]
     named: ClassVar[bool]
     takes_means: ClassVar[bool]
+    surroundings: ClassVar[bool]
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @property

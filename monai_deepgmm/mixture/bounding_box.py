@@ -46,11 +46,14 @@ def around(voxel: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> B
 
 
 def cut(values: Tensor, box: Box) -> Tensor:
-    """``(B, C, *S)`` cut to a box, 0 where the box leaves it; with ``paste`` there and back."""
+    """``(B, C, *S)`` cut to a box, 0 where the box leaves it; with ``paste`` there and back.
+
+    Where the box is the whole image, the result is the values themselves.
+    """
     pads = [
         pad for side, n in zip(reversed(box), reversed(values.shape[2:]), strict=True) for pad in _beyond(side, int(n))
     ]
-    return functional.pad(values, pads)
+    return functional.pad(values, pads) if any(pads) else values
 
 
 def paste(values: Tensor, box: Box, shape: torch.Size) -> Tensor:

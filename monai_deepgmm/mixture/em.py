@@ -15,6 +15,7 @@ from torch import Tensor
 from monai_deepgmm.mixture import bias_field, statistics
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, chosen, collapsed, joined, stacked
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture
+from monai_deepgmm.mixture.packing import Packing, packing
 from monai_deepgmm.mixture.steps import Expected, Model, Products, Shaded, reseed
 
 #: How often one image's collapsed components are moved elsewhere before they are left as they are.
@@ -68,16 +69,16 @@ def fit_em(
     """
     restarts = start.shape[0] if start.ndim == image.ndim + 1 else 1
     start = start.reshape(-1, *start.shape[-image.ndim + 1 :])
-    inside, where = _pack_index(mask.to(image.dtype))
-    every = inside.repeat(restarts, 1, 1)
-    voxels = _pack(image, where, inside).repeat(restarts, 1, 1)
+    voxels = packing(mask.to(image.dtype))
+    every = voxels.repeated(restarts)
+    packed_image = voxels.pack(image).repeat(restarts, 1, 1)
     options = _Options(Model(covariance, spatial, floor), tol, max_iter, accelerate)
-    packed = _in_groups(voxels, every, _pack(start, where.repeat(restarts, 1), every), options)
+    packed = _in_groups(packed_image, every.inside, every.pack(start), options)
     if degree:
         # From the unshaded fit: a field that is free from the start can take one tissue for another.
-        basis = _pack(bias_field.basis(mask.to(image.dtype), degree), where, inside).repeat(restarts, 1, 1)
-        packed = _in_groups(voxels, every, packed.resp, options, basis)
-    return _unpack(_best(packed, restarts), where, inside, image.shape[2:])
+        basis = voxels.pack(bias_field.basis(mask.to(image.dtype), degree)).repeat(restarts, 1, 1)
+        packed = _in_groups(packed_image, every.inside, packed.resp, options, basis)
+    return _unpack(_best(packed, restarts), voxels)
 
 
 class _Options(NamedTuple):
@@ -226,33 +227,10 @@ def _best(fits: Fit, restarts: int) -> Fit:
     return fits.rows(choice * rows + torch.arange(rows, device=choice.device))
 
 
-def _pack_index(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Gathers the voxels inside each image's mask to the front of one dense axis.
-
-    Returns:
-        The packed mask ``(B, 1, N)`` with N the largest number of voxels inside, and the voxels' flat positions
-        ``(B, N)`` (an image with fewer voxels is filled up with positions outside its mask).
-    """
-    flat = mask.flatten(1).to(torch.bool)
-    longest = max(int(flat.sum(1).max()), 1)
-    where = flat.long().argsort(dim=1, descending=True, stable=True)[:, :longest]
-    return flat.take_along_dim(where, 1)[:, None].to(mask.dtype), where
-
-
-def _pack(values: Tensor, where: Tensor, inside: Tensor) -> Tensor:
-    """``(B, C, *S)`` → ``(B, C, N)``; what lies outside ``inside`` becomes 0, so that padding is always finite."""
-    return torch.where(inside > 0, values.flatten(2).take_along_dim(where[:, None], 2), 0)
-
-
-def _unpack(fits: Fit, where: Tensor, inside: Tensor, spatial_shape: torch.Size) -> Fit:
-    def spread(values: Tensor, outside: float) -> Tensor:
-        full = values.new_full((*values.shape[:2], spatial_shape.numel()), outside)
-        values = torch.where(inside > 0, values, outside)
-        return full.scatter(2, where[:, None].expand_as(values), values).reshape(*values.shape[:2], *spatial_shape)
-
+def _unpack(fits: Fit, packed: Packing) -> Fit:
     mixture = fits.mixture
     if mixture.weights.ndim == 3:
-        mixture = mixture._replace(weights=spread(mixture.weights, 1 / mixture.weights.shape[1]))
+        mixture = mixture._replace(weights=packed.spread(mixture.weights, 1 / mixture.weights.shape[1]))
     if mixture.field is not None:
-        mixture = mixture._replace(field=spread(mixture.field, 1.0))
-    return fits._replace(resp=spread(fits.resp, 0.0), mixture=mixture)
+        mixture = mixture._replace(field=packed.spread(mixture.field, 1.0))
+    return fits._replace(resp=packed.spread(fits.resp), mixture=mixture)

@@ -90,6 +90,18 @@ def chosen(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
     return torch.where(rows.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
 
+def likeliest(resp: Tensor) -> Tensor:
+    """The component with the highest probability ``(B, K, *S)`` → ``(B, *S)``, the first of equals.
+
+    torch's argmax over an axis that is not the last takes ten times as long.
+    """
+    best, found = resp[:, 0].clone(), torch.zeros(resp[:, 0].shape, dtype=torch.long, device=resp.device)
+    for k in range(1, resp.shape[1]):
+        found.masked_fill_(resp[:, k] > best, k)
+        torch.maximum(best, resp[:, k], out=best)
+    return found
+
+
 def collapsed(resp: Tensor, mask: Tensor) -> Tensor:
     """Which components explain (nearly) no voxel ``(B, K)``; in a tiny image, none is called so for its size.
 

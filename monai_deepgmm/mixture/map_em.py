@@ -9,17 +9,18 @@ than a Gaussian's: Student's t, and voxels that belong to no component. And wher
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from monai_deepgmm.mixture.bounding_box import cut, enclosing, paste
-from monai_deepgmm.mixture.fit import Diagnostics, Fit, chosen
-from monai_deepgmm.mixture.gaussian import Mixture, log_density, masked_mean
+from monai_deepgmm.mixture import statistics as sufficient
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, stacked
+from monai_deepgmm.mixture.gaussian import Mixture, masked_mean
+from monai_deepgmm.mixture.packing import Packing, packing
 from monai_deepgmm.mixture.smoothing import Smoother
+from monai_deepgmm.mixture.statistics import Statistics
 
 #: A fit has converged when a responsibility changes by less than this on average.
 TOL = 5e-3
@@ -30,7 +31,7 @@ class Prior(NamedTuple):
     """What is expected of K components over M sequences, on the standardised scale of their place.
 
     Attributes:
-        means: m ``(K, M)``.
+        means: m ``(K, M)``, or one for each image ``(B, K, M)``.
         shares: π₀ ``(K,)``, sum 1.
         variance: v, the expected variance of each component in each sequence.
         mean_strength: κ; the prior on a mean is worth κ π₀_k N voxels, N those of the place.
@@ -126,102 +127,167 @@ def fit_map_em(
         NLL_V with the smooth Π, untempered.
     """
     spatial, model = spatial or SpatialPrior(), density or DensityModel()
-    prior = prior._replace(means=prior.means.to(image), shares=prior.shares.to(image))
-    box, full = enclosing(place), image.shape[2:]
-    image, place = cut(image, box), cut(place.to(image.dtype), box)
-    seen = Smoother(place, spatial.denoise_mm, spacing_mm)(standardised(image, place))
-    neighbourhood = Smoother(place, spatial.sigma_mm, spacing_mm)
-    n_images, n_sequences = image.shape[:2]
-    location = None if prior.location is None else _centred(cut(prior.location.to(image), box), place)
-    weights = prior.shares.reshape(1, -1, *[1] * (image.ndim - 2)) * torch.ones_like(place)
-    expected = prior.variance * torch.eye(n_sequences).to(image)
-    mixture = Mixture(
-        weights,
-        prior.means.expand(n_images, -1, -1),
-        expected.expand(n_images, len(prior.shares), -1, -1),
-    )
-    resp, t_weights, last = _e_step(seen, place, _located(mixture, location), spatial.temper, model)
-    trace = [last]
-    change = torch.full((n_images,), torch.inf)
-    iterations = torch.zeros(n_images, dtype=torch.long, device=image.device)
-    active = torch.ones(n_images, dtype=torch.bool, device=image.device)
-    while active.any() and len(trace) <= max_iter:
-        updated = _m_step(seen, resp, t_weights, place, prior, neighbourhood)
-        new, t_weights, nll = _e_step(seen, place, _located(updated, location), spatial.temper, model)
-        change = masked_mean((new - resp).abs().mean(1, keepdim=True), place)
-        # An image that has converged stays as it is, so that its neighbours in the batch change but roundings.
-        mixture = mixture.updated(updated, functools.partial(chosen, active))
-        resp, last = chosen(active, resp, new), torch.where(active, nll, last)
-        trace.append(last)
-        iterations = iterations + active
-        active = active & (change >= tol)
-    mixture = mixture._replace(weights=paste(_located(mixture, location).weights, box, full))
-    return Fit(paste(resp, box, full), mixture, Diagnostics(last, torch.stack(trace), iterations, ~active))
+    voxels = packing(place.to(image.dtype))
+    task = _Task.of(voxels, voxels.pack(image), prior, spacing_mm, spatial)
+    state = _State.of(task.expected(prior), task, spatial.temper, model)
+    everything, going = task, torch.arange(len(image), device=image.device)
+    iterations, change = torch.zeros_like(going), image.new_full((len(image),), torch.inf)
+    trace, ended = [state.nll], list[tuple[Tensor, _State]]()
+    while len(trace) <= max_iter and len(going):
+        new = _State.of(task.maximised(state, prior), task, spatial.temper, model)
+        change[going] = masked_mean((new.resp - state.resp).abs().mean(1, keepdim=True), task.inside)
+        iterations[going] += 1
+        state = new
+        trace.append(trace[-1].index_copy(0, going, state.nll))
+        if (done := change[going] < tol).any():  # an image that has converged leaves the others alone
+            ended.append((going[done], state.rows(done)))
+            going, state, task = going[~done], state.rows(~done), task.rows(~done)
+    ended.append((going, state))
+    order = torch.cat([rows for rows, _ in ended]).argsort()
+    resp = torch.cat([one.resp for _, one in ended])[order]
+    mixture = stacked([one.mixture._replace(weights=one.prior.exp() * one.inside) for _, one in ended]).rows(order)
+    mixture = mixture._replace(weights=everything.voxels.spread(mixture.weights))
+    return Fit(voxels.spread(resp), mixture, Diagnostics(trace[-1], torch.stack(trace), iterations, change < tol))
 
 
-def _centred(location: Tensor, place: Tensor) -> Tensor:
-    """Log ρ ``(B, K, *S)`` of which ρ has mean 1 over the place, so that it says where a component is, not how much."""
-    inside = location.masked_fill(place == 0, -torch.inf).flatten(2)
-    mean = inside.logsumexp(2) - place.flatten(2).sum(2).clamp_min(1).log()
-    return location - mean.reshape(*mean.shape, *[1] * (location.ndim - 2))
+class _Task(NamedTuple):
+    """What stays as it is while a mixture is fitted, in packed voxels.
 
-
-def _located(mixture: Mixture, location: Tensor | None) -> Mixture:
-    """The mixture whose weights are ``Π_k(x) ρ_k(x)``, normalised."""
-    if location is None:
-        return mixture
-    prior = mixture.weights.clamp_min(torch.finfo(location.dtype).tiny).log() + location
-    return mixture._replace(weights=prior.softmax(1))
-
-
-def _e_step(
-    image: Tensor, place: Tensor, mixture: Mixture, temper: float, model: DensityModel
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Responsibilities ``(B, K, *S)``, what each voxel is worth to each of them, and the untempered NLL_V ``(B,)``."""
-    density, t_weights = _density(image, mixture, model.dof)
-    prior = mixture.weights.clamp_min(torch.finfo(image.dtype).tiny).log()
-    evidence = (prior + density).logsumexp(1, keepdim=True)
-    if model.outliers > 0:
-        nowhere = math.log(model.outliers) - image.shape[1] * math.log(model.span)
-        inlier = math.log(1 - model.outliers) + evidence
-        evidence = torch.logaddexp(inlier, torch.full_like(inlier, nowhere))
-        t_weights = t_weights * (inlier - evidence).exp()
-    nll = masked_mean(-evidence, place)
-    return (prior + temper * density).softmax(1) * place, t_weights, nll
-
-
-def _density(image: Tensor, mixture: Mixture, dof: float | None) -> tuple[Tensor, Tensor]:
-    """Each component's log density ``(B, K, *S)``, Gaussian or Student's t, and each voxel's weight in its moments."""
-    gaussian = log_density(image, mixture)
-    if dof is None:
-        return gaussian, torch.ones_like(gaussian)
-    m = image.shape[1]
-    peak = -0.5 * (m * math.log(2 * math.pi) + torch.logdet(mixture.covariances))  # (B, K)
-    peak = peak.reshape(*peak.shape, *[1] * (gaussian.ndim - 2))
-    distance = 2 * (peak - gaussian)  # Mahalanobis', squared
-    constant = math.lgamma((dof + m) / 2) - math.lgamma(dof / 2) + m / 2 * math.log(2 / dof)
-    student = peak + constant - (dof + m) / 2 * (1 + distance / dof).log()
-    return student, (dof + m) / (dof + distance)
-
-
-def _m_step(
-    image: Tensor,
-    resp: Tensor,
-    t_weights: Tensor,
-    place: Tensor,
-    prior: Prior,
-    neighbourhood: Smoother,
-) -> Mixture:
-    """μ drawn towards its prior, Σ shrunk towards its own (see ``fit``), and the smooth Π.
-
-    A t's scatter is divided by the sum of its weights, as parameter-expanded EM does: the same solution, sooner.
+    Attributes:
+        voxels: of the place, in the images.
+        boxes: the same voxels in boxes around the places.
+        seen: the statistics of the standardised images without their noise.
+        neighbourhood: what Π averages over, in boxes of their size.
+        reach: ``G ∗ 1`` of it ``(B, 1, N)``.
+        means: m ``(B, K, M)``.
+        location: log ρ ``(B, K, N)``, or None.
     """
-    voxels, w = image.flatten(2), (resp * t_weights).flatten(2)
-    count, total = w.sum(-1), place.flatten(1).sum(1)[:, None] * prior.shares  # (B, K)
-    kappa, nu = (strength * total + 1e-9 for strength in (prior.mean_strength, prior.variance_strength))
-    means = (w @ voxels.mT + kappa[..., None] * prior.means) / (count + kappa)[..., None]
-    centred = voxels[:, None] - means[..., None]  # (B, K, M, N)
-    scatter = (centred * w[:, :, None]) @ centred.mT
-    expected = prior.variance * torch.eye(image.shape[1]).to(image)
-    covariances = (scatter + nu[..., None, None] * expected) / (count + nu)[..., None, None]
-    return Mixture(neighbourhood(resp), means, covariances)
+
+    voxels: Packing
+    boxes: Packing
+    seen: Statistics
+    neighbourhood: Smoother
+    reach: Tensor
+    means: Tensor
+    location: Tensor | None
+
+    @classmethod
+    def of(
+        cls, voxels: Packing, image: Tensor, prior: Prior, spacing_mm: tuple[float, ...], spatial: SpatialPrior
+    ) -> _Task:
+        """That of packed images ``(B, M, N)``."""
+        boxes, inside = voxels.boxes(), voxels.inside
+        boxed, seen = boxes.spread(inside), standardised(image, inside)
+        if spatial.denoise_mm > 0:
+            seen = boxes.pack(Smoother(boxed, spatial.denoise_mm, spacing_mm)(boxes.spread(seen)))
+        location = None if prior.location is None else _centred(voxels.pack(prior.location.to(image)), inside)
+        means = prior.means.to(image).expand(len(image), -1, -1)
+        found, around = sufficient.of_standardised(seen, inside, "full"), Smoother(boxed, spatial.sigma_mm, spacing_mm)
+        reach = torch.where(inside > 0, boxes.pack(around.reach), 1)
+        return cls(voxels, boxes, found, around, reach, means, location)
+
+    @property
+    def inside(self) -> Tensor:
+        """Which voxels count ``(B, 1, N)``."""
+        return self.voxels.inside
+
+    def rows(self, index: Tensor) -> _Task:
+        """That of some of the images."""
+        location = None if self.location is None else self.location[index]
+        return self._replace(
+            voxels=self.voxels.rows(index),
+            boxes=self.boxes.rows(index),
+            seen=self.seen.rows(index),
+            reach=self.reach[index],
+            means=self.means[index],
+            location=location,
+        )
+
+    def expected(self, prior: Prior) -> Mixture:
+        """The mixture before any voxel was seen."""
+        shares = prior.shares.to(self.means)[:, None] * torch.ones_like(self.inside)
+        spread = prior.variance * torch.eye(self.means.shape[-1]).to(self.means)
+        return Mixture(shares, self.means, spread.expand(*self.means.shape, -1))
+
+    def maximised(self, state: _State, prior: Prior) -> Mixture:
+        """μ drawn towards its prior, Σ shrunk towards its own (see ``fit_map_em``), and the smooth Π.
+
+        A t's scatter is divided by the sum of its weights, as parameter-expanded EM does: the same solution, sooner.
+        """
+        n_sequences, (i, j) = self.means.shape[-1], self.seen.pairs
+        moments = (state.resp * state.t_weights) @ self.seen.features.mT
+        count, total = moments[..., -1], self.inside.sum(2) * prior.shares.to(moments)  # (B, K)
+        kappa, nu = (strength * total + 1e-9 for strength in (prior.mean_strength, prior.variance_strength))
+        sums = moments[..., -1 - n_sequences : -1]
+        means = (sums + kappa[..., None] * self.means) / (count + kappa)[..., None]
+        # Σ w (x − μ)(x − μ)ᵀ of a μ that is not the mean of x.
+        scatter = moments[..., : len(i)] - means[..., i] * sums[..., j] - means[..., j] * sums[..., i]
+        scatter = scatter + count[..., None] * means[..., i] * means[..., j]
+        scatter = scatter + torch.where(i == j, prior.variance, 0.0) * nu[..., None]
+        covariances = scatter.new_empty(*means.shape, n_sequences)
+        covariances[..., i, j] = covariances[..., j, i] = scatter / (count + nu)[..., None]
+        maps = self.boxes.pack(self.neighbourhood.blur(self.boxes.spread(state.resp))).div_(self.reach)
+        return Mixture(maps, means, covariances)
+
+
+class _State(NamedTuple):
+    """Where the images stand.
+
+    Attributes:
+        mixture: the last M-step's.
+        prior: log ``Π_k(x) ρ_k(x)``, normalised ``(B, K, N)``.
+        resp: responsibilities ``(B, K, N)``.
+        t_weights: what each voxel is worth to each component ``(B, K, N)``.
+        nll: the untempered NLL_V ``(B,)``.
+        inside: which voxels count ``(B, 1, N)``.
+    """
+
+    mixture: Mixture
+    prior: Tensor
+    resp: Tensor
+    t_weights: Tensor
+    nll: Tensor
+    inside: Tensor
+
+    @classmethod
+    def of(cls, mixture: Mixture, task: _Task, temper: float, model: DensityModel) -> _State:
+        """The E-step."""
+        tiny, n_sequences = torch.finfo(mixture.weights.dtype).tiny, mixture.means.shape[-1]
+        prior = mixture.weights.clamp_min(tiny).log_()
+        if task.location is not None:
+            prior = prior.add_(task.location).log_softmax(1)
+        density, t_weights = _density(task.seen, mixture, model.dof)
+        evidence = (prior + density).logsumexp(1, keepdim=True)
+        if model.outliers > 0:
+            nowhere = math.log(model.outliers) - n_sequences * math.log(model.span)
+            inlier = math.log(1 - model.outliers) + evidence
+            evidence = torch.logaddexp(inlier, torch.full_like(inlier, nowhere))
+            t_weights = t_weights * (inlier - evidence).exp()
+        resp = density.mul_(temper).add_(prior).softmax(1).mul_(task.inside)
+        return cls(mixture, prior, resp, t_weights, masked_mean(-evidence, task.inside), task.inside)
+
+    def rows(self, index: Tensor) -> _State:
+        """Those of some of the images."""
+        parts = (self.prior, self.resp, self.t_weights, self.nll, self.inside)
+        return _State(self.mixture.rows(index), *(part[index] for part in parts))
+
+
+def _centred(location: Tensor, inside: Tensor) -> Tensor:
+    """Log ρ ``(B, K, N)`` of which ρ has mean 1 over the place, so that it says where a component is, not how much."""
+    total = location.masked_fill(inside == 0, -torch.inf).logsumexp(2)
+    return location - (total - inside.sum(2).clamp_min(1).log())[..., None]
+
+
+def _density(seen: Statistics, mixture: Mixture, dof: float | None) -> tuple[Tensor, Tensor]:
+    """Each component's log density ``(B, K, N)``, Gaussian or Student's t, and each voxel's weight in its moments."""
+    theta = sufficient.coefficients(mixture, seen)
+    if dof is None:
+        gaussian = theta @ seen.features
+        return gaussian, torch.ones_like(gaussian)
+    m, linear = mixture.means.shape[-1], (theta[..., -1 - mixture.means.shape[-1] : -1] * mixture.means).sum(-1)
+    peak = theta[..., -1] + 0.5 * linear  # (B, K): the log density at the mean
+    theta[..., -1] = -0.5 * linear
+    distance = (theta @ seen.features).mul_(-2 / dof).clamp_min_(0)  # Mahalanobis', squared, over ν
+    constant = math.lgamma((dof + m) / 2) - math.lgamma(dof / 2) + m / 2 * math.log(2 / dof)
+    student = distance.log1p().mul_(-(dof + m) / 2).add_((peak + constant)[..., None])
+    return student, ((dof + m) / dof) / distance.add_(1)

@@ -25,16 +25,16 @@ class Smoother:
         # One matrix per axis: faster than a convolution for the sides that a box around a mask has.
         sides = zip(mask.shape[2:], spacing_mm, strict=True)
         self.matrices = [_band(n, sigma_mm / s).to(mask) for n, s in sides] if sigma_mm > 0 else []
-        self.reach = self._blur(mask).clamp_min(torch.finfo(mask.dtype).tiny ** 0.5)
+        self.reach = self.blur(mask).clamp_min(torch.finfo(mask.dtype).tiny ** 0.5)
 
     def __call__(self, values: Tensor) -> Tensor:
         """``(B, C, *S)`` → ``(B, C, *S)``, 0 outside the mask; a constant stays what it is."""
         if not self.matrices:
             return values * self.inside
-        return self._blur(values * self.inside) / self.reach * self.inside
+        return self.blur(values * self.inside) / self.reach * self.inside
 
-    def _blur(self, values: Tensor) -> Tensor:
-        """One axis after the other; beyond the image lies 0."""
+    def blur(self, values: Tensor) -> Tensor:
+        """``G ∗ v``, one axis after the other; beyond the image lies 0."""
         for axis, matrix in enumerate(self.matrices, start=2):
             last = axis == values.ndim - 1
             values = values @ matrix if last else (values.movedim(axis, -1) @ matrix).movedim(-1, axis)

@@ -60,12 +60,18 @@ def statistics(image: Tensor, mask: Tensor, scale: Tensor, covariance: Covarianc
     centre = (image * mask).sum(-1) / mask.sum(-1).clamp_min(1)
     if covariance == "spherical":
         scale = scale.amax(1, keepdim=True).expand_as(scale)
-    x = (image - centre[..., None]) / scale[..., None] * mask
-    one = torch.arange(image.shape[1], device=image.device)
+    found = of_standardised((image - centre[..., None]) / scale[..., None] * mask, mask, covariance)
+    return found._replace(centre=centre, scale=scale)
+
+
+def of_standardised(x: Tensor, mask: Tensor, covariance: Covariance) -> Statistics:
+    """The sufficient statistics of intensities ``(B, M, N)`` that lie around 0 already, 0 outside the mask."""
+    one = torch.arange(x.shape[1], device=x.device)
     matrix = covariance in ("full", "tied")
-    i, j = torch.triu_indices(len(one), len(one), device=image.device) if matrix else (one, one)
+    i, j = torch.triu_indices(len(one), len(one), device=x.device) if matrix else (one, one)
     features = torch.cat([x[:, i] * x[:, j], x, mask.to(x.dtype)], 1)
-    return Statistics(features, centre, scale, covariance, (i, j))
+    nowhere = x.new_zeros(x.shape[:2])
+    return Statistics(features, nowhere, nowhere + 1, covariance, (i, j))
 
 
 def coefficients(mixture: Mixture, like: Statistics) -> Tensor:

@@ -151,7 +151,7 @@ def _descend(
         value, output, window = step()
         values.append(value)
         part, within = cut(small, window), cut(inside, window)
-        trace.append(nll(part, within, loss.mixture(part, output.softmax(1), within)))
+        trace.append(loss.each(output, part, within)[0])
         decay.step()
         converged = _settled(values, 1 if descent.window is None else MIN_STEPS, descent.tol)
     through = inferer(None if descent.window is None else _clipped(descent.window, inside))

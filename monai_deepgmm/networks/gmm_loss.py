@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from monai_deepgmm.mixture import bias_field
-from monai_deepgmm.mixture.gaussian import Covariance, Mixture, log_joint, m_step, masked_mean
-from monai_deepgmm.networks.nll_loss import Regulariser, Term, parts
+from monai_deepgmm.mixture import statistics as sufficient
+from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_joint, m_step, masked_mean
+from monai_deepgmm.networks.nll_loss import Regulariser, Term, parts, standardised
 from monai_deepgmm.networks.registry import finest
 
 #: A voxel whose label is not known.
@@ -126,13 +127,33 @@ class GMMLoss(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             logits, image, mask = parts(logits, target)
             resp = logits.softmax(1)
-            mixture = self.mixture(image, resp, mask)
-            loss = l_gmm(image, resp, mask, mixture).mean()
+            if self.degree:
+                mixture = self.mixture(image, resp, mask)
+                loss = l_gmm(image, resp, mask, mixture).mean()
+            else:
+                values, mixture = self.each(resp, image, mask)
+                loss = values.mean()
             if self.gamma:
                 loss = loss + self.gamma * total_variation(resp, mask).mean()
             for weight, regulariser in self.terms:
                 loss = loss + weight * regulariser(mixture, resp, image, mask)
         return loss
+
+    def each(self, resp: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, Mixture]:
+        """L_GMM of each image ``(B,)`` without a field, and the mixture.
+
+        ``Σ_i s_ik log g(x_i)`` is linear in the moments ``Σ_i s_ik φ(x_i)`` that the M-step needs, so that one matrix
+        product serves both.
+        """
+        voxels, seen = standardised(image, mask, self.covariance)
+        moments = (voxels.pack(resp) * voxels.inside) @ seen.features.mT
+        floor = VARIANCE_FLOOR / seen.scale.square()
+        mixture = sufficient.estimate(moments, seen, floor)
+        # The constant C, and what standardising took off each density.
+        constant = 0.5 * image.shape[1] * math.log(2 * math.pi) - seen.scale.log().sum(1, keepdim=True)
+        shares = mixture.weights.clamp_min(torch.finfo(resp.dtype).tiny).log() + constant
+        total = (shares * moments[..., -1]).sum(1) + (sufficient.coefficients(mixture, seen) * moments).sum((1, 2))
+        return -total / voxels.inside.sum((1, 2)).clamp_min(1), seen.original(mixture)
 
     def mixture(self, image: Tensor, resp: Tensor, mask: Tensor) -> Mixture:
         """(π, μ, Σ) of M eq. 3.3, or with ω of M eq. 3.8."""

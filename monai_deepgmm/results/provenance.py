@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ class Outcome(NamedTuple):
     slices: tuple[int, ...] = ()
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that compute."""
     packages = ("monai-deepgmm", "monai", "torch", "numpy", "scipy", "nibabel", "SimpleITK")

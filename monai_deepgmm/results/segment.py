@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from monai.transforms import Compose
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.preparation import Prepared, prepare
 from monai_deepgmm.methods import name_check, naming, region_filter
+from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.naming import Naming
-from monai_deepgmm.methods.region_filter import Region
 from monai_deepgmm.methods.task import Images
-from monai_deepgmm.mixture.fit import Fit
+from monai_deepgmm.mixture.fit import Fit, likeliest
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.results import coverage, notes, parts, plausibility, provenance, uncertainty
+from monai_deepgmm.results import coverage, notes, parts, plausibility, provenance, refit, uncertainty
 from monai_deepgmm.results.assembly import Assembly, assemble
 from monai_deepgmm.results.numbers import numbers
 from monai_deepgmm.results.parts import Part
 from monai_deepgmm.results.provenance import Outcome
+from monai_deepgmm.results.refit import filtered
 from monai_deepgmm.results.segmentation import Segmentation
+
+if TYPE_CHECKING:
+    from monai.transforms import Compose
 
 #: What fits a mixture to a patient's images.
 Inferer = Callable[[Images], Fit]
@@ -47,7 +50,9 @@ def segment(
     Raises:
         StudyError: the patient cannot be segmented; the code says why.
     """
-    prepared = prepare(study, preprocessing or config.preprocessing.transforms(config.protocol))
+    prepared = prepare(study, preprocessing or config.preprocessing.steps(config.protocol))
+    if inferer is None and not config.method.surroundings:
+        prepared = prepared.tight()
     inferer = inferer or Solver(config)
     divided = parts.split(prepared, config)
     wall = parts.wall(prepared, config) if len(divided) > 1 else None
@@ -146,18 +151,17 @@ class Solver:
         return self.config.method.solve(images, device=self.config.device)
 
 
+def _solved_all(variants: Sequence[Images], config: Config, inferer: Inferer) -> list[Fit]:
+    """The fits to the same images with several protocols, at once where the method can."""
+    if isinstance(inferer, Solver) and isinstance(config.method, AnatomicalConfig):
+        return config.method.solve_all(variants)
+    return [inferer(images) for images in variants]
+
+
 def named(fit: Fit, images: Images, config: Config) -> tuple[Fit, Naming]:
     """The fit with its components in the order of the tissues, and how certain that is."""
     found = naming.name(fit.resp, images.expected, given=config.method.named)
     return naming.reorder(fit, found.order), found
-
-
-def filtered(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region]]:
-    """The fit without the regions that do not meet the protocol's criteria, and all regions."""
-    if not (config.presence and images.slices):
-        return fit, []
-    resp, regions = region_filter.decide(fit.resp, images)
-    return fit._replace(resp=resp), regions
 
 
 def _on_source_grid(
@@ -173,20 +177,21 @@ def _on_source_grid(
     scan, assembly, outcome, main = prepared.scan, first.assembly, first.outcome, first.part.prepared
     images = assembly.images
     index = np.array([t.index for t in images.tissues], dtype=np.uint8)
-    labelled = scan.mask & (probabilities > 0).any(0)
-    labels = np.where(labelled, index[probabilities.argmax(0)], 0).astype(np.uint8)
+    inside = probabilities[:, scan.mask]  # (K, voxels)
+    labels = np.zeros(scan.mask.shape, dtype=np.uint8)
+    labels[scan.mask] = np.where((inside > 0).any(0), index[likeliest(torch.from_numpy(inside)[None])[0].numpy()], 0)
     outcome = outcome._replace(
-        intervals=_intervals(labels, elsewhere, probabilities, main, assembly, config, inferer),
-        entropy=float(uncertainty.entropy(probabilities)[scan.mask].mean()),
+        intervals=_intervals(labels, elsewhere, inside, main, assembly, config, inferer),
+        entropy=float(uncertainty.entropy(inside).mean()),
     )
     fields = _fields(outcome.fit, main, assembly)
     warnings = (*scan.warnings, *notes.about(main, assembly, outcome, config))
-    taken_off = 1 if prepared.fields is None else prepared.fields
+    scanned = scan.image if prepared.fields is None else scan.image * prepared.fields
     return Segmentation(
         patient=study.patient,
         protocol=config.protocol,
         tissues=images.tissues,
-        images=dict(zip(scan.sequences, scan.image * taken_off, strict=True)),
+        images=dict(zip(scan.sequences, scanned, strict=True)),
         mask=scan.mask,
         labels=labels,
         probabilities=probabilities,
@@ -215,21 +220,26 @@ def _seen(scan: Scan) -> dict[str, np.ndarray]:
 def _intervals(
     labels: NDArray[np.uint8],
     elsewhere: NDArray[np.bool_],
-    probabilities: NDArray[np.float32],
+    inside: NDArray[np.float32],
     prepared: Prepared,
     assembly: Assembly,
     config: Config,
     inferer: Inferer,
 ) -> list[uncertainty.Interval]:
-    """Where each tissue's volume may lie; what another part has labelled, ``elsewhere``, is the same in all refits."""
+    """Where each tissue's volume may lie, from the probabilities of the mask's voxels (K, N).
+
+    What another part has labelled, ``elsewhere``, is the same in all refits.
+    """
     reference, tissues = prepared.scan.reference, assembly.images.tissues
     volumes, fixed = (
         [int((places == t.index).sum()) * reference.voxel_ml for t in tissues] for places in (labels, labels[elsewhere])
     )
-    refits = _refitted_ml(assembly, config, inferer, reference.voxel_ml)
+    variants = refit.variants(assembly.images, config)
+    fits = _solved_all(variants, config, inferer) if variants else []
+    refits = refit.volumes_ml(assembly, variants, fits, config, voxel_ml=reference.voxel_ml)
     deviations = uncertainty.standard_deviations(
         volumes,
-        probabilities,
+        inside[..., None, None],
         [[a + b for a, b in zip(v, fixed, strict=True)] for v in refits],
         voxel_ml=reference.voxel_ml,
         pixel_mm2=math.prod(s for a, s in enumerate(reference.spacing_mm) if a != prepared.crops.slice_axis),
@@ -238,25 +248,6 @@ def _intervals(
     return [
         uncertainty.interval(*found, mask_ml=sum(volumes)) for found in zip(volumes, deviations, reaches, strict=True)
     ]
-
-
-def _refitted_ml(assembly: Assembly, config: Config, inferer: Inferer, voxel_ml: float) -> list[list[float]]:
-    """The volumes of each tissue, in ml, that fits with perturbed priors give."""
-    volumes = []
-    for number in range(getattr(config.method, "perturbations", 0)):
-        images = _perturbed(assembly.images, config.seed, number)
-        fit, _ = filtered(inferer(images), images, config)
-        labels = assembly.everywhere(fit).argmax(1)[:, None]
-        inside = assembly.mask > 0
-        volumes.append([float(((labels == k) & inside).sum()) * voxel_ml for k in range(len(images.tissues))])
-    return volumes
-
-
-def _perturbed(images: Images, seed: int, number: int) -> Images:
-    """The same task with priors as plausible as the protocol's own."""
-    protocol = uncertainty.perturbed(images.protocol, seed, number)
-    tissues = tuple(protocol.tissue(t.name) for t in images.tissues)
-    return images._replace(protocol=protocol, tissues=tissues, ring=None, enhancement=None).with_wall()
 
 
 def _fields(fit: Fit, prepared: Prepared, assembly: Assembly) -> dict[str, NDArray[np.float32]]:
@@ -268,4 +259,6 @@ def _fields(fit: Fit, prepared: Prepared, assembly: Assembly) -> dict[str, NDArr
     crops = prepared.crops
     above = torch.zeros(len(crops.image), *fit.mixture.field.shape[1:], dtype=crops.mask.dtype)
     above[assembly.large] = fit.mixture.field.to(above) - 1
-    return dict(zip(assembly.images.sequences, 1 + crops.restore(above), strict=True))
+    fields = crops.restore(above)
+    fields += 1
+    return dict(zip(assembly.images.sequences, fields, strict=True))

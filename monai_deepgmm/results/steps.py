@@ -7,15 +7,17 @@ import io
 import pickle
 import secrets
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.transforms import Compose
 from torch import Tensor
 
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.results.segment import Inferer, Solver
+
+if TYPE_CHECKING:
+    from monai.transforms import Compose
 
 
 class Steps(NamedTuple):

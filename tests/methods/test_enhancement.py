@@ -124,8 +124,9 @@ def test_the_scale_by_hand():
     apart = blood_pool_scale.scale(np.array([0.0, 5.0]), np.array([2.0, 4.0]), pooled=False)
     assert apart.unit[0] == 2
     assert np.isnan(apart.unit[1])
-    assert blood_pool_scale.quantile(np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 2.0]), 0.5) == 2
-    assert np.isnan(blood_pool_scale.quantile(np.array([1.0]), np.zeros(1), 0.5))
+    found = blood_pool_scale.Sorted.of(np.array([[3.0, 1.0, 2.0]] * 3), np.array([[1.0, 1.0, 2.0]] * 3))
+    places = np.array([[True, True, True], [True, True, False], [False, False, False]])
+    np.testing.assert_array_equal(found.quantile(places, 0.5), [2, 1, np.nan])
 
 
 def test_on_late_enhancement_alone_a_healthy_heart_is_not_painted_and_scar_is_found():

@@ -12,7 +12,7 @@ from scipy import stats
 from tensors import assert_same, each_dtype, each_mask_dtype, is_finite, normal, parts, row
 from torch import Tensor
 
-from monai_deepgmm.mixture import map_em
+from monai_deepgmm.mixture import map_em, statistics
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.mixture.gaussian import Mixture, e_step, m_step
 from monai_deepgmm.mixture.map_em import DensityModel, Prior, SpatialPrior, standardised
@@ -132,7 +132,8 @@ def test_the_maps_are_the_smoothed_responsibilities(shape):
 
 
 def density_of(x: Tensor, dof: float | None, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    return map_em._density(x, Mixture(torch.ones(1, 1), mean[None, None], covariance[None, None]), dof)
+    seen = statistics.of_standardised(x, torch.ones_like(x[:, :1]), "full")
+    return map_em._density(seen, Mixture(torch.ones(1, 1), mean[None, None], covariance[None, None]), dof)
 
 
 @pytest.mark.parametrize("dof", [1.0, 4.0, 10.0, None])
@@ -317,10 +318,12 @@ def test_the_parts_of_a_fit_belong_together_and_nothing_given_is_changed(shape, 
 
 @each_density
 def test_an_image_does_not_depend_on_its_batch(density):
-    """To the bit where their places have one box; to a rounding where they are cut differently."""
-    image, place, _ = scene(batch=3, blur=1.5)
-    place[1, :, 5:30, 10:35] = 0
-    place[2, :, 25:35, 5:40] = 0
+    """To the bit where their places have one box and as many voxels; to a rounding where they are cut differently."""
+    image, _, _ = scene(batch=3, blur=1.5)
+    place = torch.ones_like(image[:, :1])
+    place[0, :, 35:37, 5:35] = 0
+    place[1, :, 5:25, 30:33] = 0
+    place[2, :, 20:35, 10:14] = 0
     smaller = place.clone()
     smaller[0, ..., :10] = 0
     together, mixed = (run(image, p, density=density, tol=1e-4) for p in (place, smaller))
