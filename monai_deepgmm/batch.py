@@ -18,7 +18,7 @@ from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyEr
 from monai_deepgmm.images import atomic_files, loading
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
-from monai_deepgmm.results import outputs
+from monai_deepgmm.results import dicom_seg, outputs
 from monai_deepgmm.results.log_file import log_file
 from monai_deepgmm.results.row_files import Row
 from monai_deepgmm.results.segment import Inferer, segment
@@ -250,7 +250,9 @@ def dry_run(cohort: Cohort, out: Path, config: Config, options: BatchOptions) ->
             continue
         try:
             given = config.preprocessing
-            found = loading.load(study, config.protocol, frame=given.frame, max_voxels=given.max_voxels)
+            dicom_seg.check_source(study, config)
+            reading: dict[str, Any] = {"frame": given.frame, "max_voxels": given.max_voxels, "align": given.align}
+            found = loading.load(study, config.protocol, **reading)
             yield {**row, "status": "ready", "warnings": list(found.warnings)}
         except StudyError as error:
             yield {**row, **_failure(error)}
@@ -283,6 +285,7 @@ def _anew(study: Study, job: Job) -> Row:
     began, row = time.monotonic(), _row(study, job.config)
     steps = job.steps or Steps()
     try:
+        dicom_seg.check_source(study, job.config)
         segmentation = segment(study, job.config, preprocessing=steps.preprocessing, inferer=steps.inferer)
         row |= {"seconds": round(time.monotonic() - began, 3)}
         return outputs.write(job.out, study, segmentation, row, job.config, job.customised)

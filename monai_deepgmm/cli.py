@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import re
 import signal
 import sys
 import threading
@@ -13,9 +12,10 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
-from monai_deepgmm import commands, option_file, protocol, schema, terminal
+from monai_deepgmm import commands, option_file, protocol, terminal
+from monai_deepgmm.argument_parser import Parser
 from monai_deepgmm.errors import (
     ALL_FAILED,
     DISK_FULL,
@@ -30,12 +30,13 @@ from monai_deepgmm.errors import (
 from monai_deepgmm.images import COPIES
 from monai_deepgmm.methods import METHODS
 from monai_deepgmm.patients import discovery, layout
+from monai_deepgmm.registration import ALIGN
 
 __all__ = ["ALL_FAILED", "DISK_FULL", "INTERRUPTED", "OK", "SOFTWARE", "SOME_FAILED", "USAGE", "main", "parser"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code (see the table in the README)."""
+    """Runs one command and returns its exit code (``bundle/docs/codes.md`` says what each means)."""
     terminal.encode_anything()
     try:
         arguments = _parsed(list(sys.argv[1:] if argv is None else argv))
@@ -93,7 +94,8 @@ def _parsed(typed: list[str]) -> argparse.Namespace:
         try:
             arguments.save_config.write_text(option_file.save(made, arguments), encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"--save-config {arguments.save_config}: {error.strerror}") from error
+            reason = f"{error.strerror}; name a file in a folder that is there"
+            raise UsageError(f"--save-config {arguments.save_config}: {reason}") from error
     return arguments
 
 
@@ -103,6 +105,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Phantom, segmentation, evaluation and report in one go."""
+    if arguments.out.is_file():
+        raise UsageError(f"OUT: {arguments.out} is a file; name a folder")
     patients, results = arguments.out / "patients", arguments.out / "results"
     common = ["-v"] * arguments.verbose + ["-q"] * arguments.quiet
     steps = (
@@ -121,47 +125,6 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 # Options -----------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that knows what was typed, and so what may have been meant."""
-
-    typed: Sequence[str] = ()
-    commands: Any = None
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, of which each command's parser is asked likewise."""
-        self.typed = list(args or ())
-        return super().parse_known_args(args, namespace)
-
-    def read(self, typed: list[str]) -> argparse.Namespace:
-        """The options that were typed; ends the program where there is no such option, with the nearest."""
-        found, unknown = self.parse_known_args(typed)
-        if unknown:
-            made = self.made_of(found)
-            known = [option for action in made._actions for option in action.option_strings if option.startswith("--")]
-            near = schema.nearest(unknown[0].partition("=")[0], known) if unknown[0].startswith("--") else ""
-            made.error(f"unrecognized arguments: {' '.join(map(terminal.shown, unknown))}{near}")
-        return cast(argparse.Namespace, found)
-
-    def made_of(self, found: argparse.Namespace) -> argparse.ArgumentParser:
-        """The parser of the command that was typed."""
-        made: argparse.ArgumentParser = self.commands.choices[found.command.__name__.replace("_", "-")]
-        return made
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with what may have been meant.
-
-        Raises:
-            SystemExit: always.
-        """
-        wrong = re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message)
-        near = schema.nearest(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else ""
-        greedy = [o for a in self._actions if a.nargs == "+" for o in a.option_strings if o in self.typed]
-        if greedy and "are required: " in message:
-            missing = message.partition("are required: ")[2].replace(",", "")
-            near = f"; {greedy[0]} takes every word after it: put {missing} first, and {greedy[0]} at the end"
-        super().error(f"{message}{near}")
 
 
 def parser() -> Parser:
@@ -207,21 +170,29 @@ def _add_cohort(made: argparse.ArgumentParser) -> None:
     which = f"{', '.join(protocol.names())}, or a YAML file"
     group.add_argument("--protocol", default="infarct", action=_Protocol, help=which)
     made.set_defaults(asked=False)
-    group.add_argument("--layout", help=f"{', '.join(layout.ORDER)}, or a YAML file; tried in this order if absent")
+    known = f"{', '.join((*layout.ORDER, layout.DICOM))}, or a YAML file; tried in this order if absent"
+    group.add_argument("--layout", help=known)
     group.add_argument("--manifest", type=Path, metavar="FILE", help="CSV or TSV that lists patients and their files")
     rule = "a file; auto: find it in the images; nonzero: voxels that are not 0; else a file, or found if none is there"
     group.add_argument("--mask", choices=list(discovery.MASK_RULES), help=rule)
     group.add_argument("--masks", type=Path, metavar="DIR", help="masks of deepgmm mask, corrected or as they are")
+    bundle = "a MONAI bundle that finds the masks; --mask-labels says which of its labels"
+    group.add_argument("--mask-from", type=Path, metavar="BUNDLE_DIR", help=bundle)
+    group.add_argument("--mask-sequence", metavar="SEQUENCE", help="which sequence that bundle looks at")
     group.add_argument("--mask-labels", type=float, nargs="+", default=(), metavar="VALUE", help="mask values to keep")
     group.add_argument(
         "--truth-labels", nargs="+", default=(), metavar="TISSUE=VALUE", help="what reference labels mean: blood=500 …"
     )
-    choose = "which of several BIDS files is meant, such as acq=tse run=1"
-    group.add_argument("--filter", nargs="+", default=(), metavar="ENTITY=VALUE", help=choose)
+    choose = "which of several BIDS files is meant, such as acq=tse run=1; or DICOM series, such as LGE=7"
+    group.add_argument("--filter", nargs="+", default=(), metavar="KEY=VALUE", help=choose)
     group.add_argument("--patients", nargs="+", default=(), metavar="ID", help="only these patients")
-    group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file, counted from 0")
+    group.add_argument("--frame", type=int, metavar="N", help="which frame of a 4-D file or cine, counted from 0")
     spacing = "sform, pixdim, or X,Y,Z in mm: which voxel sizes count in a header that contradicts itself"
     group.add_argument("--spacing", metavar="WHICH", help=spacing)
+    align = (
+        "move slices of hearts to the reference where that gains (auto), also whole brains (rigid), or nothing (off)"
+    )
+    group.add_argument("--align", choices=list(ALIGN), default="auto", help=align)
     voxels = "the most voxels of a patient's sequences and mask together, on the reference's grid"
     group.add_argument("--max-voxels", type=_positive, default=1 << 29, metavar="N", help=voxels)
     group = made.add_argument_group("how to compute")
@@ -258,6 +229,8 @@ def _add_segment(parsers: Any) -> None:
     copies = f"also write the label map as {' or '.join(COPIES)}, or both"
     group.add_argument("--copies", nargs="+", choices=COPIES, default=[], metavar="FORMAT", help=copies)
     group.add_argument("--fields", action="store_true", help="also write bias fields, and images without them")
+    seg = "also write the labels as a DICOM SEG; for DICOM patients, with the extra dicom"
+    group.add_argument("--dicom-seg", action="store_true", help=seg)
     group = made.add_argument_group("how to work through the patients")
     group.add_argument("--jobs", type=_positive, default=1, metavar="N", help="patients at the same time")
     group.add_argument("--dask", metavar="ADDRESS", help="address of a Dask scheduler that does the work")
@@ -276,6 +249,7 @@ def _add_trust(group: Any) -> None:
 def _add_mask(parsers: Any) -> None:
     made = _command(parsers, commands.mask, "find the organ in every patient of DIR and write its mask into OUT")
     _add_cohort(made)
+    _add_trust(made)
     made.add_argument("out", metavar="OUT", type=Path, help="the folder for the masks")
 
 

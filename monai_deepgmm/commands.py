@@ -33,8 +33,10 @@ TRAIN_KEYS = (
         "asked",
         "layout",
         "mask",
+        "mask_sequence",
         "frame",
         "max_voxels",
+        "align",
         "spacing",
         "method",
         "loss",
@@ -98,11 +100,13 @@ def mask(arguments: argparse.Namespace) -> int:
     """Finds the organ in every patient and writes its mask."""
     from monai_deepgmm import masking
 
-    if arguments.mask not in (None, "auto") or arguments.masks is not None or arguments.mask_labels:
+    by_model = arguments.mask_from is not None
+    if arguments.mask not in (None, "auto") or arguments.masks is not None or (arguments.mask_labels and not by_model):
         raise UsageError("deepgmm mask finds the masks: leave --mask, --masks and --mask-labels out")
-    arguments.mask = "auto"
+    arguments.mask = None if by_model else "auto"
     wanted, found = protocols.load(arguments.protocol), _find(arguments)
-    code = masking.run(found, arguments.out, wanted, frame=arguments.frame, max_voxels=arguments.max_voxels)
+    reading: dict[str, Any] = {"frame": arguments.frame, "max_voxels": arguments.max_voxels, "align": arguments.align}
+    code = masking.run(found, arguments.out, wanted, **reading)
     print(f"{len(found.studies)} patients; how surely each mask was found: {arguments.out / masking.TABLE}")
     return code
 
@@ -121,6 +125,7 @@ def train(arguments: argparse.Namespace) -> int:
             "manifest": None if arguments.manifest is None else str(arguments.manifest),
             "means": None if arguments.means is None else str(arguments.means),
             "masks": None if arguments.masks is None else str(arguments.masks),
+            "mask_from": None if arguments.mask_from is None else str(arguments.mask_from),
             "mask_labels": list(arguments.mask_labels),
             "truth_labels": list(arguments.truth_labels),
             "filter": list(arguments.filter),
@@ -147,7 +152,7 @@ def means(arguments: argparse.Namespace) -> int:
     from monai_deepgmm.training import class_means
 
     protocol = protocols.load(arguments.protocol)
-    begun = Preprocessing(frame=arguments.frame, max_voxels=arguments.max_voxels)
+    begun = Preprocessing(frame=arguments.frame, max_voxels=arguments.max_voxels, align=arguments.align)
     preprocessing = settings.changed(begun, settings.parsed(arguments.set), "deepgmm means")
     found = _find(arguments)
     computed, unused = class_means.compute(found.studies, protocol, preprocessing)
@@ -182,7 +187,7 @@ def report(arguments: argparse.Namespace) -> int:
     from monai_deepgmm.results import report as pages
 
     if not arguments.out.is_dir():
-        raise UsageError(f"OUT: there is no folder {arguments.out}")
+        raise UsageError(f"OUT: there is no folder {arguments.out}; give the folder that deepgmm segment wrote to")
     count = pages.rebuild(arguments.out, arguments.review)
     outputs.rebuild_tables(arguments.out)
     print(f"{count} pages and {arguments.out / 'index.html'}")
@@ -226,13 +231,16 @@ def init_manifest(arguments: argparse.Namespace) -> int:
     except NobodyError:
         folders = sorted(p.name for p in arguments.directory.iterdir() if p.is_dir() and not p.name.startswith("."))
         studies = tuple(Study(name, {}) for name in folders)
+    if any(study.series for study in studies):
+        raise UsageError("init-manifest: a table names NIfTI files; of DICOM studies, --filter chooses the series")
     here = arguments.directory.resolve() if target is None else target.resolve().parent
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     meant = any(study.truth and study.truth_labels for study in studies)  # a table does not know its layout's
     writer.writerow(["patient", *wanted.sequences, "mask", "truth", *(["labels"] if meant else [])])
     for study in studies:
-        files = [*(study.images.get(s) for s in wanted.sequences), study.mask, study.truth]
+        sources = [*(study.images.get(s) for s in wanted.sequences), study.mask, study.truth]
+        files = [one if isinstance(one, Path) else None for one in sources]
         named = {t.index: t.name for t in wanted.tissues}
         labels = " ".join(
             f"{named[index]}={value}" for value, index in (study.truth_labels or {}).items() if study.truth
@@ -256,19 +264,26 @@ def _phantom_settings(given: Sequence[str], kind: type[Any]) -> dict[str, Any]:
 
 
 def _find(arguments: argparse.Namespace) -> Cohort:
+    wanted, model = protocols.load(arguments.protocol), None
+    if arguments.mask_from is not None or arguments.mask_sequence is not None:
+        from monai_deepgmm.localisation import segmentation_bundle
+
+        options = (arguments.mask_from, arguments.mask_sequence, arguments.mask_labels, wanted)
+        model = segmentation_bundle.asked(*options, trust_code=getattr(arguments, "trust_code", False))
     return discovery.find(
         arguments.directory,
-        protocols.load(arguments.protocol),
+        wanted,
         layout=arguments.layout,
         manifest=arguments.manifest,
         mask=arguments.mask,
         masks=arguments.masks,
-        mask_labels=arguments.mask_labels,
+        mask_labels=arguments.mask_labels if model is None else (),
         truth_labels=arguments.truth_labels,
         filters=arguments.filter,
         patients=arguments.patients,
         spacing=arguments.spacing,
         asked=arguments.asked,
+        mask_model=model,
     )
 
 
@@ -297,9 +312,11 @@ def _config(arguments: argparse.Namespace) -> Config:
         seed=arguments.seed,
         frame=arguments.frame,
         max_voxels=arguments.max_voxels,
+        align=arguments.align,
         probabilities=arguments.probabilities,
         copies=arguments.copies,
         fields=arguments.fields,
+        dicom_seg=arguments.dicom_seg,
         device=_device(arguments.device),
         trust_code=arguments.trust_code,
     )

@@ -16,9 +16,10 @@ from monai_deepgmm import batch
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, UsageError
 from monai_deepgmm.images import atomic_files, loading, nifti
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
-from monai_deepgmm.patients.given_masks import SUFFIX
+from monai_deepgmm.patients import given_masks
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.registration import Align
 from monai_deepgmm.results import outputs
 
 logger = logging.getLogger("monai_deepgmm")
@@ -32,7 +33,13 @@ Row = dict[str, Any]
 
 
 def run(
-    cohort: Cohort, out: Path, protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS
+    cohort: Cohort,
+    out: Path,
+    protocol: Protocol,
+    *,
+    frame: int | None = None,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    align: Align = "auto",
 ) -> int:
     """Finds the mask of every patient and writes ``<patient>/<patient>_desc-lv_mask.nii.gz`` and ``masks.tsv``.
 
@@ -44,6 +51,7 @@ def run(
         protocol: whose mask.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: a larger image is refused before it is read.
+        align: how sequences are brought together before the mask is found in all of them.
 
     Returns:
         The exit code: 0 every mask was found, 1 some were not, 3 none was, 4 stopped by a full disk.
@@ -52,13 +60,14 @@ def run(
         UsageError: the folder is refused, or the protocol's mask cannot be found.
         StudyError: ``E_DISK`` or ``E_WRITE``, the table could not be written.
     """
-    if protocol.mask_finder is None:
+    if protocol.mask_finder is None and not all(study.mask_rule == "model" for study in cohort.studies):
         raise UsageError(f"--protocol {protocol.name}: the {protocol.mask} cannot be found; draw it")
     outputs.check(out, cohort)
     rows = []
     for study in cohort.studies:
-        asked = dataclasses.replace(study, mask=None, mask_labels=(), mask_rule="auto")
-        row = _one(asked, out, protocol, frame=frame, max_voxels=max_voxels)
+        rule = "auto" if study.mask_model is None else "model"
+        asked = dataclasses.replace(study, mask=None, mask_labels=(), mask_rule=rule)
+        row = _one(asked, out, protocol, {"frame": frame, "max_voxels": max_voxels, "align": align})
         rows.append(row)
         logger.info("%s: %s %s", row["patient"], row["status"], row["message"] or row["confidence"])
         if row["code"] == "E_DISK":
@@ -70,17 +79,17 @@ def run(
     return OK if not failed else ALL_FAILED if failed == len(rows) else SOME_FAILED
 
 
-def _one(study: Study, out: Path, protocol: Protocol, *, frame: int | None, max_voxels: int) -> Row:
+def _one(study: Study, out: Path, protocol: Protocol, reading: dict[str, Any]) -> Row:
     """One patient's row; its mask and what is known of it are written, or nothing is left of them."""
     row: Row = dict.fromkeys(COLUMNS, "") | {"patient": study.patient, "status": "ok"}
-    path = out / study.patient / f"{study.patient}{SUFFIX}"
+    path = out / study.patient / given_masks.name(study.patient, protocol)
     sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))
     try:
         if not study.problems and path.is_file() and _written(sidecar) != atomic_files.sha256(path):
             return row | {"message": CORRECTED}
         if not study.problems:
             path.unlink(missing_ok=True)
-        scan = loading.load(study, protocol, frame=frame, max_voxels=max_voxels)
+        scan = loading.load(study, protocol, **reading)
         atomic_files.folder(path.parent)
         nifti.write_labels(path, scan.mask.astype(np.uint8), like=scan.reference)
         held = scan.mask.any(tuple(a for a in range(3) if a != int(np.argmax(scan.reference.spacing_mm))))

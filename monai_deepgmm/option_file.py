@@ -31,6 +31,9 @@ def words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     content = read.content
     if isinstance(content, dict):
         content = {_dashed(key): value for key, value in content.items()}
+        # In YAML, off is a word for false.
+        offs = [key for key, action in actions.items() if "off" in (action.choices or ())]
+        content |= {key: "off" for key in offs if content.get(key) is False}
     lines = {tuple(map(_dashed, way[:1])) + way[1:]: line for way, line in read.lines.items()}
     rules = {"type": "object", "additionalProperties": False, "properties": {k: _rule(a) for k, a in actions.items()}}
     checked: dict[str, Any] = schema.check(schema.Document(content, lines, name), rules)

@@ -19,7 +19,7 @@ from monai_deepgmm import mask_shape, ranges, schema
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.mask_shape import MaskShape
 from monai_deepgmm.ranges import Range
-from monai_deepgmm.tissue import Anatomy, Enhancement, Hyperintense, RegionCriteria, Tissue
+from monai_deepgmm.tissue import Anatomy, DicomCodes, Enhancement, Hyperintense, RegionCriteria, Tissue
 
 __all__ = ["Anatomy", "Enhancement", "Hyperintense", "Protocol", "RegionCriteria", "Tissue", "as_yaml", "load", "names"]
 
@@ -43,7 +43,7 @@ class Protocol:
         percent_name: what ``percent`` in the measurements is a percentage of.
         percent_of: the tissues that make up that denominator.
         anatomy: where tissues can be; None: anywhere in the mask.
-        mask_finder: how the mask is found where none is given (``ventricle``); None: it must be given.
+        mask_finder: how the mask is found where none is given (``ventricle``, ``brain``); None: it must be given.
         borders: pairs of tissues that touch, so that a voxel may hold both; empty: voxels are of one tissue.
         deeper: pairs of tissues of which the first lies deeper in the mask than the second, on average; a result in
             which it does not is flagged (``W_NAMES``).
@@ -319,6 +319,7 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         depth=None if depth is None else (float(depth[0]), float(depth[1])),
         criteria=None if needs is None else RegionCriteria(**_floats(needs | {"weights": _floats(needs["weights"])})),
         hyperintense=None if bright is None else Hyperintense(**_floats(bright)),
+        dicom=None if raw.get("dicom") is None else DicomCodes(**{k: tuple(v) for k, v in raw["dicom"].items() if v}),
     )
 
 

@@ -226,11 +226,11 @@ def _problems(value: Any, rule: Mapping[str, Any], way: Way, root: Mapping[str, 
         rule = root["$defs"][rule["$ref"].rpartition("/")[2]]
     if "anyOf" in rule:
         if all(any(True for _ in _problems(value, each, way, root)) for each in rule["anyOf"]):
-            yield way, f"got {_short(value)}, expected {' or '.join(_expected(each) for each in rule['anyOf'])}"
+            yield way, f"got {_short(value)}, expected {' or '.join(expected(each) for each in rule['anyOf'])}"
         return
     if not _fits(value, rule):
         hint = nearest(value, rule["enum"]) if "enum" in rule and isinstance(value, str) else ""
-        yield way, f"got {_short(value)}{hint}, expected {_expected(rule)}"
+        yield way, f"got {_short(value)}{hint}, expected {expected(rule)}"
     elif isinstance(value, dict):
         yield from _in_mapping(value, rule, way, root)
     elif isinstance(value, list):
@@ -298,7 +298,7 @@ def _types(rule: Mapping[str, Any]) -> Sequence[str]:
     return (kinds,) if isinstance(kinds, str) else kinds
 
 
-def _expected(rule: Mapping[str, Any]) -> str:
+def expected(rule: Mapping[str, Any]) -> str:
     """A rule in words."""
     if "enum" in rule:
         return f"one of {', '.join(str(choice) for choice in rule['enum'] if choice is not None)}"

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, USAGE, StudyError, users_own
+from monai_deepgmm.patients.stack import Stack
 from monai_deepgmm.patients.study import Cohort, Problem, Study
 
 
@@ -31,6 +32,8 @@ def print_cohort(found: Cohort) -> None:
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
         print("  ".join([*cells, line[-1]]))
+    for study in found.studies:
+        _print_series(study)
     failing = sum(bool(s.problems) for s in found.studies)
     labels = sum(bool(s.label_problems) for s in found.studies)
     more = f", {labels} whose reference labels cannot be used" if labels else ""
@@ -39,9 +42,27 @@ def print_cohort(found: Cohort) -> None:
         print(f"note: {shown(note)}")
 
 
+def _print_series(study: Study) -> None:
+    """What was made of each series of a DICOM study. Descriptions may hold anything: they go to no file."""
+    rows = []
+    for one in study.series:
+        size = f"{one.slices} slices" + (f" × {one.times}" if one.times > 1 else "")
+        rows.append(
+            (one.name, size, f"{one.sequence} ({one.why})" if one.sequence else f"left out: {one.why}", one.text)
+        )
+    if rows:
+        print(f"\n{shown(study.patient)}:")
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        for row in rows:
+            cells = [shown(cell).ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
+            print("  series " + "  ".join([*cells, shown(row[3])]).rstrip())
+
+
 def _mask(study: Study) -> str:
     if study.mask_rule == "nonzero":
         return "(nonzero)"
+    if study.mask_model is not None:
+        return f"({study.mask_model.folder.name})"
     if study.mask is None:
         return "-"
     values = " ".join(f"{value:g}" for value in study.mask_labels)
@@ -66,12 +87,13 @@ def cohort_json(found: Cohort) -> dict[str, Any]:
         "patients": [
             {
                 "patient": study.patient,
-                "images": {sequence: str(path) for sequence, path in study.images.items()},
+                "images": {s: one.name if isinstance(one, Stack) else str(one) for s, one in study.images.items()},
                 "mask": str(study.mask) if study.mask else None,
                 "mask_rule": study.mask_rule,
                 "mask_labels": list(study.mask_labels),
                 "truth": str(study.truth) if study.truth else None,
                 "truth_labels": _meaning(study),
+                "series": [one._asdict() for one in study.series],
                 "problems": [_problem(p) for p in study.problems],
                 "label_problems": [_problem(p) for p in study.label_problems],
             }

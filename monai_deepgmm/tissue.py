@@ -83,6 +83,25 @@ class Hyperintense:
     share: float
 
 
+#: A coded term of DICOM: value, scheme, meaning.
+Term = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class DicomCodes:
+    """How a DICOM SEG calls a tissue.
+
+    Attributes:
+        category: what kind of thing it is (PS3.16 CID 7150), such as a tissue, or a morphologically abnormal structure.
+        type: what it is.
+        region: where in the body; None: the type says so.
+    """
+
+    category: Term
+    type: Term
+    region: Term | None = None
+
+
 @dataclass(frozen=True)
 class Tissue:
     """One tissue of a protocol.
@@ -104,6 +123,7 @@ class Tissue:
             point; where an anatomical mixture looks for it. None: anywhere in its place.
         criteria: what its regions must show (``evidence`` in YAML); None: the tissue is always there.
         hyperintense: how it is found beside the mixture; None: it is a component of the mixture.
+        dicom: what a DICOM SEG calls it; None: a tissue of that name.
     """
 
     name: str
@@ -119,3 +139,4 @@ class Tissue:
     depth: tuple[float, float] | None = None
     criteria: RegionCriteria | None = None
     hyperintense: Hyperintense | None = None
+    dicom: DicomCodes | None = None

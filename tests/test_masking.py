@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from importlib import resources
 
 import nibabel as nib
 import numpy as np
@@ -81,12 +82,15 @@ def test_without_a_mask_it_is_found_and_flagged_wherever_it_is_read_of(cohort, t
     assert "W_MASK_AUTO" in (tmp_path / "heart" / "heart_report.html").read_text()
 
 
-def test_a_file_can_be_asked_for_and_a_brain_has_none(cohort, tmp_path, capsys):
+def test_a_file_can_be_asked_for_and_a_protocol_without_a_finder_has_none(cohort, tmp_path):
     assert run("segment", cohort[0], tmp_path / "o", "--mask", "file") == 3
     assert table(tmp_path / "o" / "summary.tsv")["heart"]["code"] == "E_MASK_NONE"
-    for wrong in (["--mask", "auto", "--protocol", "brain"], ["--masks", tmp_path / "gone"]):
+    lines = resources.files("monai_deepgmm").joinpath("protocols/infarct.yaml").read_text().splitlines()
+    own = tmp_path / "own.yaml"
+    own.write_text("\n".join(line for line in lines if not line.startswith("mask_finder")))
+    for wrong in (["--mask", "auto", "--protocol", own], ["--masks", tmp_path / "gone"]):
         assert run("segment", cohort[0], tmp_path / "p", *wrong) == 2
-    assert run("mask", cohort[0], tmp_path / "p", "--protocol", "brain") == 2
+    assert run("mask", cohort[0], tmp_path / "p", "--protocol", own) == 2
     assert run("mask", cohort[0], tmp_path / "p", "--mask", "nonzero") == 2
     assert run("segment", cohort[0], tmp_path / "p", "--masks", tmp_path, "--mask", "auto") == 2
     assert not (tmp_path / "p").exists()

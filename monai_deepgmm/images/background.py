@@ -16,6 +16,7 @@ from scipy.ndimage import binary_fill_holes, distance_transform_edt, label
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images.grid import slice_axis
 from monai_deepgmm.images.volume import Volume
+from monai_deepgmm.localisation.brain import PIP
 from monai_deepgmm.protocol import Protocol
 
 Bools = NDArray[np.bool_]
@@ -93,6 +94,23 @@ def foreground(image: Volume, sequence: str, protocol: Protocol) -> Foreground:
     return Foreground(mask, rule, tuple(notes))
 
 
+def stripped(image: Volume, sequence: str, protocol: Protocol) -> Foreground | None:
+    """The foreground of an image that is stripped of the skull already; None where it is not, or not surely.
+
+    Args:
+        image: the reference sequence's.
+        sequence: its name.
+        protocol: how large its organ usually is: a foreground that is larger holds more than that.
+    """
+    limits = protocol.mask_shape.volume_ml if protocol.mask_shape else None
+    try:
+        found = foreground(image, sequence, protocol)
+    except StudyError:
+        return None
+    large = limits is not None and float(found.mask.sum()) * image.voxel_ml > limits[2]
+    return None if found.warnings or large else found
+
+
 def refuse_head(data: Floats, mask: Bools, image: Volume, protocol: Protocol) -> None:
     """Refuses a mask that holds a skull: dark bone some way below the surface, and bright scalp above it.
 
@@ -117,7 +135,8 @@ def refuse_head(data: Floats, mask: Bools, image: Volume, protocol: Protocol) ->
             f"{BONE_MM[1]:g} mm below its surface {100 * bone:.0f} % is dark as bone, and of the outer {SCALP_MM:g} mm "
             f"{100 * scalp:.0f} % is brighter than brain"
         )
-        raise StudyError("E_HEAD", told, f"Strip the skull, or give a mask of the {protocol.mask}")
+        remedy = f"Have it stripped (--mask auto, after {PIP}), or give a mask of the {protocol.mask}"
+        raise StudyError("E_HEAD", told, remedy)
 
 
 def about_rest(image: Volume, mask: Bools, protocol: Protocol) -> Iterator[str]:

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import coverage, grid, image_file, mask_edges, stack_size
+from monai_deepgmm.images import alignment, coverage, grid, image_file, mask_edges, stack_size
 from monai_deepgmm.images import mask as masks
 from monai_deepgmm.images.coverage import Coverage
 from monai_deepgmm.images.header import DEFAULT_MAX_VOXELS
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.registration import Align
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Scan:
         inputs: sequence (or "mask") → {"file", "sha256", "shape", "spacing_mm", "resampled"}.
         warnings: each begins with its code.
         coverage: where each sequence was measured; None: everywhere.
+        alignment: how sequences were brought together, for the sidecar; None where that was not looked for.
     """
 
     patient: str
@@ -45,9 +47,17 @@ class Scan:
     inputs: dict[str, dict[str, Any]]
     warnings: tuple[str, ...]
     coverage: Coverage | None = None
+    alignment: dict[str, Any] | None = None
 
 
-def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS) -> Scan:
+def load(
+    study: Study,
+    protocol: Protocol,
+    *,
+    frame: int | None = None,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    align: Align = "off",
+) -> Scan:
     """Loads and checks one patient.
 
     Args:
@@ -55,9 +65,10 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
         protocol: which sequence is the reference, which are needed.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: of sequences and mask together; more are refused before any is read.
+        align: how sequences are brought together.
 
     Raises:
-        StudyError: with the code and the remedy of whatever is wrong; the codes are those of ``nifti.read``, the
+        StudyError: with the code and the remedy of whatever is wrong; the codes are those of ``image_file.read``, the
             study's own problems, and ``E_IDENTICAL``, ``E_GRID``, ``E_MASK_*``, ``E_NONFINITE``, ``E_CONSTANT``.
     """
     for problem in study.problems:
@@ -70,24 +81,31 @@ def load(study: Study, protocol: Protocol, *, frame: int | None = None, max_voxe
     reference = volumes[sequences[0]]
     warnings = [f"{w} ({s})" for s, volume in volumes.items() for w in volume.warnings]
     placed = {s: grid.on_grid(volume, reference, nearest=False) for s, volume in volumes.items()}
-    inputs = {s: grid.facts(volume, resampled=bool(placed[s].note or placed[s].taken)) for s, volume in volumes.items()}
+    find_mask = functools.partial(masks.read, study, protocol, volumes, frame=frame, max_voxels=max_voxels)
     image = np.stack([one.data for one in placed.values()])
-    found = masks.read(study, protocol, volumes, image, frame=frame, max_voxels=max_voxels)
-    inputs["mask"] = found.facts
+    found = find_mask(image)
+    aligned = alignment.bring_together(volumes, placed, found.voxels, protocol, align)
+    moved = [s for s in sequences if aligned.placed[s] is not placed[s]]
+    if moved:
+        placed, image = aligned.placed, np.stack([one.data for one in aligned.placed.values()])
+        seen_better = protocol.unit == "slice" and study.mask_rule in ("auto", "model")
+        found = find_mask(image) if seen_better else found
+    resampled = {s: bool(one.note or one.taken) or s in moved for s, one in placed.items()}
+    inputs = {s: grid.facts(volume, resampled=resampled[s]) for s, volume in volumes.items()} | {"mask": found.facts}
     for one in placed.values():
         share = one.inside[found.voxels].mean()
         warnings += [f"W_RESAMPLED: {one.note} and covers {100 * share:.1f} % of the mask"] if one.note else []
         warnings += [f"W_PLACE: {one.taken}"] if one.taken else []
     image, broken = _finite(image, found.voxels, sequences)
     axis = grid.slice_axis(reference.spacing_mm)
-    moved = mask_edges.about(image, found.voxels, reference.spacing_mm, axis, protocol)
+    edges = mask_edges.about(image, found.voxels, reference.spacing_mm, axis, protocol)
     mask, beyond = masks.without_padding(image, found.voxels, len(protocol.components(sequences)))
     _refuse_constant(image, mask, sequences)
     inside = np.stack([one.inside for one in placed.values()])
     seen = coverage.find(image, mask, inside, axis)
     mask, blank = coverage.without_blank(mask, seen)
-    warnings += [*found.warnings, *moved, *broken, *beyond, *blank, *seen.notes(mask, sequences)]
-    return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings), seen)
+    warnings += [*found.warnings, *aligned.notes, *edges, *broken, *beyond, *blank, *seen.notes(mask, sequences)]
+    return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings), seen, aligned.facts)
 
 
 def _refuse_identical(volumes: dict[str, Volume]) -> None:

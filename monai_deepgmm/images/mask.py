@@ -14,12 +14,11 @@ from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import background, grid, image_file, mask_examination
 from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.volume import Volume
-from monai_deepgmm.localisation import ventricle
-from monai_deepgmm.patients.study import Study
+from monai_deepgmm.localisation import brain, network_mask, ventricle
+from monai_deepgmm.patients.study import MaskModel, Study
 from monai_deepgmm.protocol import Protocol
 
-#: How the mask is found, by the protocol's ``mask_finder``; and the least confidence that is taken.
-FINDERS = {"ventricle": ventricle.find_by}
+#: The least confidence of a mask that was found.
 LEAST_CONFIDENCE = 0.6
 #: A mask needs at least this many voxels for each tissue.
 MIN_VOXELS_PER_TISSUE = 10
@@ -68,6 +67,8 @@ def read(
         mask, facts, name, notes = found.mask, {"rule": found.rule}, reference.name, list(found.warnings)
     elif study.mask_rule == "auto":
         mask, facts, notes, name = _found(protocol, sequences, reference, image)
+    elif study.mask_model is not None:
+        mask, facts, notes, name = _by_model(study.mask_model, protocol, sequences, reference, image)
     else:
         mask, facts, notes, name = _from_file(study, protocol, volumes, frame=frame, max_voxels=max_voxels)
     if not mask.any():
@@ -91,15 +92,43 @@ def read(
 def _found(
     protocol: Protocol, sequences: tuple[str, ...], reference: Volume, image: NDArray[np.floating[Any]]
 ) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
-    found = FINDERS[protocol.mask_finder or ""](image, protocol, sequences, reference.spacing_mm)
+    found: ventricle.Found | brain.Found
+    if protocol.mask_finder == "brain":
+        if (stripped := background.stripped(reference, sequences[0], protocol)) is not None:
+            note = f"W_MASK_AUTO: {reference.name} is stripped already: the mask is its {stripped.rule}"
+            return stripped.mask, {"rule": stripped.rule, "confidence": 1.0}, [note], reference.name
+        found, how = brain.find(reference.data, reference.affine), f"by deepbet, on {sequences[0]}"
+    else:
+        found = ventricle.find_by(image, protocol, sequences, reference.spacing_mm)
+        how = "from the images"
     sure = f"{found.confidence:.2f}"
     if found.confidence < LEAST_CONFIDENCE:
         message = f"no mask was given, and the {protocol.mask} was not found surely enough ({sure} of 1)"
         remedy = "Draw the mask and give it as a file; add the sequences that are missing, if there are any"
         raise StudyError("E_MASK_UNSURE", message, remedy)
-    note = f"W_MASK_AUTO: the {protocol.mask} was found from the images, with confidence {sure}; look at its outline"
-    facts = {"rule": "found from the images", "confidence": round(found.confidence, 4)}
-    return found.mask, facts, [note], "found from the images"
+    note = f"W_MASK_AUTO: the {protocol.mask} was found {how}, with confidence {sure}; look at its outline"
+    facts = {"rule": f"found {how}", "confidence": round(found.confidence, 4)}
+    return found.mask, facts, [note], f"found {how}"
+
+
+def _by_model(
+    model: MaskModel,
+    protocol: Protocol,
+    sequences: tuple[str, ...],
+    reference: Volume,
+    image: NDArray[np.floating[Any]],
+) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
+    if model.sequence not in sequences:
+        message = f"the bundle {model.folder.name} finds the mask on {model.sequence}, which this patient lacks"
+        raise StudyError("E_MODEL", message, "Give a mask file, or another --mask-sequence")
+    chosen = image[sequences.index(model.sequence)]
+    found = network_mask.find(model, chosen, reference.affine, grid.slice_axis(reference.spacing_mm))
+    note = (
+        f"W_MASK_AUTO: the {protocol.mask} was found by the bundle {model.folder.name} on {model.sequence}, with "
+        f"probability {found.confidence:.2f}; look at its outline"
+    )
+    facts = {"rule": "found by a bundle", "confidence": round(found.confidence, 4), **model.as_json()}
+    return found.mask, facts, [note], f"that the bundle {model.folder.name} found"
 
 
 def _from_file(

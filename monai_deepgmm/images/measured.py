@@ -14,16 +14,19 @@ from torch import Tensor
 
 #: The quantiles inside the mask that all tissues reach, and how many times as far from the median values may lie.
 TAIL, REACH = 0.01, 2.0
+#: Where values lie on both sides of 0, it is one of them unless it is so many times as frequent as any other.
+FREQUENT = 3
 
 
 def measured(image: Tensor, mask: Tensor) -> Tensor:
     """Where each sequence holds a usable value.
 
-    A value v counts if it is not exactly 0 and ``m − 2 (m − q₁) ≤ v ≤ m + 2 (q₉₉ − m)`` with m the median, q₁ and q₉₉
-    the quantiles of 1 and 99 % of what is not 0 inside the mask.
+    A value v counts if it is not exactly 0 (unless 0 is one of a signed image's values, as in PSIR) and
+    ``m − 2 (m − q₁) ≤ v ≤ m + 2 (q₉₉ − m)`` with m the median, q₁ and q₉₉ the quantiles of 1 and 99 % of what
+    is not 0 inside the mask.
 
     Args:
-        image: ``(B, M, *S)`` as it was read; 0 is no signal.
+        image: ``(B, M, *S)`` as it was read.
         mask: ``(B, 1, *S)``.
 
     Returns:
@@ -31,6 +34,9 @@ def measured(image: Tensor, mask: Tensor) -> Tensor:
     """
     inside = (mask > 0).expand_as(image)
     there = inside & (image != 0)
+    for zeros, values, within in zip(there.flatten(0, 1), image.flatten(0, 1), inside.flatten(0, 1), strict=True):
+        if _zero_is_a_value(values[within]):
+            zeros |= within
     out = torch.zeros_like(inside)
     for b, m in torch.cartesian_prod(torch.arange(image.shape[0]), torch.arange(image.shape[1])).tolist():
         values = image[b, m][there[b, m]]
@@ -40,6 +46,15 @@ def measured(image: Tensor, mask: Tensor) -> Tensor:
         low, high = _limits(values)
         out[b, m] = there[b, m] & (image[b, m] >= low) & (image[b, m] <= high)
     return out
+
+
+def _zero_is_a_value(values: Tensor) -> bool:
+    """Whether values ``(N,)`` lie on both sides of 0, and 0 is no more frequent among them than without padding."""
+    if not ((values < 0).any() and (values > 0).any()):
+        return False
+    zeros = int((values == 0).sum())
+    others = np.unique(values[values != 0].cpu().numpy(), return_counts=True)[1]
+    return 0 < zeros <= FREQUENT * int(others.max())
 
 
 def limited(image: Tensor, mask: Tensor) -> Tensor:

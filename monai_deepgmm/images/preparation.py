@@ -21,6 +21,7 @@ from monai_deepgmm.images.n4 import field as n4_field
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.registration import Align
 
 if TYPE_CHECKING:
     from monai.transforms import Compose
@@ -72,15 +73,23 @@ class LoadStudyd:
         protocol: which sequence is the reference, which are needed.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: a larger image is refused before it is read.
+        align: how sequences are brought together.
     """
 
-    def __init__(self, protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS) -> None:
-        self.protocol, self.frame, self.max_voxels = protocol, frame, max_voxels
+    def __init__(
+        self,
+        protocol: Protocol,
+        *,
+        frame: int | None = None,
+        max_voxels: int = DEFAULT_MAX_VOXELS,
+        align: Align = "off",
+    ) -> None:
+        self.protocol, self.frame, self.max_voxels, self.align = protocol, frame, max_voxels, align
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """``study`` → ``study``, ``scan``."""
-        loaded = loading.load(data["study"], self.protocol, frame=self.frame, max_voxels=self.max_voxels)
-        return {**data, "scan": loaded}
+        more: dict[str, Any] = {"frame": self.frame, "max_voxels": self.max_voxels, "align": self.align}
+        return {**data, "scan": loading.load(data["study"], self.protocol, **more)}
 
 
 class Cropd:
@@ -110,26 +119,37 @@ class CorrectShadingd:
 
 
 def steps(
-    protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS, n4: bool = False
+    protocol: Protocol,
+    *,
+    frame: int | None = None,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    n4: bool = False,
+    align: Align = "off",
 ) -> tuple[Step, ...]:
-    """What happens to every study, on the command line and in the bundle alike: load, check, mask, crop, normalise.
+    """What happens to every study, on the command line and in the bundle alike: load, align, check, crop, normalise.
 
     Args:
         protocol: what to look for.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: a larger image is refused before it is read.
         n4: whether N4 takes the shading off.
+        align: how sequences are brought together.
     """
     shading: tuple[Step, ...] = (CorrectShadingd(),) if n4 else ()
-    return (LoadStudyd(protocol, frame=frame, max_voxels=max_voxels), *shading, Cropd(protocol))
+    return (LoadStudyd(protocol, frame=frame, max_voxels=max_voxels, align=align), *shading, Cropd(protocol))
 
 
 def preprocessing(
-    protocol: Protocol, *, frame: int | None = None, max_voxels: int = DEFAULT_MAX_VOXELS, n4: bool = False
+    protocol: Protocol,
+    *,
+    frame: int | None = None,
+    max_voxels: int = DEFAULT_MAX_VOXELS,
+    n4: bool = False,
+    align: Align = "off",
 ) -> Compose:
     """``steps`` as MONAI's transforms, for a bundle's configuration."""
     from monai.transforms import Compose, Transform  # here, as importing monai takes seconds
 
     for kind in (LoadStudyd, CorrectShadingd, Cropd):
         Transform.register(kind)
-    return Compose(steps(protocol, frame=frame, max_voxels=max_voxels, n4=n4))
+    return Compose(steps(protocol, frame=frame, max_voxels=max_voxels, n4=n4, align=align))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.registration import ALIGN, Align
 
 if TYPE_CHECKING:
     from monai.transforms import Compose
@@ -23,18 +25,23 @@ class Preprocessing:
         n4: whether SimpleITK's N4 takes the shading off before anything else; then no field is fitted.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: larger images are refused.
+        align: what lies beside the reference: slices of hearts, moved where that gains (auto), also whole volumes of
+            brains (rigid), or nothing (off).
     """
 
     n4: bool = False
     frame: int | None = field(default=None, metadata={"set": False})
     max_voxels: int = field(default=DEFAULT_MAX_VOXELS, metadata={"set": False})
+    align: Align = field(default="auto", metadata={"set": False})
 
     def __post_init__(self) -> None:
         """Refuses what makes no sense.
 
         Raises:
-            UsageError: n4 is neither true nor false.
+            UsageError: n4 is neither true nor false, or align is none of its choices.
         """
+        if self.align not in ALIGN:
+            raise UsageError(f"--align {self.align}: choose {', '.join(ALIGN)}")
         if not isinstance(self.n4, bool):
             raise UsageError(f"n4: {self.n4!r} is unknown; choose one of true, false")
 
@@ -46,10 +53,10 @@ class Preprocessing:
         """The steps from files to images."""
         from monai_deepgmm.images import preparation
 
-        return preparation.steps(protocol, frame=self.frame, max_voxels=self.max_voxels, n4=self.n4)
+        return preparation.steps(protocol, **dataclasses.asdict(self))
 
     def transforms(self, protocol: Protocol) -> Compose:
         """The steps, as MONAI's transforms."""
         from monai_deepgmm.images import preparation
 
-        return preparation.preprocessing(protocol, frame=self.frame, max_voxels=self.max_voxels, n4=self.n4)
+        return preparation.preprocessing(protocol, **dataclasses.asdict(self))

@@ -6,8 +6,8 @@ import math
 
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import image_file
-from monai_deepgmm.images.atomic_files import shown
-from monai_deepgmm.patients.study import Study
+from monai_deepgmm.images.atomic_files import printable
+from monai_deepgmm.patients.study import Source, Study
 
 
 def check(study: Study, sequences: tuple[str, ...], *, frame: int | None, max_voxels: int) -> None:
@@ -24,14 +24,13 @@ def check(study: Study, sequences: tuple[str, ...], *, frame: int | None, max_vo
     Raises:
         StudyError: ``E_SIZE``, or what else the headers of the files show.
     """
-    files = {s: study.images[s] for s in sequences}
+    files: dict[str, Source] = {s: study.images[s] for s in sequences}
     if study.mask is not None and study.mask_rule != "nonzero":
         files["mask"] = study.mask
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, path in files.items():
+    for name, file in files.items():
         beside = math.prod(shapes[sequences[0]][:3]) if name == "mask" else 0
-        planned = image_file.plan(path, frame=frame, max_voxels=max_voxels, spacing=study.spacing, beside=beside)
-        shapes[name] = planned.shape
+        shapes[name] = image_file.shape(file, frame=frame, max_voxels=max_voxels, spacing=study.spacing, beside=beside)
     reference = (*shapes[sequences[0]], 1)[:3]
     others = {name: math.prod(shape) for name, shape in shapes.items() if (*shape, 1)[:3] != reference or shape[3:]}
     total = (len(sequences) + 1) * math.prod(reference) + sum(others.values())
@@ -39,5 +38,5 @@ def check(study: Study, sequences: tuple[str, ...], *, frame: int | None, max_vo
         largest = max(shapes, key=lambda name: math.prod(shapes[name]))
         stack = f"{len(sequences)} sequences and a mask of {' × '.join(map(str, reference))} voxels"
         stack += f", and {sum(others.values())} voxels of files of another shape" if others else ""
-        message = f"{stack} are {total}, more than {max_voxels}; the largest file is {shown(files[largest])}"
+        message = f"{stack} are {total}, more than {max_voxels}; the largest file is {printable(files[largest].name)}"
         raise StudyError("E_SIZE", message, f"Raise --max-voxels to {total} if the images are really that large")

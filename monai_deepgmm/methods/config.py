@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from monai_deepgmm.methods.model_spec import ModelReference
 from monai_deepgmm.methods.task import MethodConfig
 from monai_deepgmm.networks.definition import network_definition
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.registration import Align
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class Config:
         probabilities: also write one probability map per tissue.
         copies: further formats of the label map: ``nrrd``, ``mha``.
         fields: also write each sequence's bias field, and the image without it.
+        dicom_seg: also write the labels as a DICOM SEG.
         device: where tensors live: cpu, cuda, cuda:1 …
         trusted: whether the network's code is a stranger's, which the user trusts (``--trust-code``).
     """
@@ -51,21 +54,24 @@ class Config:
     probabilities: bool = False
     copies: tuple[str, ...] = ()
     fields: bool = False
+    dicom_seg: bool = False
     device: str = "cpu"
     trusted: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses options that the method does not use, and a seed that torch cannot take.
+        """Refuses options that the method does not use, what is not installed, and a seed that torch cannot take.
 
         Raises:
             UsageError: means or fields are asked for that the method has no use for, the model's images were prepared
-                otherwise, or the seed does not fit into 63 bits.
+                otherwise, highdicom is needed and not installed, or the seed does not fit into 63 bits.
         """
         name = self.method.name
         if self.fields and not (self.degree or self.preprocessing.n4):
             raise UsageError("--fields: no bias field is looked for; use --set n4=true, or degree with gmm or svgmm")
         if self.means is not None and not self.method.takes_means:
             raise UsageError(f"--means: --method {name} has the protocol's own priors; use another with means")
+        if self.dicom_seg and importlib.util.find_spec("highdicom") is None:
+            raise UsageError("--dicom-seg needs highdicom: pip install 'monai-deepgmm[dicom]'")
         for format_name in self.copies:
             settings.check_choice("--copies", format_name, COPIES)
         if not 0 <= self.seed < 1 << 63:
@@ -99,7 +105,7 @@ class Config:
             "method": self.method.name,
             "settings": {name: getattr(self.method, name) for name in sorted(plain)}
             | ({} if training is None else {"training": training.decisive().as_json()}),
-            "preprocessing": {"n4": self.preprocessing.n4, "frame": self.preprocessing.frame},
+            "preprocessing": {key: getattr(self.preprocessing, key) for key in ("n4", "frame", "align")},
             "model": None if self.model is None else self.model.as_json(),
             "means": None if self.means is None else dataclasses.asdict(self.means),
             "seed": self.seed,
@@ -117,9 +123,11 @@ def build(
     seed: int = 0,
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
+    align: Align = "auto",
     probabilities: bool = False,
     copies: Sequence[str] = (),
     fields: bool = False,
+    dicom_seg: bool = False,
     device: str = "cpu",
     trust_code: bool = False,
 ) -> Config:
@@ -135,9 +143,11 @@ def build(
         seed: of every random draw.
         frame: which frame of a 4-D file.
         max_voxels: larger images are refused.
+        align: how sequences are brought together: auto, off or rigid.
         probabilities: also write probability maps.
         copies: further formats of the label map.
         fields: also write bias fields and the images without them.
+        dicom_seg: also write DICOM SEGs.
         device: cpu, cuda, cuda:1 …
         trust_code: whether the network may be a class that this software does not know, whose code is then run.
 
@@ -154,7 +164,8 @@ def build(
         raise UsageError(f"--network: --method {name} fits no network; use {others}")
     trained = None if model is None else model_spec.read(Path(model), found, trust_code=trust_code)
     definition, trusted = network_definition(network, trust_code=trust_code)
-    values, prepared = _preprocessing(settings, Preprocessing(frame=frame, max_voxels=max_voxels), trained)
+    begun = Preprocessing(frame=frame, max_voxels=max_voxels, align=align)
+    values, prepared = _preprocessing(settings, begun, trained)
     own: dict[str, Any] = {} if definition is None else {"network": definition}
     own |= {} if trained is None else {"model": trained}
     return Config(
@@ -166,6 +177,7 @@ def build(
         probabilities=probabilities,
         copies=tuple(dict.fromkeys(copies)),
         fields=fields,
+        dicom_seg=dicom_seg,
         device=device,
         trusted=trusted or (trained is not None and trained.trusted),
     )
@@ -213,7 +225,10 @@ def usable_device(device: str) -> str:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device}: cannot be used here ({reason})") from error
+        reason = "there is no such kind" if reason.startswith("Expected one of") else reason  # and some twenty kinds
+        raise UsageError(
+            f"--device {device}: cannot be used here ({reason}); name cpu, cuda, cuda:1 … or auto"
+        ) from error
     try:
         one = torch.ones(1, 1, dtype=torch.float64, device=device)
         torch.cholesky_solve(one, torch.linalg.cholesky(one)).cpu()

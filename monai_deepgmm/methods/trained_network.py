@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import zipfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, e_step, m_step, nll
 from monai_deepgmm.networks import registry
 from monai_deepgmm.networks.sizes import LARGEST, MULTIPLE
+from monai_deepgmm.networks.weights import read, reason
 
 
 def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
@@ -110,31 +109,6 @@ def count(spec: ModelSpec) -> int:
         except NotImplementedError:  # a class that computes while it is made
             return 0
     return sum(value.numel() for value in named.values())
-
-
-def read(path: Path) -> Any:
-    """What ``torch.save`` wrote; nothing in it is executed, and a bit that has flipped since is noticed.
-
-    Raises:
-        Exception: of many kinds, for a file that is damaged or was written by something else.
-    """
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
-        if sum(part.file_size for part in archive.infolist()) > size:
-            raise ValueError("it is compressed, which torch does not do")
-        if (part := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of its part {part} does not agree")
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    # A tensor of no stride is as large as it says it is without being there.
-    held = sum(value.nbytes for value in found.values() if isinstance(value, Tensor)) if isinstance(found, dict) else 0
-    if held > size:
-        raise ValueError(f"its tensors would have {held} bytes, but the file has {size}")
-    return found
-
-
-def reason(error: BaseException) -> str:
-    """An error's first line, or its kind where it has none to say."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def apply_network(

@@ -9,19 +9,30 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 from monai_deepgmm import protocol as protocols
+from monai_deepgmm import schema
 from monai_deepgmm.errors import NobodyError, UsageError
-from monai_deepgmm.patients import bids, dataset_json, given_masks, label_meanings, task_check
+from monai_deepgmm.patients import (
+    bids,
+    dataset_json,
+    dicom_cohort,
+    dicom_layout,
+    given_masks,
+    label_meanings,
+    task_check,
+)
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients import manifest as manifests
 from monai_deepgmm.patients import spacing as spacings
 from monai_deepgmm.patients.claims import Claims, Found, claim
+from monai_deepgmm.patients.dicom_layout import DicomLayout
 from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed, scan, shown
 from monai_deepgmm.patients.formats import foreign
 from monai_deepgmm.patients.judge import Asked, failed, judge
 from monai_deepgmm.patients.layout import Layout
-from monai_deepgmm.patients.study import Cohort, Meanings, Problem, Study
+from monai_deepgmm.patients.study import Cohort, MaskModel, Meanings, Problem, Study
 from monai_deepgmm.protocol import Protocol
 
 __all__ = ["MAX_ID_BYTES", "Cohort", "Problem", "Study", "find"]
@@ -56,14 +67,16 @@ def find(
     patients: Sequence[str] = (),
     spacing: str | Sequence[float] | None = None,
     asked: bool = True,
+    mask_model: MaskModel | None = None,
 ) -> Cohort:
-    """Finds the patients of a folder by their files' names; no image is opened.
+    """Finds the patients of a folder by their files' names, or DICOM's headers; no image is opened.
 
     Args:
         root: the folder.
         protocol: says which sequences to look for.
-        layout: one of ``layout.ORDER``, or a YAML file; None tries them in turn and takes the first that matches
-            without a conflict: no file matched twice, no id shared, nothing left out that another layout finds.
+        layout: one of ``layout.ORDER``, dicom, or a YAML file; None tries those of NIfTI files in turn and takes the
+            first that matches without a conflict: no file matched twice, no id shared, nothing left out that another
+            layout finds. Where there is no NIfTI file of any, DICOM studies are looked for.
         manifest: a table of the patients' files, instead of a layout.
         mask: "file", "auto" to find it in the images, "nonzero" for the voxels of the reference sequence that are not
             0; None for its file, or, where there is none and the protocol can, "auto".
@@ -71,10 +84,11 @@ def find(
         mask_labels: which values of the mask's file count; empty: those that the layout says.
         truth_labels: what the values of the reference labels mean (``blood=500``); empty: what stands beside them, or
             the layout says, or else the protocol's indices.
-        filters: which of several files is meant, by BIDS's entities (``acq=tse``).
+        filters: which of several files is meant, by BIDS's entities (``acq=tse``), or which DICOM series (``LGE=7``).
         patients: the ids to keep; empty: all.
         spacing: which voxel sizes count in headers that contradict themselves: sform, pixdim, or three in mm.
         asked: the protocol is the user's choice and no default.
+        mask_model: the bundle that finds the masks; no file is looked for.
 
     Returns:
         Every patient found, with the problems that names alone reveal.
@@ -84,12 +98,12 @@ def find(
     """
     root = Path(root)
     _check_options(root, layout, manifest, mask, mask_labels)
-    _check_mask(protocol, mask, masks)
+    _check_mask(protocol, mask, masks, mask_model)
     wanted = bids.filters([filters] if isinstance(filters, str) else filters)
     typed = "; ".join([truth_labels] if isinstance(truth_labels, str) else truth_labels)
     meanings = label_meanings.pairs(typed, protocol, "--truth-labels", strict=True) if typed else None
     labels = tuple(float(value) for value in mask_labels)
-    given = Asked(mask if masks is None else "auto", labels, meanings)
+    given = Asked(mask if masks is None and mask_model is None else "auto", labels, meanings)
     if manifest is not None:
         if wanted:
             raise UsageError("--filter chooses between files by their BIDS names, but --manifest names each of them")
@@ -97,7 +111,10 @@ def find(
     else:
         cohort = _from_layout(root, layout, protocol, given, wanted, asked=asked)
     if masks is not None:
-        cohort = replace(cohort, studies=tuple(given_masks.use(s, masks, labels) for s in cohort.studies))
+        cohort = replace(cohort, studies=tuple(given_masks.use(s, masks, labels, protocol) for s in cohort.studies))
+    if mask_model is not None:
+        found: dict[str, Any] = {"mask": None, "mask_labels": (), "mask_rule": "model", "mask_model": mask_model}
+        cohort = replace(cohort, studies=tuple(replace(study, **found) for study in cohort.studies))
     rule = spacings.parse(spacing)
     studies = _unique(replace(_with_usable_id(study), spacing=rule) for study in cohort.studies)
     return replace(cohort, studies=_selected(studies, (patients,) if isinstance(patients, str) else patients))
@@ -107,7 +124,8 @@ def _check_options(
     root: Path, layout: str | Path | None, manifest: Path | None, mask: str | None, mask_labels: Sequence[float]
 ) -> None:
     if not root.exists():
-        raise UsageError(f"there is no folder {shown(root.name or '.')}")
+        beside = [p.name for p in root.absolute().parent.glob("*") if p.is_dir()]
+        raise UsageError(f"there is no folder {shown(root.name or '.')}{schema.nearest(root.name, beside)}")
     if not root.is_dir():
         raise UsageError(f"{shown(root.name or '.')} is a file; expected the folder that holds the patients")
     if layout is not None and manifest is not None:
@@ -118,7 +136,10 @@ def _check_options(
         raise UsageError(f"--mask-labels choose values of a mask's file, --mask {mask} uses none: give one of them")
 
 
-def _check_mask(protocol: Protocol, mask: str | None, masks: Path | None) -> None:
+def _check_mask(protocol: Protocol, mask: str | None, masks: Path | None, model: MaskModel | None) -> None:
+    if model is not None and (mask is not None or masks is not None):
+        other = f"--mask {mask}" if mask is not None else "--masks"
+        raise UsageError(f"--mask-from and {other} both say where the masks come from: give one of them")
     if mask == "auto" and protocol.mask_finder is None:
         raise UsageError(
             f"--mask auto: protocol {protocol.name} cannot find the {protocol.mask}; give a file, or --mask nonzero"
@@ -161,6 +182,8 @@ def _from_layout(
         )
     if "" in tree.unreadable:
         raise UsageError(f"{shown(root.name or '.')} cannot be read: check its permissions")
+    if name is not None and (series := dicom_layout.load(name)) is not None:
+        return _from_dicom(tree, series, protocol, given, wanted, asked=asked) or _no_dicom(tree)
     tried = [layouts.load(n) for n in ((name,) if name is not None else layouts.ORDER)]
     fitting = [one for one in tried if one.fits(protocol) and (one.entities or not wanted)]
     if not fitting:
@@ -177,6 +200,11 @@ def _from_layout(
         raise
     chosen, notes = _choose(claims)
     found = chosen.found or _found_otherwise(tree, tried)
+    if name is None and not any(one.images for one in found):
+        series = dicom_layout.load(layouts.DICOM)
+        cohort = series and _from_dicom(tree, series, protocol, given, wanted, asked=asked)
+        if cohort:
+            return cohort
     task_check.check(title, there | task_check.sequences_of(found), protocol, asked=asked)
     if wanted:
         bids.check_filters(wanted, chosen.files())
@@ -187,7 +215,23 @@ def _from_layout(
         near = near._replace(meanings=_of_dataset(tree, chosen.layout.channels, protocol))
     studies = [judge(one, tree, chosen.layout, protocol, near) for one in chosen.found]
     studies += [failed(one, tree, protocol) for one in chosen.empty]
-    return Cohort(root, chosen.layout.name, tuple(studies), notes)
+    return Cohort(root, chosen.layout.name, tuple(studies), (*notes, *_about_dicom(tree)))
+
+
+def _about_dicom(tree: Tree) -> tuple[str, ...]:
+    """What is told of DICOM files beside patients of other files."""
+    names = [n for n in tree.files if n.lower().endswith((".dcm", ".ima", ".dicom")) and not layouts.in_results(n)]
+    return (f"{len(names)} DICOM files are not looked at; --layout dicom looks at nothing else",) if names else ()
+
+
+def _from_dicom(
+    tree: Tree, layout: DicomLayout, protocol: Protocol, given: Asked, wanted: bids.Filters, *, asked: bool
+) -> Cohort | None:
+    return dicom_cohort.find(tree, layout, protocol, mask=given.mask, filters=wanted, asked=asked)
+
+
+def _no_dicom(tree: Tree) -> NoReturn:
+    raise NobodyError(f"{shown(tree.root.name or '.')} holds no DICOM file, of {len(tree.files)} files")
 
 
 def _found_otherwise(tree: Tree, tried: Sequence[Layout]) -> tuple[Found, ...]:
@@ -242,7 +286,7 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
     if inside:
         hint = f" Give the data set's own folder: {listed(sorted(inside))}."
     elif holds_dicom(tree, flat):
-        hint = " There are DICOM files: convert them with dcm2niix."
+        hint = " There are DICOM files: use --layout dicom, or convert them with dcm2niix."
     elif any(READABLE.search(n) for n in flat):
         hint = f" It holds {listed([n for n in flat if READABLE.search(n)])}: if it is one patient's folder, give the "
         hint += "folder around it."

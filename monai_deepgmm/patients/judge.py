@@ -16,6 +16,9 @@ from monai_deepgmm.patients.layout import Layout
 from monai_deepgmm.patients.study import Meanings, Problem, Study
 from monai_deepgmm.protocol import Protocol
 
+#: Finders of a mask that nobody need ask for; another one needs a package that few have.
+UNASKED = ("ventricle",)
+
 
 class Asked(NamedTuple):
     """What the user says of the files, beside where they lie.
@@ -59,7 +62,7 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
     rule = str(asked.mask) if asked.ruled else "file"
     if not asked.ruled:
         wrong = _mask_problems(found, tree, "truth" if from_truth else "mask", chosen)
-        if not chosen and not wrong and asked.mask is None and protocol.mask_finder is not None:
+        if not chosen and not wrong and asked.mask is None and protocol.mask_finder in UNASKED:
             rule = "auto"
         elif not chosen and not wrong:
             wrong = [_no_mask(found, layout, protocol)]
@@ -190,4 +193,5 @@ def failed(found: Found, tree: Tree, protocol: Protocol) -> Study:
 
 
 def _dicom(message: str) -> Problem:
-    return Problem("E_DICOM", message, "Convert it with dcm2niix, and name the result after its sequence")
+    remedy = "Convert it with dcm2niix, and name the result after its sequence; or give the DICOM files alone as DIR"
+    return Problem("E_DICOM", message, remedy)

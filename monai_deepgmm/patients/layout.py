@@ -30,6 +30,8 @@ from monai_deepgmm.protocol import Protocol
 
 #: The layouts that come with the package, in the order in which they are tried.
 ORDER = ("bids", "nnunet", "emidec", "myops", "folder")
+#: The one for DICOM studies (``dicom_layout``), where these find nobody.
+DICOM = "dicom"
 
 #: Folders of results and of raw material: no sequence is looked for in them.
 NOT_SOURCE = {"derivatives", "sourcedata"}
@@ -195,8 +197,8 @@ def load(name: str | Path) -> Layout:
         return _from_text(schema.read_text(Path(name), label), Path(name).stem, label)
     if str(name) in ORDER:
         return _built_in(str(name))
-    near = schema.nearest(name, ORDER)
-    raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {', '.join(ORDER)}, or a YAML file")
+    near, known = schema.nearest(name, (*ORDER, DICOM)), ", ".join((*ORDER, DICOM))
+    raise UsageError(f"--layout: no layout {str(name)!r}{near}; choose one of {known}, or a YAML file")
 
 
 @functools.cache

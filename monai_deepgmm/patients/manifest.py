@@ -165,6 +165,8 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
         raise UsageError(f"--manifest {path.name}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--manifest {path.name}: cannot be read ({error.reason} in its UTF-16)") from error
+    if "\0" in text:
+        raise UsageError(f"--manifest {path.name}: is no text; save the table as CSV or TSV (Excel can)")
     first = next((line for line in text.splitlines() if line.strip()), "")
     separator = _delimiter(path, first)
     blanks = separator != "\t"  # "a, b" is a habit of writing; a blank after a tab is meant
@@ -173,7 +175,7 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     try:
         return [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
     except csv.Error as error:
-        raise UsageError(f"--manifest {path.name}, line {reader.line_num}: {error}") from error
+        raise UsageError(f"--manifest {path.name}, line {reader.line_num}: {error}; save it as CSV or TSV") from error
 
 
 def _decoded(content: bytes) -> str:

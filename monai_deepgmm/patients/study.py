@@ -6,9 +6,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from monai_deepgmm.patients.spacing import Spacing
+from monai_deepgmm.patients.stack import Series, Stack
+
+#: What an image is read from: a file, or slices of a DICOM study.
+Source = Path | Stack
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,40 @@ class Meanings(NamedTuple):
 
 
 @dataclass(frozen=True)
+class MaskModel:
+    """A MONAI bundle that finds the mask, by its folder; other processes are sent no weights.
+
+    Attributes:
+        folder: absolute.
+        sha256: of its configuration and weights.
+        sequence: that it looks at.
+        labels: of its output that make up the mask.
+        trusted: whether its configuration is a stranger's code, which the user trusts.
+    """
+
+    folder: Path
+    sha256: str
+    sequence: str
+    labels: tuple[int, ...]
+    trusted: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """For sidecars: all but where the folder lies, which cannot change a label."""
+        told = {"bundle": self.folder.name, "model_sha256": self.sha256, "sequence": self.sequence}
+        return told | {"labels": list(self.labels)} | ({"trust_code": True} if self.trusted else {})
+
+
+@dataclass(frozen=True)
 class Study:
     """The files of one patient.
 
     Attributes:
         patient: the id, byte for byte as found.
-        images: sequence → file, in the protocol's order of reference.
+        images: sequence → file or DICOM stack, in the protocol's order of reference.
         mask: the mask's file; None with another ``mask_rule``, or when there is none.
         mask_labels: which values of the mask's file count; empty: every value but 0.
         mask_rule: "file"; "nonzero" for the voxels of the reference sequence that are not 0; "auto" for what is found
-            from the images.
+            from the images; "model" for what ``mask_model`` finds.
         mask_named: whether the user named this very file.
         truth: the file with the reference labels, for evaluation and means only.
         truth_labels: value in the truth's file → index of the protocol's tissue; empty: values are the indices.
@@ -62,10 +90,12 @@ class Study:
         truth_names: what was said of these values beside the layout; None: nothing.
         problems: why it cannot be segmented; empty when it can be tried.
         label_problems: why the reference labels cannot be used; they do not stop a segmentation.
+        mask_model: the bundle that finds the mask, with that rule.
+        series: what was made of each series of a DICOM study.
     """
 
     patient: str
-    images: Mapping[str, Path]
+    images: Mapping[str, Source]
     mask: Path | None = None
     mask_labels: tuple[float, ...] = ()
     mask_rule: str = "file"
@@ -76,6 +106,8 @@ class Study:
     truth_names: Meanings | None = None
     problems: tuple[Problem, ...] = ()
     label_problems: tuple[Problem, ...] = ()
+    mask_model: MaskModel | None = None
+    series: tuple[Series, ...] = ()
 
     def with_whole_paths(self) -> Self:
         """The same for a process with another working directory."""
@@ -83,7 +115,10 @@ class Study:
         def whole(path: Path | None) -> Path | None:
             return path if path is None else Path(os.path.abspath(path))  # not resolved: links keep their names
 
-        images = {sequence: Path(os.path.abspath(path)) for sequence, path in self.images.items()}
+        images = {
+            sequence: source.with_whole_paths() if isinstance(source, Stack) else Path(os.path.abspath(source))
+            for sequence, source in self.images.items()
+        }
         return replace(self, images=images, mask=whole(self.mask), truth=whole(self.truth))
 
 

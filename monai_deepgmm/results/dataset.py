@@ -22,6 +22,7 @@ IGNORED = (
         "*_dseg.mha",
         "*_bias.nii.gz",
         "*_corrected.nii.gz",
+        "*_seg.dcm",
     ),
 )
 README = """# {title}: tissue segmentation

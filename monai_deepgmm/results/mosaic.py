@@ -107,7 +107,7 @@ def preview(segmentation: Segmentation) -> bytes:
 def _png(drawn: Image.Image, tissues: Sequence[Tissue]) -> bytes:
     """One palette for all pictures of a protocol: ten times as fast as looking for the best one."""
     file = io.BytesIO()
-    drawn.quantize(palette=_palette(tissues), dither=Image.Dither.NONE).save(file, "PNG", compress_level=4)
+    drawn.quantize(palette=palette(tissues), dither=Image.Dither.NONE).save(file, "PNG", compress_level=4)
     return file.getvalue()
 
 
@@ -133,7 +133,7 @@ def thumbnail(segmentation: Segmentation, side_px: int = 96) -> bytes:
     return _png(drawn, segmentation.tissues)
 
 
-def _palette(tissues: Sequence[Tissue]) -> Image.Image:
+def palette(tissues: Sequence[Tissue]) -> Image.Image:
     """64 greys, the ramp of entropy, and each tissue solid, over greys, and under a hatch."""
     grey = np.linspace(0, 255, 64)[:, None].repeat(3, axis=1)
     colors = np.array([_rgb(t.color) for t in tissues] + [MASK_COLOR], dtype=np.float64)

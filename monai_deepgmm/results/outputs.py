@@ -16,11 +16,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import COPIES, atomic_files, itk_file, nifti
+from monai_deepgmm.images import COPIES, atomic_files, image_file, itk_file, nifti
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.results import dataset, outliers, report, row_files, uncertainty
+from monai_deepgmm.results import dataset, dicom_seg, outliers, report, row_files, uncertainty
 from monai_deepgmm.results.measure import Measurement, SliceMeasurement
 from monai_deepgmm.results.pictures import PICTURES, pictures
 from monai_deepgmm.results.provenance import versions
@@ -124,7 +124,8 @@ def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: 
         hashes: sequence (or "mask") → SHA-256 of its file.
         steps: what is done otherwise than the configuration says, as ``Steps.as_json`` tells it, or None.
     """
-    mask = {"labels": list(study.mask_labels), "rule": study.mask_rule}
+    mask: dict[str, Any] = {"labels": list(study.mask_labels), "rule": study.mask_rule}
+    mask |= {} if study.mask_model is None else study.mask_model.as_json()
     content = {
         "inputs": dict(hashes),
         "mask": mask,
@@ -139,8 +140,8 @@ def fingerprint(study: Study, config: Config, hashes: Mapping[str, str], steps: 
 
 def _hashes_now(study: Study) -> dict[str, str]:
     """The input files' SHA-256 as they are on the disk at this moment."""
-    paths = {**study.images, **({"mask": study.mask} if study.mask is not None else {})}
-    return {name: atomic_files.sha256(path) for name, path in paths.items()}
+    sources = {**study.images, **({"mask": study.mask} if study.mask is not None else {})}
+    return {name: image_file.sha256(one) for name, one in sources.items()}
 
 
 def _hashes_read(sidecar: Mapping[str, Any]) -> dict[str, str]:
@@ -156,6 +157,7 @@ def done(out: Path, study: Study, config: Config, steps: Mapping[str, Any] | Non
         return None
     wanted = ["_dseg.nii.gz", "_dseg.json", *PICTURES]
     wanted += ["_probseg.nii.gz", "_entropy.nii.gz"] * config.probabilities
+    wanted += [dicom_seg.SUFFIX] * config.dicom_seg
     wanted += [f"_dseg.{ending}" for ending in config.copies]
     if config.fields:
         present = [s for s in config.protocol.sequences if s in study.images]
@@ -216,6 +218,9 @@ def write(
     for suffix, picture in pictures(study, segmentation).items():
         atomic_files.write_whole(place / f"{name}{suffix}", picture)
     made_from = fingerprint(study, config, _hashes_read(segmentation.sidecar), steps)
+    if config.dicom_seg:
+        seg, frame = place / f"{name}{dicom_seg.SUFFIX}", config.preprocessing.frame
+        dicom_seg.write(seg, study, segmentation, frame=frame, made_from=made_from)
     sidecar = {**segmentation.sidecar, "fingerprint": made_from}
     sidecar |= {} if steps is None else {"steps": dict(steps)}
     atomic_files.write_whole(place / f"{name}_dseg.json", row_files.as_bytes(sidecar))
@@ -274,6 +279,7 @@ def clear(out: Path, study: Study) -> None:
         "_dseg.nii.gz",
         "_probseg.nii.gz",
         "_entropy.nii.gz",
+        dicom_seg.SUFFIX,
         *(f"_dseg.{ending}" for ending in COPIES),
         *PICTURES,
         "_report.html",

@@ -128,6 +128,7 @@ def page(
             strips=strips(around.values, patient),
             result=result_of(row.get("fingerprint")),
             files=_files(patient, facts),
+            alignment=_alignment(as_map(facts.get("alignment"))),
         )
     )
 
@@ -203,6 +204,22 @@ def sparkline(trace: Sequence[float], width: float = 96.0, height: float = 18.0)
     low, span = min(values), (max(values) - min(values)) or 1.0
     step = (width - 2) / (len(values) - 1)
     return " ".join(f"{1 + k * step:.1f},{1 + (height - 2) * (1 - (v - low) / span):.1f}" for k, v in enumerate(values))
+
+
+def _alignment(told: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What lay beside the reference: a line for each slice or sequence that was moved, and those that were not."""
+    sequences = {str(name): as_map(found) for name, found in as_map(told.get("sequences")).items()}
+    lines = []
+    for name, found in sequences.items():
+        stack = as_map(found.get("stack"))
+        if stack.get("matrix") is not None:
+            lines.append({"sequence": name, "slice": "all", "mm": None, **stack})
+        for z, one in as_map(found.get("slices")).items():
+            vector = [float(mm) for mm in as_list(as_map(one).get("back_mm")) if is_number(mm)]
+            if as_map(one).get("moved") is True:
+                lines.append({**as_map(one), "sequence": name, "slice": z, "mm": math.hypot(*vector)})
+    stayed = [name for name, found in sequences.items() if not found.get("moved")]
+    return {"lines": lines, "stayed": stayed, "reference": told.get("reference")} if sequences else None
 
 
 def _files(patient: str, facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -53,7 +53,8 @@ def _lines(file: Path) -> list[Review]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"review: {shown(file)} cannot be read as text; give a review.tsv from a page") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UsageError(f"review: {shown(file)} cannot be read ({reason}); give a review.tsv from a page") from error
     table = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
     if not {"patient", "decision"} <= set(table.fieldnames or ()):
         raise UsageError(f"review: {shown(file)} lacks the columns patient and decision; give a review.tsv from a page")

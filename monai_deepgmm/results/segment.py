@@ -198,7 +198,11 @@ def _on_source_grid(
         reference=scan.reference,
         slice_axis=main.crops.slice_axis,
         sidecar=provenance.sidecar(main, assembly, outcome, config, warnings)
-        | {"bias": provenance.bias(config, fields, scan.mask), "coverage": provenance.coverage(scan)},
+        | {
+            "bias": provenance.bias(config, fields, scan.mask),
+            "coverage": provenance.coverage(scan),
+            "alignment": scan.alignment,
+        },
         warnings=warnings,
         fields=fields,
         intervals=tuple(outcome.intervals),

@@ -17,6 +17,7 @@ from monai_deepgmm.images import atomic_files
 from monai_deepgmm.methods import trained_network
 from monai_deepgmm.methods.known_means import Means
 from monai_deepgmm.methods.model_spec import SPEC, WEIGHTS
+from monai_deepgmm.networks import weights
 from monai_deepgmm.results.provenance import DISCLAIMER, versions
 from monai_deepgmm.training import curves, prepare
 from monai_deepgmm.training.handlers import CHECKPOINT, HISTORY, check_fingerprint, read_checkpoint, read_history
@@ -154,9 +155,9 @@ def _load_best(place: Path, network: torch.nn.Module) -> None:
         UsageError: they cannot be read, or are another network's.
     """
     try:
-        network.load_state_dict(trained_network.read(place / WEIGHTS))
+        network.load_state_dict(weights.read(place / WEIGHTS))
     except Exception as error:  # whatever a damaged file makes torch raise
-        reason = error.strerror if isinstance(error, OSError) else trained_network.reason(error)
+        reason = error.strerror if isinstance(error, OSError) else weights.reason(error)
         raise UsageError(f"--resume: {WEIGHTS.name} cannot be read ({reason}); begin another folder") from error
 
 
@@ -240,6 +241,7 @@ def _training_keys(prepared: PreparedCohort, plan: TrainingPlan) -> dict[str, An
         "seed": plan.seed,
         "trust_code": plan.trusted,
         "frame": plan.training.preprocessing.frame,
+        "align": plan.training.preprocessing.align,
         # A network that can be made without the patients, for whoever loads the bundle.
         "network_def": {
             "_target_": "monai_deepgmm.networks.registry.seeded",

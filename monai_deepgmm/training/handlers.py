@@ -18,8 +18,8 @@ from torch.utils.data import DistributedSampler
 
 from monai_deepgmm.errors import ChangedError, UsageError
 from monai_deepgmm.images import atomic_files
-from monai_deepgmm.methods import trained_network
 from monai_deepgmm.methods.model_spec import WEIGHTS
+from monai_deepgmm.networks import weights
 from monai_deepgmm.networks.gmm_loss import TotalLoss
 from monai_deepgmm.networks.nll_loss import Staged
 from monai_deepgmm.training.augmentation import Example
@@ -245,7 +245,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UsageError: it is no checkpoint.
     """
     try:
-        state = trained_network.read(path)
+        state = weights.read(path)
     except Exception as error:  # whatever a damaged file makes torch raise
         raise _not_resumed(path, error) from error
     if not (isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in STATE.items())):
@@ -267,7 +267,7 @@ def check_fingerprint(folder: Path, state: Mapping[str, Any], fingerprint: str) 
 
 
 def _not_resumed(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"--resume: {path.name} cannot be read ({trained_network.reason(error)}); begin another folder")
+    return UsageError(f"--resume: {path.name} cannot be read ({weights.reason(error)}); begin another folder")
 
 
 def _diverged(epoch: int, found: str) -> UsageError:

@@ -25,6 +25,7 @@ from monai_deepgmm.networks.gmm_loss import GMMLoss, TotalLoss
 from monai_deepgmm.networks.nll_loss import MixtureNLL, Staged, Term
 from monai_deepgmm.networks.registry import DEFAULT
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.registration import Align
 from monai_deepgmm.training import label_split
 
 
@@ -81,6 +82,7 @@ def plan(
     seed: int = 0,
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
+    align: Align = "auto",
     device: str = "cpu",
     trust_code: bool = False,
 ) -> TrainingPlan:
@@ -99,6 +101,7 @@ def plan(
         seed: of every random draw.
         frame: which frame of a 4-D file.
         max_voxels: larger images are refused.
+        align: how sequences are brought together: auto, off or rigid.
         device: where the training is to run; the plan does not depend on it.
         trust_code: whether the network may be a class that this software does not know, whose code is then run.
 
@@ -122,7 +125,7 @@ def plan(
         loss=loss,
         means=means is not None,
         semi_supervised=bool(words),
-        preprocessing=Preprocessing(frame=frame, max_voxels=max_voxels),
+        preprocessing=Preprocessing(frame=frame, max_voxels=max_voxels, align=align),
     )
     known: Means | Literal["cohort"] | None = None if means is None else "cohort"
     if means is not None and means != "cohort":

@@ -61,6 +61,7 @@ def train_on_pseudo_labels(cohort: Cohort, out: Path, config: Config) -> Config:
         "set": {key: value for key, value in training.as_json().items() if key not in ("method", "loss")},
         "frame": training.preprocessing.frame,
         "max_voxels": training.preprocessing.max_voxels,
+        "align": training.preprocessing.align,
         "seed": config.seed,
         "device": config.device,
         "trust_code": config.trusted,

@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import heads
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import AFFINE, heart, save
+from heads import head
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter
 
@@ -17,8 +19,6 @@ from monai_deepgmm.cli import main
 
 Array = NDArray[np.generic]
 SHAPE = (96, 96, 2)
-#: Where the brain of a head ends, in mm from its centre; the skull and the scalp lie around it.
-BRAIN_MM, SKULL_MM, SCALP_MM = 60, 70, 78
 
 
 def looked_at(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, str]:
@@ -179,16 +179,6 @@ def test_what_of_a_mask_lies_beyond_the_images_is_told_in_ml(tmp_path, capsys):
     assert "E_MASK_GRID" in looked_at(tmp_path / "in", capsys)["q"]
 
 
-def head(noise: float = 0, *, strip: bool = False) -> Array:
-    """A ball of brain, 1.1 l on 3 mm voxels, in a skull and a scalp; or without them."""
-    shape = (56, 56, 54)
-    away = 3 * np.sqrt(((np.moveaxis(np.indices(shape), 0, -1) - np.array(shape) / 2) ** 2).sum(-1))
-    tissue = np.select([away < 45, away < BRAIN_MM - 4, away < BRAIN_MM], [100, 70, 35], 0)
-    if not strip:
-        tissue = np.select([away < BRAIN_MM, away < SKULL_MM, away < SCALP_MM], [tissue, 8, 160], 0)
-    return tissue + noise * np.abs(np.random.default_rng(2).normal(size=shape)) * (1 if noise else 0)
-
-
 AROUND = {"noise": 3.0, "a constant": 0.0}
 BRAINS: dict[str, tuple[Array, str]] = {
     "a head": (head(), "E_HEAD"),
@@ -200,11 +190,7 @@ BRAINS: dict[str, tuple[Array, str]] = {
 
 
 def brain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], image: Array, mask: Array | None = None) -> str:
-    folder = tmp_path / "in" / "p"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(1)
-    image = np.where(image == image[0, 0, 0], image, image + rng.normal(0, 1, image.shape))
-    nib.save(nib.Nifti1Image(image.astype(np.float32), np.diag([3.0, 3, 3, 1])), folder / "T1.nii.gz")
+    folder = heads.write(tmp_path / "in" / "p", image)
     if mask is not None:
         nib.save(nib.Nifti1Image(mask.astype(np.uint8), np.diag([3.0, 3, 3, 1])), folder / "mask.nii.gz")
     options = ["--protocol", "brain", *([] if mask is not None else ["--mask", "nonzero"])]

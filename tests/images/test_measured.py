@@ -22,6 +22,16 @@ def test_zeros_and_what_lies_far_beyond_all_tissues_were_not_measured():
     assert found[0, 1].sum() == mask.sum() - 2
 
 
+def test_zero_is_a_value_of_a_signed_image_unless_it_is_padding():
+    values = torch.arange(-50, 51).repeat(20).reshape(1, 1, 20, 101).float()
+    mask = torch.ones_like(values)
+    assert measured(values, mask).all()
+    assert not measured(values + 50, mask)[values == -50].any()
+    padded = values.clone()
+    padded[..., :10, :] = 0
+    assert not measured(padded, mask)[padded == 0].any()
+
+
 def test_hot_voxels_are_brought_back_and_all_else_stays():
     image = 100 + 10 * torch.rand(2, 1, 20, 20, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 1, 20, 20)

@@ -424,7 +424,10 @@ class TestChoice:
 
     def test_the_layouts_that_come_with_the_package_and_unknown_ones(self, tmp_path):
         assert [layout.load(name).name for name in layout.ORDER] == list(layout.ORDER)
-        for name, said in (("dicom", "bids, nnunet, emidec, myops, folder"), ("none.yaml", r"no file.*none\.yaml")):
+        for name, said in (
+            ("dicoms", "myops, folder, dicom"),
+            ("none.yaml", r"no file.*none\.yaml"),
+        ):
             with pytest.raises(UsageError, match=said):
                 cohort(tmp_path, "x", layout=name)
 
@@ -441,7 +444,7 @@ class TestNobody:
         ("names", "root", "said"),
         [
             ("{LGE,mask}.nii.gz", "", "folder around it"),  # one patient's own folder
-            ("1.dcm", "", "dcm2niix"),
+            ("1.txt", "", "no patient found"),
             ("x", "none", "no folder none"),
             ("x", "x", "is a file"),
         ],
