@@ -88,7 +88,10 @@ def prepared(name: str, arguments: argparse.Namespace) -> Any:
 
 
 def repeated(work: Any, count: int) -> float:
-    """The CPU seconds of one of so many runs."""
+    """The CPU seconds of one of so many runs, on one thread whatever a peer's import has set."""
+    import torch
+
+    torch.set_num_threads(1)
     spent: list[float] = []
 
     def some() -> None:

@@ -253,8 +253,7 @@ def hearts(size: Size) -> Sides:
     from monai_deepgmm.phantom import heart
     from monai_deepgmm.results import segment
 
-    folder = Path(tempfile.mkdtemp())
-    heart.write_cohort(folder, n := size.hearts[0], seed=0)
+    heart.write_cohort(folder := Path(tempfile.mkdtemp()), n := size.hearts[0], seed=0)
     asked = config.build(protocol="infarct")
     cohort = discovery.find(folder, asked.protocol)
     steps = asked.preprocessing.steps(asked.protocol)
@@ -262,11 +261,8 @@ def hearts(size: Size) -> Sides:
 
     def solved() -> Facts:
         for study in cohort.studies:
-            segment.segment(study, asked, preprocessing=[lambda data: {**data, **of(ready[data["study"].patient])}])
+            segment.segment(study, asked, preprocessing=[lambda data: ready[data["study"].patient]._asdict()])
         return {"patients": n, "came": "labels, intervals and measurements"}
-
-    def of(prepared: preparation.Prepared) -> Facts:
-        return {"scan": prepared.scan, "crops": prepared.crops}
 
     def read() -> Facts:
         for study in cohort.studies:
