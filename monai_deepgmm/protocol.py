@@ -300,7 +300,9 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
     _some_of(f"level of {name}", levels, sequences)
     _some_of(f"seen_in of {name}", raw["seen_in"], sequences)
     needs, bright = raw.get("evidence"), raw.get("hyperintense")
-    _some_of(f"evidence and hyperintense of {name}", [part["sequence"] for part in (needs, bright) if part], sequences)
+    named = [part["sequence"] for part in (needs, bright) if part]
+    also = tuple(bright.get("also", ())) if bright else ()
+    _some_of(f"evidence and hyperintense of {name}", [*named, *also], sequences)
     if bright and bright["seed"] < bright["least"]:
         raise ValueError(f"hyperintense of {name}: seed {bright['seed']:g} is less than least {bright['least']:g}")
     if (depth := raw.get("depth")) and depth[1] <= 0:
@@ -318,7 +320,7 @@ def _tissue(raw: Mapping[str, Any], sequences: tuple[str, ...]) -> Tissue:
         share=float(raw.get("share", 1.0)),
         depth=None if depth is None else (float(depth[0]), float(depth[1])),
         criteria=None if needs is None else RegionCriteria(**_floats(needs | {"weights": _floats(needs["weights"])})),
-        hyperintense=None if bright is None else Hyperintense(**_floats(bright)),
+        hyperintense=None if bright is None else Hyperintense(**_floats(bright | {"also": also})),
         dicom=None if raw.get("dicom") is None else DicomCodes(**{k: tuple(v) for k, v in raw["dicom"].items() if v}),
     )
 

@@ -73,6 +73,7 @@ class Hyperintense:
         seed: how bright a region is somewhere.
         least: how bright all of it is.
         share: of the surrounding voxels of both tissues, at least so many are of ``inside``.
+        also: sequences that show it, too: where they were measured, brightness is the average over all.
     """
 
     sequence: str
@@ -81,6 +82,7 @@ class Hyperintense:
     seed: float
     least: float
     share: float
+    also: tuple[str, ...] = ()
 
 
 #: A coded term of DICOM: value, scheme, meaning.

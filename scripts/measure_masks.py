@@ -3,6 +3,9 @@
 ``python scripts/measure_masks.py DIR [--protocol NAME] [--layout NAME] [--mask nonzero]`` loads each patient of DIR, as
 ``deepgmm segment`` would, spoils its mask in each of several ways, and prints of each way how many are refused or
 flagged, and by which codes. Nothing is fitted, and reference labels are used for the right mask alone.
+
+``python scripts/measure_masks.py DIR --copies [--patients 5]`` finds the ventricle in mirrored, transposed, turned,
+cropped and padded copies of patients spread over DIR, and prints how well these masks agree with the image's own.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +25,13 @@ from monai_deepgmm import protocol
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import background, grid, loading, mask_edges, mask_examination
 from monai_deepgmm.images.loading import Scan
+from monai_deepgmm.localisation import ventricle
 from monai_deepgmm.patients import discovery
+from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
 
 Bools = NDArray[np.bool_]
+Floats = NDArray[np.floating[Any]]
 
 
 def ways(scan: Scan, wanted: Protocol) -> dict[str, Callable[[Bools], Bools]]:
@@ -79,6 +86,46 @@ def codes(scan: Scan, mask: Bools, wanted: Protocol) -> Iterator[str]:
         yield "W_MASK_PADDING"
 
 
+def copies(scan: Scan, wanted: Protocol) -> Iterator[tuple[str, float]]:
+    """What is done to an image → the Dice of the mask found in it, brought back, and of that in the image as it is."""
+    image, spacing = scan.image, scan.reference.spacing_mm
+    find = ventricle.find_by
+    found = find(image, wanted, scan.sequences, spacing).mask
+    axis = grid.slice_axis(spacing)
+    a, b = (i for i in range(3) if i != axis)
+    order = [b, axis, a]
+    points = np.argwhere(found)
+    least, most = points.min(0), points.max(0) + 1
+    room = np.ceil(0.1 * (most - least)).astype(int)  # 1.2 times as wide as the organ
+    room[axis] = max(found.shape)
+    crop = tuple(slice(max(lo - r, 0), hi + r) for lo, hi, r in zip(least, most, room, strict=True))
+    wide = [(37, 11) if i == a else (5, 60) if i == b else (0, 0) for i in range(3)]
+    inner = tuple(slice(lo, lo + n) for (lo, _), n in zip(wide, found.shape, strict=True))
+    turns: dict[str, tuple[Floats, list[int], Callable[[Bools], Bools], Bools]] = {
+        "mirrored": (np.flip(image, a + 1), [0, 1, 2], lambda m: np.flip(m, a), found),
+        "transposed": (image.transpose(0, *(i + 1 for i in order)), order, lambda m: m, found.transpose(order)),
+        "turned": (np.flip(image, (1, 2, 3)), [0, 1, 2], np.flip, found),
+        "cropped": (image[(slice(None), *crop)], [0, 1, 2], lambda m: m, found[crop]),
+        "padded": (np.pad(image, [(0, 0), *wide]), [0, 1, 2], lambda m: m[inner], found),
+    }
+    for name, (other, axes, back, same) in turns.items():
+        mask = back(find(other, wanted, scan.sequences, [spacing[i] for i in axes]).mask)
+        yield name, 2 * float((mask & same).sum()) / float(mask.sum() + same.sum())
+
+
+def table_of_copies(studies: Sequence[Study], wanted: Protocol) -> int:
+    """Prints one row for each patient; the exit code."""
+    if wanted.mask_finder != "ventricle":
+        print(f"protocol {wanted.name} finds no ventricle", file=sys.stderr)
+        return 2
+    rows = {study.patient: dict(copies(loading.load(study, wanted), wanted)) for study in studies}
+    names = list(next(iter(rows.values()), {}))
+    print(f"| patient | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for patient, row in rows.items():
+        print(f"| {patient} | {' | '.join(f'{row[name]:.3f}' for name in names)} |")
+    return 0 if rows else 2
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 2 if no patient could be loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,10 +133,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--protocol", default="infarct")
     parser.add_argument("--layout")
     parser.add_argument("--mask", choices=["nonzero"])
+    parser.add_argument("--copies", action="store_true", help="find the ventricle in copies instead")
+    parser.add_argument("--patients", type=int, default=5, help="of how many patients, with --copies")
     options = parser.parse_args(arguments)
     wanted = protocol.load(options.protocol)
+    studies = discovery.find(options.DIR, wanted, layout=options.layout, mask=options.mask).studies
+    if options.copies:
+        return table_of_copies(studies[:: max(len(studies) // options.patients, 1)][: options.patients], wanted)
     found: dict[str, list[set[str]]] = {}
-    for study in discovery.find(options.DIR, wanted, layout=options.layout, mask=options.mask).studies:
+    for study in studies:
         try:
             scan = loading.load(study, wanted)
         except StudyError as error:

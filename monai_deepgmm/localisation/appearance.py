@@ -15,11 +15,11 @@ Array = NDArray[np.floating[Any]]
 #: What is left out on either side of a contour, and how far the surroundings reach, in mm.
 GAP_MM, BAND_MM = 1.0, 16.0
 #: How far a slice's Gaussians are moved to those of all slices.
-POOLED = 0.6
+POOLED = 0.7
 #: What is added to variances, in those of the ventricle.
 FLOOR = 0.02
 #: Over so many angles the surroundings are smoothed (standard deviation); and what their average counts, as a share.
-SECTOR_SD, AVERAGE_SHARE = 4.0, 0.15
+SECTOR_SD, AVERAGE_SHARE = 4.0, 0.5
 #: The wall's two parts at first: shares, shifts and variances in those of the whole wall; then steps of EM, and what
 #: the first values count, as a share of the wall.
 PARTS, SHIFTS, VARIANCES, EM_STEPS, PRIOR_SHARE = (0.7, 0.3), (-0.5, 1.0), (0.6, 0.8), 4, 0.1
@@ -41,7 +41,7 @@ class _Gaussian(NamedTuple):
     def log_density(self, x: Array) -> Array:
         """Of ``(Z, M, N)``: ``(Z, N)``."""
         factor = np.linalg.cholesky(self.covariance)
-        away = np.linalg.solve(factor, x - self.mean[..., None])
+        away = np.linalg.inv(factor) @ (x - self.mean[..., None])  # a solver is slow on so many columns
         logs = np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1)
         density: Array = -0.5 * (away**2).sum(1) - logs[:, None]
         return density

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +19,9 @@ Array = NDArray[np.floating[Any]]
 
 #: Standard deviation of the Gaussian that takes the noise off the image, in mm.
 DENOISE_MM = 0.7
-#: How often contours and appearance alternate; before these rounds the centre moves to the outer contour's.
-ROUNDS, RECENTRED = 6, (2, 4)
+#: How often contours and appearance alternate at each place, and how often again at the best one; before which of
+#: these rounds the centre moves to the outer contour's.
+ROUNDS, MORE_ROUNDS, RECENTRED = 6, 10, (1, 2, 3, 4, 7)
 #: The first contours: the inner one, and the wall at radius 0 in mm, and how much of the radius is added. The outer
 #: one begins outside, and is drawn in.
 INNER_SCALE, INNER_ADD_MM, WALL_MM, WALL_SHARE = 1.12, 1.0, 12.5, 0.08
@@ -27,7 +29,7 @@ INNER_SCALE, INNER_ADD_MM, WALL_MM, WALL_SHARE = 1.12, 1.0, 12.5, 0.08
 EVIDENCE, CLIP = 0.15, 3.0
 #: The usual wall in mm at radius 0 and how much of the radius is added; the standard deviation at an angle in mm;
 #: the least wall.
-USUAL_WALL_MM, USUAL_SHARE, WALL_SD_MM, LEAST_WALL_MM = 8.0, 0.08, 3.0, 3.0
+USUAL_WALL_MM, USUAL_SHARE, WALL_SD_MM, LEAST_WALL_MM = 8.75, 0.08, 3.0, 3.0
 #: Standard deviation of a contour's change from one angle to the next in mm; of its smoothing afterwards, in angles.
 INNER_CHANGE_MM, OUTER_CHANGE_MM, SMOOTHING = 2.0, 1.2, 1.0
 #: How far from a contour its fit is looked at, in mm.
@@ -58,19 +60,36 @@ def around(image: Array, start: Candidate, even: NDArray[np.bool_]) -> Contours:
         start: where.
         even: of the M sequences, those in which scar and edema look like the rest of the wall.
     """
-    spacing, centres = start.spacing_mm, start.centres
-    inner: Array
-    outer: Array
-    image = gaussian_filter(image, (0, *(DENOISE_MM / spacing), 0), truncate=3)
-    inner = np.repeat(start.radii_mm[:, None] * INNER_SCALE + INNER_ADD_MM, polar_grid.ANGLES, 1)
-    outer = inner * (1 + WALL_SHARE) + WALL_MM
-    x, area = polar_grid.sample(image, centres, spacing)
-    for number in range(ROUNDS):
+    inner: Array = np.repeat(start.radii_mm[:, None] * INNER_SCALE + INNER_ADD_MM, polar_grid.ANGLES, 1)
+    first = Contours(start.centres, inner, inner * (1 + WALL_SHARE) + WALL_MM, np.zeros(len(inner)))
+    return _alternated(image, first, range(ROUNDS), start.spacing_mm, even)
+
+
+def settled(image: Array, start: Candidate, found: Contours, even: NDArray[np.bool_]) -> Contours:
+    """The contours after more rounds, of which many places are not worth; the fit stays that of ``around``.
+
+    More rounds make contours better, and so they do where no heart is: what a fit means was learnt without them. They
+    begin with circles of the radii found: where two contours are as good, the coarse grid must not decide.
+    """
+    inner, outer = (np.repeat(c.mean(1, keepdims=True), polar_grid.ANGLES, 1) for c in (found.inner_mm, found.outer_mm))
+    round_ones = found._replace(inner_mm=inner, outer_mm=outer)
+    more = _alternated(image, round_ones, range(ROUNDS, ROUNDS + MORE_ROUNDS), start.spacing_mm, even)
+    return more._replace(fit=found.fit)
+
+
+def _alternated(
+    image: Array, found: Contours, rounds: Iterable[int], spacing_mm: Array, even: NDArray[np.bool_]
+) -> Contours:
+    """The contours after some rounds, and their fit."""
+    centres, inner, outer, _ = found
+    image = gaussian_filter(image, (0, *(DENOISE_MM / spacing_mm), 0), truncate=3)
+    x, area = polar_grid.sample(image, centres, spacing_mm)
+    for number in rounds:
         if number in RECENTRED:
             shift = polar_grid.centroid(outer)
-            centres = centres + shift / spacing
+            centres = centres + shift / spacing_mm
             inner, outer = polar_grid.around(inner, shift), polar_grid.around(outer, shift)
-            x, area = polar_grid.sample(image, centres, spacing)
+            x, area = polar_grid.sample(image, centres, spacing_mm)
         inner, outer = _drawn(x, area, inner, outer, even)
     return Contours(centres, inner, outer, _fit(x, area, inner, outer, even))
 

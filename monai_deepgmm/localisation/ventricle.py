@@ -26,7 +26,7 @@ USUAL_WIDTH_MM, WIDTH_SD = 22.0, 0.25
 LEAST_SLICE_FIT, LEAST_SLICE_SHARE = 0.8, 0.45
 #: The confidence is one half at this fit, and grows with this softness. Nowhere but at hearts of 59 patients is the
 #: fit above 4.5; at hearts it is above 3.
-HALF_FIT, SOFTNESS = 2.5, 0.5
+HALF_FIT, SOFTNESS = 2.15, 0.5
 #: How far away another place begins, in mm. The confidence is halved where one is behind by this little, in the same
 #: units, with this softness.
 ELSEWHERE_MM, HALF_MARGIN, MARGIN_SOFTNESS = 25.0, 0.2, 0.1
@@ -94,6 +94,7 @@ def find(
     if not tried:
         return Found(np.zeros(image.shape[1:], bool), 0.0, np.zeros((0, 3)))
     rank, place, found = max(tried, key=lambda one: one[0])
+    found = contours.settled(stack, place, found, np.asarray(even, bool))
     held = _held(found.fit, LEAST_SLICE_SHARE if len(stack) > 1 else 0.0)
     mask = polar_grid.enclosed(found.outer_mm, found.centres, place.spacing_mm, stack.shape[1:3]) & held
     numbers = np.flatnonzero(held)

@@ -3,7 +3,8 @@
 A healthy brain has none and a sick one may have a hundredth of its volume, so that no component of a mixture would stay
 with them. They are found when the healthy tissues are known, as regions: somewhere far brighter than the brightest
 healthy tissue; as far as half the height above the tissue around them, which is where a blurred border lies; and amid
-that tissue, since bright cortex is not (Schmidt et al. 2012 grow lesions from such seeds).
+that tissue, since bright cortex is not (Schmidt et al. 2012 grow lesions from such seeds). Cortex may be as bright on
+FLAIR as lesions are, but is less so on T2, so that the two together tell more.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ LEAST_VOXELS, GROWTH, SHELL = 3, 8, 2
 NORMAL_MAD = 1.4826
 #: A tissue of fewer voxels tells nothing of what is too bright.
 ENOUGH = 100
+#: By how much more a further sequence may count than the first: fluid is bright on T2, and no lesion.
+MOST_AHEAD = 1.0
 
 Bools = NDArray[np.bool_]
 Singles = NDArray[np.float32]
@@ -69,21 +72,47 @@ def _named(tissues: list[Tissue], name: str) -> Tissue:
 def _regions(resp: Tensor, index: int, images: Images, known: list[Tissue], rule: Hyperintense) -> Tensor:
     """Where one image has regions of the tissue ``(1, *S)``, as 0 and 1."""
     mask = images.mask[index, 0].cpu().numpy() > 0
-    channel = images.sequences.index(rule.sequence)
-    seen = mask if images.measured is None else images.measured[index, channel].cpu().numpy() & mask
-    # What is too bright for any tissue counts as bright, though the fit left it out.
-    smooth = _smoothed(images.image[index, channel].cpu().numpy(), mask, images.spacing_mm)
+    seen = mask & _measured(images, index, rule.sequence)
     labels = likeliest(resp[None])[0].cpu().numpy()
     names = [t.name for t in known]
-    reference = mask & seen & (labels == names.index(rule.brighter_than))
-    around = mask & seen & (labels == names.index(rule.inside))
+    reference = seen & (labels == names.index(rule.brighter_than))
+    around = seen & (labels == names.index(rule.inside))
     out = np.zeros_like(mask)
     if min(reference.sum(), around.sum()) >= ENOUGH:
-        middle, spread = _robust(smooth[reference])
-        height = (smooth - middle) / spread
+        height = _heights(images, index, rule, mask, reference)
         level = float(np.median(height[around]))
         out = _grown(np.where(mask, height, -np.inf), level, around, reference, rule)
     return torch.from_numpy(out)[None]
+
+
+def _heights(images: Images, index: int, rule: Hyperintense, mask: Bools, reference: Bools) -> Singles:
+    """Brightness above the reference, in its robust standard deviations, on average over sequences ``(*S)``."""
+
+    def scaled(values: Singles, where: Bools) -> Singles:
+        middle, spread = _robust(values[where])
+        return (values - middle) / spread
+
+    def height(sequence: str, where: Bools) -> Singles:
+        # What is too bright for any tissue counts as bright, though the fit left it out.
+        image = images.image[index, images.sequences.index(sequence)].cpu().numpy()
+        return scaled(_smoothed(image, mask, images.spacing_mm), where)
+
+    first = height(rule.sequence, reference)
+    total, count = first.copy(), np.ones_like(first)
+    for sequence in (s for s in rule.also if s in images.sequences):
+        seen = _measured(images, index, sequence)
+        if (both := reference & seen).sum() >= ENOUGH:
+            total += np.where(seen, np.minimum(height(sequence, both), first + MOST_AHEAD), 0)
+            count += seen
+    return scaled(total / count, reference)
+
+
+def _measured(images: Images, index: int, sequence: str) -> Bools:
+    """Where a sequence was measured ``(*S)``."""
+    if images.measured is None:
+        return np.ones(images.image.shape[2:], bool)
+    where: Bools = images.measured[index, images.sequences.index(sequence)].cpu().numpy() > 0
+    return where
 
 
 def _grown(height: Singles, level: float, around: Bools, beside: Bools, rule: Hyperintense) -> Bools:

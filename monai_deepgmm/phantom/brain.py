@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.phantom.brain_contrast import SEQUENCES, UNIT, paint, scanned, shading
+from monai_deepgmm.phantom import brain_hard
+from monai_deepgmm.phantom.brain_contrast import HEALTHY, SEQUENCES, UNIT, paint, scanned, shading
 from monai_deepgmm.phantom.brain_shapes import FILLED, Floats, Part, Singles, draw, fractions
 from monai_deepgmm.phantom.heart import Files, check_draw, write_patients
 
 #: The labels, in the order of the fractions.
-GM, WM, CSF = 1, 2, 3
+GM, WM, CSF, LESION = 1, 2, 3, 4
 Naming = Literal["folder", "ibsr"]
 NAMINGS: tuple[Naming, ...] = get_args(Naming)
 #: Naming → the grid where none is asked for: voxels, and their size in mm.
@@ -24,8 +25,8 @@ GRIDS: Mapping[str, tuple[tuple[int, int, int], tuple[float, float, float]]] = {
     "folder": ((96, 112, 96), (1.5, 1.5, 1.5)),
     "ibsr": ((152, 112, 152), (0.94, 1.5, 0.94)),
 }
-#: IBSR's own labels, by ours.
-IBSR: NDArray[np.int16] = np.array([0, 2, 3, 1], np.int16)
+#: IBSR's own labels, by ours; a lesion lies in white matter.
+IBSR: NDArray[np.int16] = np.array([0, 2, 3, 1, 3], np.int16)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class BrainConfig:
             have more.
         partial_volume: False gives each voxel to the one tissue that it holds most of.
         fractions: also write ``fractions.nii.gz``: the share of GM, WM and CSF along a fourth axis.
+        hard: with lesions of the white matter (4 in the labels; in the fractions they are white matter), bright
+            vessels, and the edge of a stripped and resampled brain, which is dark in every sequence.
 
     Raises:
         UsageError: a value is out of range.
@@ -56,6 +59,7 @@ class BrainConfig:
     noise: float = 0.14
     partial_volume: bool = True
     fractions: bool = False
+    hard: bool = False
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -94,7 +98,7 @@ class BrainPatient:
         patient: the id, such as ``Brain001``.
         images: sequence → int16 intensities, 0 outside the mask, ``(X, Y, Z)``.
         mask: the brain with the fluid around it, ``(X, Y, Z)``.
-        labels: GM 1, WM 2, CSF 3, 0 outside the mask: what a voxel holds most of, ``(X, Y, Z)``.
+        labels: GM 1, WM 2, CSF 3, lesion 4, 0 outside the mask: what a voxel holds most of, ``(X, Y, Z)``.
         fractions: the share of GM, WM and CSF in each voxel, 0 outside the mask, ``(3, X, Y, Z)``.
         affine: voxel → world, mm, ``(4, 4)``.
     """
@@ -121,16 +125,24 @@ def make_patient(config: BrainConfig, seed: int, number: int) -> BrainPatient:
     affine = _affine(anatomy, shape, spacing)
     brain = draw(anatomy, FILLED * np.array(shape) * spacing)
     shares, held = fractions(brain, axes)
-    mask = held >= 0.5
+    hard = None
+    if config.hard:
+        hard = brain_hard.drawn(np.random.default_rng([seed, number, 6]), shares[Part.WHITE], held, axes)
+    mask = held >= 0.5 if hard is None else hard.mask
+    shares[Part.FLUID] += np.maximum(0.5 - held, 0)  # beyond the brain: of the voxels of an edge
     shares = np.where(mask, shares / np.maximum(held, 0.5), 0)
     labels = np.where(mask, _tissues(shares).argmax(0) + 1, 0).astype(np.uint8)
     if not config.partial_volume:
         shares = _crisp(shares, labels)
+    if hard is not None:
+        labels = np.where(mask & (hard.lesion >= 0.5), LESION, labels).astype(np.uint8)
     images = {}
     for sequence in config.sequences:
         stream = [np.random.default_rng([seed, number, p, SEQUENCES.index(sequence)]) for p in (1, 2, 3, 4)]
         tissue = np.random.default_rng([seed, number, 5])  # begun anew for each sequence: they share it
-        signal = paint(tissue, stream[0], stream[1], sequence, shares, axes, noise=config.noise)
+        look = HEALTHY if hard is None else brain_hard.SICK
+        signal = paint(tissue, stream[0], stream[1], sequence, shares, axes, config.noise, look)
+        signal = signal if hard is None else hard.on(sequence, signal)
         signal *= 1 + config.shading * shading(stream[2], axes, brain.half_mm, mask)
         images[sequence] = scanned(signal, UNIT * float(np.exp(0.3 * stream[3].standard_normal())), mask)
     name = f"IBSR_{number:02d}" if config.naming == "ibsr" else f"Brain{number:03d}"

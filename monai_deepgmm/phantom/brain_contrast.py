@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,21 @@ BETWEEN = 0.05
 UNIT = 700.0
 
 
+class Contrast(NamedTuple):
+    """How a kind of brain looks.
+
+    Attributes:
+        means: of each ``Part``, by sequence.
+        spread: of texture and noise, by sequence.
+    """
+
+    means: Mapping[str, Floats]
+    spread: Mapping[str, float]
+
+
+HEALTHY = Contrast(MEANS, SPREAD)
+
+
 def paint(
     tissue: np.random.Generator,
     rng: np.random.Generator,
@@ -45,8 +61,9 @@ def paint(
     shares: Singles,
     axes: Sequence[Floats],
     noise: float,
+    look: Contrast = HEALTHY,
 ) -> Singles:
-    """One sequence in units of ``MEANS``, ``(X, Y, Z)``: a voxel's signal is the mean of what it holds.
+    """One sequence in units of its means, ``(X, Y, Z)``: a voxel's signal is the mean of what it holds.
 
     Args:
         tissue: where the texture comes from that all sequences share.
@@ -56,14 +73,16 @@ def paint(
         shares: of each ``Part`` in each voxel, ``(4, X, Y, Z)``.
         axes: the voxels' centres in mm.
         noise: standard deviation of the noise, as a share of the contrast.
+        look: means and spreads.
     """
-    contrast = MEANS[sequence][Part.WHITE] - MEANS[sequence][Part.CORTEX]
-    mean = MEANS[sequence] + BETWEEN * contrast * rng.standard_normal(len(Part))
+    means, spread = look.means[sequence], look.spread[sequence]
+    contrast = means[Part.WHITE] - means[Part.CORTEX]
+    mean = means + BETWEEN * contrast * rng.standard_normal(len(Part))
     grain = np.sqrt(SHARED) * _texture(tissue, axes) + np.sqrt(1 - SHARED) * _texture(rng, axes)
     signal = np.einsum("pxyz,p->xyz", shares, mean.astype(np.float32))
-    signal += SPREAD[sequence] * contrast * np.einsum("pxyz,p->xyz", shares, TEXTURE.astype(np.float32)) * grain
+    signal += spread * contrast * np.einsum("pxyz,p->xyz", shares, TEXTURE.astype(np.float32)) * grain
     # A magnitude image: noise in the real and in the imaginary channel.
-    real, imaginary = SPREAD[sequence] * noise * contrast * noisy.standard_normal((2, *signal.shape), dtype=np.float32)
+    real, imaginary = spread * noise * contrast * noisy.standard_normal((2, *signal.shape), dtype=np.float32)
     magnitude: Singles = np.hypot(signal + real, imaginary)
     return magnitude
 

@@ -68,3 +68,19 @@ def test_the_mixture_starts_without_it():
     mixed = hyperintense.without(images)
     assert [t.name for t in mixed.tissues] == ["GM", "WM", "CSF"]
     assert torch.allclose(mixed.expected.sum(1), images.mask[:, 0])
+
+
+def test_what_t2_does_not_show_is_no_lesion_and_where_it_was_not_measured_flair_tells_alone():
+    images, fit, ball = scene()
+    t2 = torch.where(ball, 14.0, torch.tensor([10.0, 8.0, 20.0])[fit.resp[0].argmax(0)])
+    dark = torch.where(ball, 0.0, t2)
+    noise = 0.8 * torch.randn(t2.shape, generator=torch.Generator().manual_seed(1))
+    fit = fit._replace(mixture=Mixture(torch.ones(1, 3) / 3, torch.zeros(1, 3, 3), torch.eye(3).expand(1, 3, 3, 3)))
+    for values, measured, there in ((t2, 1, True), (dark, 1, False), (dark, 0, True)):
+        image = torch.cat([images.image, (values + noise)[None, None]], 1)
+        seen = torch.ones_like(image)
+        seen[:, 2] = measured
+        three = images._replace(image=image, measured=seen, sequences=("T1", "FLAIR", "T2"))
+        lesion = hyperintense.added(fit, three).resp[0, LESION] > 0.5
+        assert bool((lesion & ball).sum() > 0.7 * ball.sum()) is there
+        assert lesion[~ball].sum() < 0.3 * ball.sum()

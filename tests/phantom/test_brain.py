@@ -16,7 +16,7 @@ from monai_deepgmm.phantom.brain import BrainConfig, BrainPatient, make_patient,
 from monai_deepgmm.phantom.brain_shapes import AVERAGE_MM, Part, Waves, draw, fractions
 from monai_deepgmm.phantom.heart import configured
 
-GM, WM, CSF = 1, 2, 3
+GM, WM, CSF, LESION = 1, 2, 3, 4
 #: A whole brain on coarse voxels.
 COARSE = BrainConfig(shape=(64, 76, 64), spacing_mm=2.2)
 #: Half of each axis: a little brain, where only the plumbing matters.
@@ -96,6 +96,39 @@ def test_a_brain_is_the_same_on_any_grid():
         np.testing.assert_allclose(shares.sum(0), held)
         volumes.append(shares.sum((1, 2, 3)) * spacing**3)
     np.testing.assert_allclose(volumes[0], volumes[1], rtol=0.03)
+
+
+@pytest.fixture(scope="module")
+def sick() -> BrainPatient:
+    return make_patient(replace(COARSE, hard=True), 7, 1)
+
+
+def test_a_hard_brain_has_lesions_and_an_edge_that_is_dark_in_every_sequence(brain, sick):
+    lesion = sick.labels == LESION
+    assert 1 < lesion.sum() * 2.2**3 / 1000 < 30  # ml
+    assert (brain.labels[lesion] == WM).mean() > 0.9
+    assert spread(sick, "FLAIR", LESION)[0] > 1.15 * spread(sick, "FLAIR", GM)[0]
+    assert (sick.mask | brain.mask == sick.mask).mean() > 0.99
+    edge = sick.mask & ~brain.mask
+    assert 0.02 < edge.sum() / brain.mask.sum() < 0.3
+    for sequence, image in sick.images.items():
+        assert np.median(image[edge]) < 0.6 * np.median(image[brain.mask]), sequence
+    t1 = sick.images["T1"]
+    assert (t1[sick.mask] > 2.5 * np.median(t1[sick.labels == WM])).mean() == pytest.approx(0.001, abs=0.0005)
+
+
+def test_a_hard_brain_keeps_its_grey_matter(sick, tmp_path):
+    """As real scans it loses it (GM 19 %, WM 67 %) where the edge is fitted and all sequences share one fit."""
+    config = ["--protocol", "brain", "--set"]
+    shown = [f"shape={list(COARSE.shape)}", "spacing_mm=2.2", "hard=true"]
+    assert cli.main(["phantom", str(tmp_path / "in"), "-n", "1", "--seed", "7", *config, *shown]) == 0
+    assert cli.main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), "--protocol", "brain", "-q"]) == 0
+    found = np.asarray(nib.load(tmp_path / "out" / "Brain001" / "Brain001_dseg.nii.gz").dataobj)
+    shares = {tissue: np.mean(found[sick.mask] == tissue) for tissue in (GM, WM)}
+    assert 0.35 < shares[GM] < 0.55
+    assert 0.3 < shares[WM] < 0.45
+    lesion, known = found == LESION, sick.labels == LESION
+    assert 2 * (lesion & known).sum() / (lesion.sum() + known.sum()) > 0.45
 
 
 def test_waves_have_variance_one_and_their_slope_is_their_own():
