@@ -13,6 +13,7 @@ not measured again. The exit code is 1 if something could not be measured, 2 if 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -68,6 +69,7 @@ def measure(name: str, arguments: argparse.Namespace) -> Facts:
     runs: dict[str, Facts] = {}
     counts: dict[str, int] = {}
     for side, work in sides.works.items():  # the first time, imports and caches are warmed
+        one_thread()
         facts, spent = runner.timed(work)
         seconds = facts.pop("spent", spent["cpu_seconds"])
         counts[side] = min(max(round(ABOUT_SECONDS / max(seconds, 1e-6)), 1), MOST)
@@ -80,18 +82,23 @@ def measure(name: str, arguments: argparse.Namespace) -> Facts:
 
 
 def prepared(name: str, arguments: argparse.Namespace) -> Any:
-    """A case's sides, on one thread."""
-    import torch
-
-    torch.set_num_threads(1)
+    """A case's sides."""
+    if "pomegranate" not in peers.absent() and name.startswith("em-"):
+        importlib.import_module("pomegranate.gmm")  # before anything is timed, as it starts threads
+    one_thread()
     return CASES[name][1](TINY if arguments.tiny else FULL)
 
 
-def repeated(work: Any, count: int) -> float:
-    """The CPU seconds of one of so many runs, on one thread whatever a peer's import has set."""
+def one_thread() -> None:
+    """Torch works on one thread, whatever a peer's import has set."""
     import torch
 
     torch.set_num_threads(1)
+
+
+def repeated(work: Any, count: int) -> float:
+    """The CPU seconds of one of so many runs."""
+    one_thread()
     spent: list[float] = []
 
     def some() -> None:

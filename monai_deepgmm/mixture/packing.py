@@ -40,7 +40,8 @@ class Packing(NamedTuple):
         """``(B, C, *S)`` → ``(B, C, N)``; what fills up is 0, so that it is always finite."""
         if self.whole:
             return values.flatten(2)
-        found = values.flatten(2).take_along_dim(self.where.clamp_max(self.size - 1)[:, None], 2)
+        index = self.where.clamp_max(self.size - 1)[:, None].expand(-1, values.shape[1], -1)
+        found = values.flatten(2).gather(2, index)
         return torch.where(self.inside > 0, found, 0)
 
     def spread(self, values: Tensor, outside: float = 0.0) -> Tensor:

@@ -125,7 +125,8 @@ def cohort_means(patients: Sequence[Patient], protocol: Protocol) -> Tensor:
     rows = []
     for patient in patients:
         expected = _expected(patient, protocol, None)
-        rows.append(m_step(patient.crops.image, expected, patient.crops.mask).means)
+        given = (part.double() for part in (patient.crops.image, expected, patient.crops.mask))
+        rows.append(m_step(*given).means)
     return torch.cat(rows).mean(0)
 
 

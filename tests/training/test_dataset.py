@@ -174,7 +174,7 @@ def test_cohort_means_are_the_means_where_each_tissue_is_expected(patients):
     rows = []
     for p in patients:
         q = signature_map(p.crops.image, p.crops.mask, INFARCT.tissues, p.sequences, p.crops.spacing_mm)
-        for image, weight in zip(p.crops.image.numpy(), q.numpy(), strict=True):
+        for image, weight in zip(p.crops.image.double().numpy(), q.double().numpy(), strict=True):
             rows.append([[np.average(m, weights=w) for m in image] for w in weight])
     means = dataset.cohort_means(patients, INFARCT)
     np.testing.assert_allclose(means.numpy(), np.mean(rows, 0), rtol=1e-9)
