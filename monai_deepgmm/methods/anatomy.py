@@ -43,6 +43,7 @@ class AnatomicalConfig:
     named: ClassVar[bool] = True
     takes_means: ClassVar[bool] = False
     surroundings: ClassVar[bool] = False
+    walled: ClassVar[bool] = True
 
     sigma_mm: float = 2.2
     denoise_mm: float = 0.5

@@ -30,6 +30,7 @@ class CohortConfig:
     named: ClassVar[bool] = True
     takes_means: ClassVar[bool] = False
     surroundings: ClassVar[bool] = True
+    walled: ClassVar[bool] = True
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     network: Mapping[str, Any] | None = field(default=None, metadata=NOT_SET)

@@ -45,6 +45,7 @@ class DeepSVGConfig:
     named: ClassVar[bool] = False
     takes_means: ClassVar[bool] = True
     surroundings: ClassVar[bool] = True
+    walled: ClassVar[bool] = False
     spatial: ClassVar[bool] = True
 
     covariance: Covariance = "tied"

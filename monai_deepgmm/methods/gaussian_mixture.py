@@ -44,6 +44,7 @@ class GaussianMixtureConfig:
     named: ClassVar[bool] = False
     takes_means: ClassVar[bool] = True
     surroundings: ClassVar[bool] = False
+    walled: ClassVar[bool] = False
     spatial: ClassVar[bool] = False
 
     covariance: Covariance = "diag"

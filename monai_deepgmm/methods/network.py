@@ -36,6 +36,7 @@ class TrainedConfig:
     named: ClassVar[bool] = True
     takes_means: ClassVar[bool] = True
     surroundings: ClassVar[bool] = True
+    walled: ClassVar[bool] = True
 
     label_rule: LabelRule | None = None
     presence: bool | None = None

@@ -37,6 +37,7 @@ class PartialVolumeConfig:
     named: ClassVar[bool] = True
     takes_means: ClassVar[bool] = False
     surroundings: ClassVar[bool] = False
+    walled: ClassVar[bool] = False
     finds_regions: ClassVar[bool] = True
 
     degree: int | None = None

@@ -145,12 +145,14 @@ class MethodConfig(Protocol):
         named: whether its components are in the order of the tissues, so that nothing is named afterwards.
         takes_means: whether known class means help it.
         surroundings: whether it looks at what surrounds the mask.
+        walled: whether it may ask for the wall's borders.
     """
 
     name: ClassVar[str]
     named: ClassVar[bool]
     takes_means: ClassVar[bool]
     surroundings: ClassVar[bool]
+    walled: ClassVar[bool]
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @property

@@ -16,7 +16,7 @@ from monai_deepgmm.patients.layout import Layout
 from monai_deepgmm.patients.study import Meanings, Problem, Study
 from monai_deepgmm.protocol import Protocol
 
-#: Finders of a mask that nobody need ask for; another one needs a package that few have.
+#: Finders of a mask that are asked also where a mask was found that is not meant, of another space or run.
 UNASKED = ("ventricle",)
 
 
@@ -62,7 +62,9 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
     rule = str(asked.mask) if asked.ruled else "file"
     if not asked.ruled:
         wrong = _mask_problems(found, tree, "truth" if from_truth else "mask", chosen)
-        if not chosen and not wrong and asked.mask is None and protocol.mask_finder in UNASKED:
+        finder = protocol.mask_finder
+        unasked = finder in UNASKED or (finder is not None and not found.hints.get("mask"))
+        if not chosen and not wrong and asked.mask is None and unasked:
             rule = "auto"
         elif not chosen and not wrong:
             wrong = [_no_mask(found, layout, protocol)]

@@ -13,7 +13,6 @@ from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.mask import MIN_VOXELS_PER_TISSUE
 from monai_deepgmm.images.preparation import Prepared
 from monai_deepgmm.methods import naming
-from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture import starts
@@ -108,7 +107,7 @@ def assemble(prepared: Prepared, config: Config, *, wall: Images | None = None) 
     )
     if wall is not None:
         images = _with_wall_of(images, wall)
-    elif images.slices and (config.presence or isinstance(config.method, AnatomicalConfig)):
+    elif images.slices and (config.presence or config.method.walled):
         images = images.with_wall()
     return Assembly(images, large, image, mask)
 

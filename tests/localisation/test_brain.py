@@ -69,8 +69,13 @@ def test_the_mask_that_holds_a_head_says_how_to_strip_it(cohort, capsys):
     assert "--mask auto, after pip install 'monai-deepgmm[brain-mask]'" in line
 
 
-def test_nobody_is_stripped_unasked(cohort, capsys):
-    assert run("segment", cohort, "--dry-run") == 3
+@pytest.mark.usefixtures("absent")
+def test_a_brain_without_a_mask_is_looked_for_unless_a_file_is_asked_for(cohort, capsys):
+    assert run("segment", cohort, "--dry-run") == 1
+    told = capsys.readouterr().out
+    assert told.count("E_MASK_NONE") == 1
+    assert "W_MASK_AUTO: T1.nii.gz is stripped already" in told
+    assert run("segment", cohort, "--dry-run", "--mask", "file") == 3
     assert capsys.readouterr().out.count("E_MASK_NONE") == 2
 
 

@@ -157,7 +157,8 @@ class TestSessions:
     def test_one_sessions_mask_does_not_serve_another(self, tmp_path):
         touch(tmp_path, *(f"sub-1/ses-{s}/anat/sub-1_ses-{s}_T1w.nii.gz" for s in "AB"))
         found = cohort(tmp_path, "sub-1/ses-A/anat/sub-1_ses-A_desc-brain_mask.nii.gz", protocol=BRAIN)
-        assert all_codes(found) == [[], ["E_MASK_NONE"]]
+        assert (all_codes(found), [s.mask_rule for s in found.studies]) == ([[], []], ["file", "auto"])
+        assert all_codes(cohort(tmp_path, protocol=BRAIN, mask="file")) == [[], ["E_MASK_NONE"]]
 
     def test_a_subject_of_its_own_and_a_session_that_only_the_folder_names(self, tmp_path):
         found = cohort(tmp_path, "sub-1/{ses-A/anat,anat}/sub-1_T1w.nii.gz", protocol=BRAIN, mask="nonzero")

@@ -232,7 +232,8 @@ class TestPatients:
             find(tmp_path, INFARCT, asked=False)
         study = only(tmp_path, BRAIN, mask="nonzero")
         assert (used(study), codes(study)) == ({"T1": "1", "T2": "3", "FLAIR": "2"}, [])
-        assert codes(only(tmp_path, BRAIN)) == ["E_MASK_NONE"]
+        assert (codes(only(tmp_path, BRAIN)), only(tmp_path, BRAIN).mask_rule) == ([], "auto")
+        assert codes(only(tmp_path, BRAIN, mask="file")) == ["E_MASK_NONE"]
 
     def test_a_stack_is_found_again_from_another_folder(self, studies, tmp_path, monkeypatch):
         monkeypatch.chdir(studies)

@@ -514,7 +514,7 @@ class TestManifest:
 
     def test_a_file_that_does_not_exist(self, table):
         text = "patient,T1,mask\na,i.nii,gone/m.nii\nb,i.nii,\n/c,gone,i.nii\n"
-        found = table(text, protocol=BRAIN)
+        found = table(text, protocol=BRAIN, mask="file")
         problems = {s.patient: codes(s) for s in found.studies}
         assert problems == {"a": ["E_FILE"], "b": ["E_MASK_NONE"], "/c": ["E_ID", "E_FILE"]}
         assert "m.nii" in found.studies[1].problems[0].message
