@@ -40,6 +40,7 @@ TEXT = """# Speed and memory
 
 Measured on phantoms (no patient's data is needed) and written by
 
+<!-- run by: tests/scripts/test_benchmark.py -->
 ```
 python scripts/benchmark.py OUT --write
 ```

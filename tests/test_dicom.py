@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ AFFINE = np.eye(4)
 AFFINE[:3, :3], AFFINE[:3, 3] = TURN * (1.6, 1.6, 10), (-20, 55, -130)
 SMALL = 7 * np.arange(8 * 6 * 3, dtype=np.int16).reshape(8, 6, 3)
 VENDORS = ("siemens", "philips")
+#: What stands in a page for a picture.
+PICTURE = re.compile(rb"[A-Za-z0-9+/=]{80,}")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,8 @@ class TestOneCommand:
         for name, content in contents(out).items():
             if not name.endswith("_seg.dcm"):
                 unpacked = nib.load(out / name).header.binaryblock if name.endswith(".gz") else content
-                assert [word for word in secret if word.lower() in unpacked.lower()] == [], name
+                told = PICTURE.sub(b"", unpacked).lower()  # four letters stand somewhere in any long base64
+                assert [word for word in secret if word.lower() in told] == [], name
         seg = dcmread(out / "siemens" / "siemens_seg.dcm")
         kept = {"PatientName", "PatientID", "PatientBirthDate", "AccessionNumber"}
         for keyword, text in phantom_dicom.PEOPLE.items():
