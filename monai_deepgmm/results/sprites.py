@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,9 @@ KNOT_CODES = (0, 40, 215, 255)
 MASK_BIT = 128
 
 _MARGINS_MM = (28.0, 20.0, 14.0, 8.0)  # the first with which all sequences fit into the pixels below
-_MOST_PIXELS = 640_000  # of all sequences together: about half a MB of page
+_MOST_PIXELS = 480_000  # of all sequences together: noisy ones make half a MB of page
+_MOST_BRAIN_PIXELS = 2_400_000  # of all sequences together; of more, every second slice is shown
+_ALL_GREYS, _FEWER = 1_200_000, 0b11111100  # of more pixels, these bits: noise makes pages large, and no picture better
 _BESIDE = 2  # slices shown beyond either end of the mask
 _BRAIN_MM = 2.0
 _BRAIN_MARGIN_MM = 6.0
@@ -145,6 +148,9 @@ def _brain(segmentation: Segmentation) -> Frame:
     held = np.flatnonzero(mask.any(axis=(1, 2)))
     slices = slice(int(held[0]), int(held[-1]) + 1)
     steps = tuple(max(1, round(_BRAIN_MM / m)) for m in mm)
+    sizes = ((part.stop - part.start) // step for part, step in zip((slices, rows, columns), steps, strict=True))
+    if math.prod(sizes) * len(segmentation.images) > _MOST_BRAIN_PIXELS:
+        steps = (2 * steps[0], *steps[1:])
     while (slices.stop - slices.start) // steps[0] * ((rows.stop - rows.start) // steps[1]) > _MOST_ROWS:
         steps = tuple(step + 1 for step in steps)
     return Frame(turned, flipped, slices, rows, columns, (steps[0], steps[1], steps[2]))
@@ -163,6 +169,8 @@ def _image(segmentation: Segmentation, frame: Frame, name: str, walls: NDArray[n
         knot = [min(low, dark - 0.05 * reach), dark, bright, max(high, bright + 0.05 * reach)]
         coded[k] = np.interp(plane, knot, KNOT_CODES).round()
         knots.append([float(f"{v:.5g}") for v in knot])
+    if coded.size * len(segmentation.images) > _ALL_GREYS:
+        coded &= _FEWER
     return {"kind": "image", "name": name, "knots": knots, "png": _png(coded)}
 
 

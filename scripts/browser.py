@@ -1,4 +1,4 @@
-"""A real browser for the tests: Debian's chromium, driven through a pipe by its DevTools protocol."""
+"""A real browser for tests and measurements: Debian's chromium, driven through a pipe by its DevTools protocol."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class Browser:
         self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
 
     def close(self) -> None:
+        """Ends the browser."""
         self.process.terminate()
         self.process.wait(30)
         self.write.close(), self.read.close()
@@ -132,6 +133,7 @@ class Browser:
         self.settle()
 
     def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
+        """One event of the mouse."""
         self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
 
     def drag(self, x: float, y: float, dx: float, dy: float) -> None:
