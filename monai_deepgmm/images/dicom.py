@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import atomic_files
 from monai_deepgmm.images.volume import Volume
-from monai_deepgmm.patients import dicom_elements, dicom_header
-from monai_deepgmm.patients.dicom_elements import BIG_ENDIAN, NATIVE, DamagedError, DataSet
-from monai_deepgmm.patients.dicom_header import Stored
+from monai_deepgmm.patients.dicom import elements as dicom_elements
+from monai_deepgmm.patients.dicom import header as dicom_header
+from monai_deepgmm.patients.dicom.elements import BIG_ENDIAN, NATIVE, DamagedError, DataSet
+from monai_deepgmm.patients.dicom.header import Stored
 from monai_deepgmm.patients.stack import Slice, Stack
 
 _PIXELS, _SECONDARY_CAPTURE = 0x7FE00010, "1.2.840.10008.5.1.4.1.1.7"

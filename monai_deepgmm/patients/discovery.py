@@ -17,8 +17,6 @@ from monai_deepgmm.errors import NobodyError, UsageError
 from monai_deepgmm.patients import (
     bids,
     dataset_json,
-    dicom_cohort,
-    dicom_layout,
     given_masks,
     label_meanings,
     task_check,
@@ -27,7 +25,9 @@ from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients import manifest as manifests
 from monai_deepgmm.patients import spacing as spacings
 from monai_deepgmm.patients.claims import Claims, Found, claim
-from monai_deepgmm.patients.dicom_layout import DicomLayout
+from monai_deepgmm.patients.dicom import cohort as dicom_cohort
+from monai_deepgmm.patients.dicom import layout as dicom_layout
+from monai_deepgmm.patients.dicom.layout import DicomLayout
 from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed, scan, shown
 from monai_deepgmm.patients.formats import foreign
 from monai_deepgmm.patients.judge import Asked, failed, judge

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import atomic_files
 from monai_deepgmm.methods.config import Config
-from monai_deepgmm.patients.dicom_header import ENHANCED, MR
+from monai_deepgmm.patients.dicom.header import ENHANCED, MR
 from monai_deepgmm.patients.stack import Slice, Stack
 from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol, Tissue

@@ -18,7 +18,8 @@ from pydicom.uid import ExplicitVRBigEndian
 
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import dicom, image_file
-from monai_deepgmm.patients import dicom_header, dicom_stacks
+from monai_deepgmm.patients.dicom import header as dicom_header
+from monai_deepgmm.patients.dicom import stacks as dicom_stacks
 from monai_deepgmm.patients.discovery import find
 
 

@@ -15,7 +15,9 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.patients import dicom_header, dicom_layout, dicom_stacks
+from monai_deepgmm.patients.dicom import header as dicom_header
+from monai_deepgmm.patients.dicom import layout as dicom_layout
+from monai_deepgmm.patients.dicom import stacks as dicom_stacks
 from monai_deepgmm.patients.discovery import find
 from monai_deepgmm.patients.stack import Stack
 

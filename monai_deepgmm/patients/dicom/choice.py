@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.patients import dicom_layout, dicom_stacks
-from monai_deepgmm.patients.dicom_header import Header
-from monai_deepgmm.patients.dicom_layout import DicomLayout, Meaning
-from monai_deepgmm.patients.dicom_stacks import Candidate
+from monai_deepgmm.patients.dicom import layout as dicom_layout
+from monai_deepgmm.patients.dicom import stacks as dicom_stacks
+from monai_deepgmm.patients.dicom.header import Header
+from monai_deepgmm.patients.dicom.layout import DicomLayout, Meaning
+from monai_deepgmm.patients.dicom.stacks import Candidate
 from monai_deepgmm.patients.stack import Series, Stack
 from monai_deepgmm.patients.study import Problem
 from monai_deepgmm.protocol import Protocol

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from monai_deepgmm.patients.dicom_header import Frame, Header
+from monai_deepgmm.patients.dicom.header import Frame, Header
 from monai_deepgmm.patients.stack import Slice, Stack
 from monai_deepgmm.patients.study import Problem
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monai_deepgmm import schema
-from monai_deepgmm.patients.dicom_stacks import Candidate
+from monai_deepgmm.patients.dicom.stacks import Candidate
 from monai_deepgmm.patients.layout import DICOM
 from monai_deepgmm.protocol import Protocol
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from monai_deepgmm.patients import dicom_elements
-from monai_deepgmm.patients.dicom_elements import NATIVE, DamagedError, DataSet, damaged
-from monai_deepgmm.patients.dicom_facts import NESTED, PER_FRAME, SHARED, WANTED, Facts
+from monai_deepgmm.patients.dicom import elements as dicom_elements
+from monai_deepgmm.patients.dicom.elements import NATIVE, DamagedError, DataSet, damaged
+from monai_deepgmm.patients.dicom.facts import NESTED, PER_FRAME, SHARED, WANTED, Facts
 from monai_deepgmm.patients.stack import Point
 
 MR, ENHANCED = "1.2.840.10008.5.1.4.1.1.4", ("1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4")

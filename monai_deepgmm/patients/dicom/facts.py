@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-from monai_deepgmm.patients.dicom_elements import DataSet, Elements
+from monai_deepgmm.patients.dicom.elements import DataSet, Elements
 
 #: Scale slope of Philips, by which stored values are divided to be comparable between slices.
 _PHILIPS_SLOPE = 0x2005100E

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.patients import dicom_choice, dicom_header, task_check
-from monai_deepgmm.patients.dicom_choice import Wanted
-from monai_deepgmm.patients.dicom_elements import DamagedError
-from monai_deepgmm.patients.dicom_header import Header
-from monai_deepgmm.patients.dicom_layout import DicomLayout
+from monai_deepgmm.patients import task_check
+from monai_deepgmm.patients.dicom import choice as dicom_choice
+from monai_deepgmm.patients.dicom import header as dicom_header
+from monai_deepgmm.patients.dicom.choice import Wanted
+from monai_deepgmm.patients.dicom.elements import DamagedError
+from monai_deepgmm.patients.dicom.header import Header
+from monai_deepgmm.patients.dicom.layout import DicomLayout
 from monai_deepgmm.patients.directory import READABLE, Tree, listed, shown
 from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.protocol import Protocol
