@@ -107,7 +107,8 @@ def mask(arguments: argparse.Namespace) -> int:
     wanted, found = protocols.load(arguments.protocol), _find(arguments)
     reading: dict[str, Any] = {"frame": arguments.frame, "max_voxels": arguments.max_voxels, "align": arguments.align}
     code = masking.run(found, arguments.out, wanted, **reading)
-    print(f"{len(found.studies)} patients; how surely each mask was found: {arguments.out / masking.TABLE}")
+    who = terminal.counted(len(found.studies), "patient")
+    print(f"{who}; how surely each mask was found: {arguments.out / masking.TABLE}")
     return code
 
 
@@ -216,7 +217,7 @@ def phantom(arguments: argparse.Namespace) -> int:
         if target.exists():
             target.rmdir()
         (Path(work) / "made").rename(target)
-    print(f"{len(patients)} synthetic patients in {arguments.directory}")
+    print(f"{terminal.counted(len(patients), 'synthetic patient')} in {arguments.directory}")
     return OK
 
 
@@ -253,7 +254,9 @@ def init_manifest(arguments: argparse.Namespace) -> int:
     else:
         target.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
         more = f" --mask-labels {' '.join(f'{value:g}' for value in values)}" if values else ""
-        print(f"{len(studies)} patients in {target}: correct it, then add --manifest {target}{more}")
+        print(
+            f"{terminal.counted(len(studies), 'patient')} in {target}: correct it, then add --manifest {target}{more}"
+        )
     return OK
 
 

@@ -18,6 +18,11 @@ from monai_deepgmm.patients.stack import Stack
 from monai_deepgmm.patients.study import Cohort, Problem, Study
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 patient``, ``2 patients``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def print_cohort(found: Cohort) -> None:
     """A table of the patients: which files are whose, and what is wrong."""
     sequences = sorted({s for study in found.studies for s in study.images})
@@ -37,7 +42,7 @@ def print_cohort(found: Cohort) -> None:
     failing = sum(bool(s.problems) for s in found.studies)
     labels = sum(bool(s.label_problems) for s in found.studies)
     more = f", {labels} whose reference labels cannot be used" if labels else ""
-    print(f"\nlayout {found.layout}: {len(found.studies)} patients, {failing} with problems{more}")
+    print(f"\nlayout {found.layout}: {counted(len(found.studies), 'patient')}, {failing} with problems{more}")
     for note in found.notes:
         print(f"note: {shown(note)}")
 

@@ -127,7 +127,7 @@ class TestOneCommand:
         said = capsys.readouterr().out
         assert "series 30-31  2 slices × 3  bSSFP (cine)" in said
         assert "left out: a localiser" in said
-        assert "layout dicom: 1 patients, 0 with problems" in said
+        assert "layout dicom: 1 patient, 0 with problems" in said
         assert main(["init-manifest", str(hearts[0])]) == 2
         assert "--filter" in capsys.readouterr().err
 

@@ -97,7 +97,7 @@ def test_the_notebook_runs_on_a_phantom(tmp_path, monkeypatch, capsys):
             exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
     shown = capsys.readouterr().out
     assert "ml" in shown
-    assert "compared: 1 patients" in shown
+    assert "compared: 1 patient" in shown
 
 
 def test_the_readme_opens_with_a_picture_three_lines_one_command_and_two_to_set_up():

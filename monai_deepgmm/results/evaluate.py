@@ -214,7 +214,8 @@ def summary(evaluation: Evaluation) -> str:
     lines.append(("mean", *means, str(found["dice"]["mean_n"]), ""))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    compared = f"{found['n_patients']} patients, {found['n_units']} {evaluation.unit}s ({evaluation.slices})"
+    who = "1 patient" if found["n_patients"] == 1 else f"{found['n_patients']} patients"
+    compared = f"{who}, {found['n_units']} {evaluation.unit}s ({evaluation.slices})"
     text.append(f"compared: {compared}; not evaluated: {len(evaluation.problems)}")
     for name, problem in evaluation.problems.items():
         text.append(f"  {name}: {problem.code}: {problem.message}. {problem.remedy}".rstrip(". "))
