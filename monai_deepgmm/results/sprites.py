@@ -25,7 +25,7 @@ KNOT_CODES = (0, 40, 215, 255)
 MASK_BIT = 128
 
 _MARGINS_MM = (28.0, 20.0, 14.0, 8.0)  # the first with which all sequences fit into the pixels below
-_MOST_PIXELS = 480_000  # of all sequences together: noisy ones make half a MB of page
+_MOST_PIXELS = 420_000  # of all sequences together: noisy ones make half a MB of page
 _MOST_BRAIN_PIXELS = 2_400_000  # of all sequences together; of more, every second slice is shown
 _ALL_GREYS, _FEWER = 1_200_000, 0b11111100  # of more pixels, these bits: noise makes pages large, and no picture better
 _BESIDE = 2  # slices shown beyond either end of the mask
@@ -125,9 +125,10 @@ def _heart(segmentation: Segmentation) -> Frame:
     held = np.flatnonzero(mask.any(axis=(1, 2)))
     slices = slice(max(0, int(held[0]) - _BESIDE), min(len(mask), int(held[-1]) + 1 + _BESIDE))
     row_mm, column_mm = (float(segmentation.reference.spacing_mm[axis]) for axis in turned.axes[1:])
+    shadow = mask.any(axis=0, keepdims=True)
     for step in (1, 2, 3, 4, 6, 8):
         for margin_mm in _MARGINS_MM:
-            rows, columns = shown_box(mask, row_mm, column_mm, margin_mm)
+            rows, columns = shown_box(shadow, row_mm, column_mm, margin_mm)
             height, width = ((s.stop - s.start) // step for s in (rows, columns))
             pixels = (slices.stop - slices.start) * height * width * len(segmentation.images)
             if pixels <= _MOST_PIXELS:
