@@ -250,9 +250,9 @@ def _evenly(indices: np.ndarray, most: int) -> np.ndarray:
 
 def shown_box(mask: np.ndarray, row_mm: float, column_mm: float, margin_mm: float = _MARGIN_MM) -> tuple[slice, slice]:
     """The rows and columns that hold the mask in any slice, with a margin, within the image."""
-    box, shadow = [], mask.any(axis=0)
+    box, shadow = [], np.any(mask, axis=0)
     for across, step_mm in ((1, row_mm), (0, column_mm)):
-        held = np.flatnonzero(shadow.any(axis=across))
+        held = np.flatnonzero(np.any(shadow, axis=across))
         margin = int(np.ceil(margin_mm / step_mm))
         size = shadow.shape[1 - across]
         box.append(slice(max(0, int(held[0]) - margin), min(size, int(held[-1]) + 1 + margin)))

@@ -125,7 +125,7 @@ def _heart(segmentation: Segmentation) -> Frame:
     held = np.flatnonzero(mask.any(axis=(1, 2)))
     slices = slice(max(0, int(held[0]) - _BESIDE), min(len(mask), int(held[-1]) + 1 + _BESIDE))
     row_mm, column_mm = (float(segmentation.reference.spacing_mm[axis]) for axis in turned.axes[1:])
-    shadow = mask.any(axis=0, keepdims=True)
+    shadow = np.any(mask, axis=0, keepdims=True)
     for step in (1, 2, 3, 4, 6, 8):
         for margin_mm in _MARGINS_MM:
             rows, columns = shown_box(shadow, row_mm, column_mm, margin_mm)
