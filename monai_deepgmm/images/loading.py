@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import alignment, coverage, grid, image_file, mask_edges, stack_size
+from monai_deepgmm.images import alignment, coverage, grid, image_file, mask_cavities, mask_edges, stack_size
 from monai_deepgmm.images import mask as masks
 from monai_deepgmm.images.coverage import Coverage
 from monai_deepgmm.images.header import DEFAULT_MAX_VOXELS
@@ -98,7 +98,8 @@ def load(
         warnings += [f"W_PLACE: {one.taken}"] if one.taken else []
     image, broken = _finite(image, found.voxels, sequences)
     axis = grid.slice_axis(reference.spacing_mm)
-    edges = mask_edges.about(image, found.voxels, reference.spacing_mm, axis, protocol)
+    about = (image, found.voxels, reference.spacing_mm, axis, protocol)
+    edges = [*mask_edges.about(*about), *mask_cavities.about(*about, sequences)]
     mask, beyond = masks.without_padding(image, found.voxels, len(protocol.components(sequences)))
     _refuse_constant(image, mask, sequences)
     inside = np.stack([one.inside for one in placed.values()])

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from monai_deepgmm.images.otsu import otsu
+
 Labels = npt.NDArray[np.int64]
 Values = npt.NDArray[np.floating[Any]]
 
@@ -34,17 +36,8 @@ def n_sd(n: int, values: Values, remote: Values | None = None) -> float:
     return float(reference.mean() + n * reference.std())
 
 
-def otsu(values: Values, remote: Values | None = None) -> float:
-    """The greatest intensity of the lower of two classes with the greatest variance between them."""
-    levels, counts = np.unique(values.astype(np.float64), return_counts=True)
-    below, sums = np.cumsum(counts)[:-1], np.cumsum(counts * levels)
-    above = values.size - below
-    between = below * above * ((sums[-1] - sums[:-1]) / above - sums[:-1] / below) ** 2
-    return float(levels[int(np.append(between, 0.0).argmax())])  # a single level cannot be parted
-
-
 THRESHOLDS: Mapping[str, Callable[..., float]] = {
-    "Otsu": otsu,
+    "Otsu": lambda values, remote=None: otsu(values),
     **{f"{n}SD": partial(n_sd, n) for n in (2, 3, 5, 6)},
     "FWHM": fwhm,
 }
