@@ -23,7 +23,7 @@ from scipy.ndimage import binary_dilation, binary_erosion, generate_binary_struc
 
 from monai_deepgmm import protocol
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images import background, grid, loading, mask_edges, mask_examination
+from monai_deepgmm.images import background, grid, loading, mask_cavities, mask_edges, mask_examination
 from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.localisation import ventricle
 from monai_deepgmm.patients import discovery
@@ -79,7 +79,8 @@ def codes(scan: Scan, mask: Bools, wanted: Protocol) -> Iterator[str]:
     except StudyError as error:
         yield error.code
         return
-    edges = mask_edges.about(scan.image, examined.mask, spacing, grid.slice_axis(spacing), wanted)
+    about = (scan.image, examined.mask, spacing, grid.slice_axis(spacing), wanted)
+    edges = [*mask_edges.about(*about), *mask_cavities.about(*about, scan.sequences)]
     rest = background.about_rest(scan.reference, examined.mask, wanted)
     yield from (note.split(":")[0] for note in (*examined.warnings, *edges, *rest))
     if (mask & (scan.image == 0).all(0)).mean() > 0:
