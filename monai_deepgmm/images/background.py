@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_fill_holes, distance_transform_edt, label
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.images.grid import slice_axis
+from monai_deepgmm.images import grid
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.localisation.brain import PIP
 from monai_deepgmm.protocol import Protocol
@@ -72,7 +72,7 @@ def foreground(image: Volume, sequence: str, protocol: Protocol) -> Foreground:
     data = image.data
     finite = np.isfinite(data)
     value, rule, notes = 0.0, f"voxels of {sequence} that are not 0", []
-    values, counts = np.unique(_border(data, slice_axis(image.spacing_mm)), return_counts=True)
+    values, counts = np.unique(_border(data, grid.slice_axis(image.spacing_mm)), return_counts=True)
     common, share = (float(values[counts.argmax()]), counts.max() / counts.sum()) if len(values) else (0.0, 0.0)
     if common != 0 and share >= COMMON:
         value, rule = common, f"voxels of {sequence} that are not {common:g}, the value of its border"
@@ -80,7 +80,7 @@ def foreground(image: Volume, sequence: str, protocol: Protocol) -> Foreground:
     mask = finite & (data != value)
     refuse_head(data, mask, image, protocol)
     remedy = f"Set everything outside the {protocol.mask} to 0, or give a mask file"
-    if (filled := float((_border(data, slice_axis(image.spacing_mm)) != value).mean())) > AT_BORDER:
+    if (filled := float((_border(data, grid.slice_axis(image.spacing_mm)) != value).mean())) > AT_BORDER:
         told = (
             f"{100 * filled:.0f} % of the border of {image.name} is not {value:g}: its background holds noise or tissue"
         )
@@ -125,10 +125,9 @@ def refuse_head(data: Floats, mask: Bools, image: Volume, protocol: Protocol) ->
     """
     if protocol.mask_shape is None or not protocol.mask_shape.no_skull or not mask.any():
         return
-    steps = [max(1, round(COARSE_MM / s)) for s in image.spacing_mm]
-    thinned = tuple(slice(None, None, step) for step in steps)
+    thinned, spacing = grid.thinned(image.spacing_mm, COARSE_MM)
     coarse = np.where(mask & np.isfinite(data), data, 0)[thinned]
-    bone, scalp = _bone_and_scalp(coarse, np.array(image.spacing_mm) * steps, slice_axis(image.spacing_mm))
+    bone, scalp = _bone_and_scalp(coarse, spacing, grid.slice_axis(image.spacing_mm))
     if bone > BONE_SHARE and scalp > SCALP_SHARE:
         told = (
             f"{image.name} shows a head with skull and scalp inside the mask: of what lies {BONE_MM[0]:g} to "
@@ -173,10 +172,8 @@ def about_rim(image: Volume, mask: Bools, protocol: Protocol, *, code: str, why:
     """
     if protocol.mask_shape is None or not protocol.mask_shape.no_skull:
         return
-    steps = [max(1, round(COARSE_MM / s)) for s in image.spacing_mm]
-    thinned = tuple(slice(None, None, step) for step in steps)
+    thinned, spacing = grid.thinned(image.spacing_mm, COARSE_MM)
     inside, values = mask[thinned] & np.isfinite(image.data[thinned]), image.data[thinned]
-    spacing = np.array(image.spacing_mm) * steps
     depth = distance_transform_edt(inside, sampling=spacing)
     rim, deep = (depth > 0) & (depth <= max(RIM_MM, 2 * spacing.max())), depth > depth.max() / 2
     if not rim.any() or np.quantile(values[inside], 0.1) < 0:

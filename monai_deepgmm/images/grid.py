@@ -25,6 +25,12 @@ def slice_axis(spacing_mm: tuple[float, float, float]) -> int:
     return int(order[2]) if clear else 2
 
 
+def thinned(spacing_mm: tuple[float, ...], to_mm: float) -> tuple[tuple[slice, ...], NDArray[np.float64]]:
+    """What to take of each axis so that voxels are about ``to_mm`` apart, and their spacing then, in mm."""
+    steps = [max(1, round(to_mm / s)) for s in spacing_mm]
+    return tuple(slice(None, None, step) for step in steps), np.array(spacing_mm) * steps
+
+
 def facts(volume: Volume, *, resampled: bool) -> dict[str, Any]:
     """What the sidecar says of an image that was read."""
     return {

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -50,13 +50,11 @@ class _Said(NamedTuple):
     """What the text at a file's beginning says.
 
     Attributes:
-        fields: in lower case → value.
         end: the byte where the voxels begin.
         packed: whether they are packed.
         placed: whether it says where the image lies.
     """
 
-    fields: Mapping[str, str]
     end: int
     packed: bool
     placed: bool
@@ -150,7 +148,7 @@ def _nrrd(path: Path, start: bytes) -> _Said:
     if units - {"mm"}:
         raise refused(path, "E_FORMAT", f"its positions are in {', '.join(sorted(units))}, expected mm", _RESAVE)
     placed = bool(_OF_A_PATIENT.match(fields.get("space", "").removesuffix("-time"))) and "space origin" in fields
-    return _Said(fields, ends.end(), encoding != "raw", placed)
+    return _Said(ends.end(), encoding != "raw", placed)
 
 
 def _metaimage(path: Path, start: bytes) -> _Said:
@@ -162,7 +160,7 @@ def _metaimage(path: Path, start: bytes) -> _Said:
     pairs = (line.split("=", 1) for line in start[: ends.start()].decode("latin-1").splitlines() if "=" in line)
     fields = {key.strip().lower(): value.strip() for key, value in pairs}
     placed = bool(fields.keys() & {"offset", "position", "origin"})
-    return _Said(fields, ends.end(), fields.get("compresseddata", "").lower() == "true", placed)
+    return _Said(ends.end(), fields.get("compresseddata", "").lower() == "true", placed)
 
 
 def _check_voxels(path: Path, file: BinaryIO, said: _Said, promised: int) -> None:

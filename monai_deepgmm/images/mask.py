@@ -14,7 +14,7 @@ from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import background, grid, image_file, mask_examination
 from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.volume import Volume
-from monai_deepgmm.localisation import brain, network_mask, ventricle
+from monai_deepgmm.localisation import brain, network_mask, probable_mask, ventricle
 from monai_deepgmm.patients.study import MaskModel, Study
 from monai_deepgmm.protocol import Protocol
 
@@ -92,7 +92,7 @@ def read(
 def _found(
     protocol: Protocol, sequences: tuple[str, ...], reference: Volume, image: NDArray[np.floating[Any]]
 ) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
-    found: ventricle.Found | brain.Found
+    found: ventricle.Found | probable_mask.Found
     if protocol.mask_finder == "brain":
         if (stripped := background.stripped(reference, sequences[0], protocol)) is not None:
             note = f"W_MASK_AUTO: {reference.name} is stripped already: the mask is its {stripped.rule}"

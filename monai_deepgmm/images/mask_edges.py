@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
+from monai_deepgmm.images import grid
 from monai_deepgmm.images.mask_examination import ENOUGH, planes
 from monai_deepgmm.protocol import Protocol
 
@@ -68,9 +69,8 @@ def edges(image: Singles, mask: Bools, spacing_mm: tuple[float, ...], axis: int,
         stack = np.moveaxis(image, axis + 1, 1)
         parts = [(stack[:, k], plane) for k, plane in planes(mask, axis) if plane.sum() >= ENOUGH]
     else:
-        steps = [max(1, round(COARSE_MM / s)) for s in spacing_mm]
-        thinned = tuple(slice(None, None, step) for step in steps)
-        spacing, parts = np.array(spacing_mm) * steps, [(image[(slice(None), *thinned)], mask[thinned])]
+        thinned, spacing = grid.thinned(spacing_mm, COARSE_MM)
+        parts = [(image[(slice(None), *thinned)], mask[thinned])]
     with np.errstate(invalid="ignore", divide="ignore"):
         profiles = np.array([_profile(values, part, spacing) for values, part in parts])
     profiles = profiles[np.isfinite(profiles).all(1)] if len(profiles) else profiles

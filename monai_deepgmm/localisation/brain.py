@@ -6,30 +6,20 @@ Only its network and its clean-up are used; it reads and writes no file here, an
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
+from monai_deepgmm.localisation import probable_mask
+from monai_deepgmm.localisation.probable_mask import Found
 
 #: What a message tells to type.
 PIP = "pip install 'monai-deepgmm[brain-mask]'"
 #: From this probability on a voxel is brain.
 LEAST = 0.5
-
-
-class Found(NamedTuple):
-    """The brain of a patient.
-
-    Attributes:
-        mask: ``(X, Y, Z)`` bool.
-        confidence: the mean probability inside it; 0 where there is none.
-    """
-
-    mask: NDArray[np.bool_]
-    confidence: float
 
 
 def find(image: NDArray[np.floating[Any]], affine: NDArray[np.float64]) -> Found:
@@ -51,8 +41,7 @@ def find(image: NDArray[np.floating[Any]], affine: NDArray[np.float64]) -> Found
     except (AssertionError, ValueError, RuntimeError):  # no foreground, nothing that looks like a brain
         return Found(np.zeros(image.shape, bool), 0.0)
     back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], turn)
-    found, probability = (nib.orientations.apply_orientation(a, back) for a in (mask > 0, sure))
-    return Found(found, float(probability[found].mean()) if found.any() else 0.0)
+    return probable_mask.found(*(nib.orientations.apply_orientation(a, back) for a in (mask > 0, sure)))
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
-from monai_deepgmm.localisation import segmentation_bundle
+from monai_deepgmm.localisation import probable_mask, segmentation_bundle
+from monai_deepgmm.localisation.probable_mask import Found
 from monai_deepgmm.patients.study import MaskModel
 
 if TYPE_CHECKING:
@@ -18,18 +19,6 @@ if TYPE_CHECKING:
 
 #: What messages suggest.
 REMEDY = "Use another bundle, or draw the mask and give it as a file"
-
-
-class Found(NamedTuple):
-    """A mask that a bundle found.
-
-    Attributes:
-        mask: ``(X, Y, Z)`` bool.
-        confidence: the mean probability of the chosen labels inside it; 0 where it is empty.
-    """
-
-    mask: NDArray[np.bool_]
-    confidence: float
 
 
 class _Parts(NamedTuple):
@@ -63,8 +52,7 @@ def find(model: MaskModel, image: NDArray[np.floating[Any]], affine: NDArray[np.
         told = f"the bundle {model.folder.name} cannot be run ({reason(error)})"
         raise StudyError("E_MODEL", told, REMEDY) from error
     back = np.argsort(order)
-    mask, probability = chosen[0].transpose(back), chosen[1].transpose(back)
-    return Found(mask, float(probability[mask].mean()) if mask.any() else 0.0)
+    return probable_mask.found(chosen[0].transpose(back), chosen[1].transpose(back))
 
 
 def _chosen(
