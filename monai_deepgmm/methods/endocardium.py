@@ -39,6 +39,8 @@ CLIP = 2.0
 SMOOTHNESS = 0.027
 #: How far the usual border is moved towards that of the neighbouring slices, smoothed over so many angles.
 NEIGHBOURS, ANGULAR_SD = 0.25, 4.0
+#: How far a patient's wall is as thick in each slice (1), and how far it is as large a share of the radius (0).
+SAME_THICKNESS = 0.5
 #: How often the border is sought; and from which time on the wall's bright share is taken from the last border.
 ROUNDS, INFORMED = 5, 2
 
@@ -114,7 +116,9 @@ def rings(
     ``m = (μ / τ² + Σ_i ρ̄_i / σ²) / (1 / τ² + n / σ²)``
 
     of n slices with mean radii ρ̄, τ and σ the anatomy's spread; moved some way (``NEIGHBOURS``) to what was found in
-    the neighbouring slices. The contrast of late enhancement is that of ``LateView``.
+    the neighbouring slices. In a slice whose outer border has the radius R_i, 1 − m and 1 − ρ̄ count ``√(R̄ / R_i)``
+    fold (``SAME_THICKNESS``): towards the apex the heart narrows sooner than its wall. The contrast of late
+    enhancement is that of ``LateView``.
 
     Args:
         image: ``(B, M, H, W)``; any scale.
@@ -133,9 +137,8 @@ def rings(
     late = anatomy.enhancement.sequence if anatomy.enhancement else None
     seen = LateView(_sampled(views, standard[:, sequences.index(late)]), views, slices) if late in sequences else None
     cells, rays = np.stack([v.weight for v in views]), np.array([v.ray for v in views])[:, None, None]
-    shape = (len(anatomies), len(views), ANGLES)
-    means = np.array([a.radius[0] for a in anatomies])[:, None, None]
-    usual = borders = np.broadcast_to(means, shape)
+    shape, thicker = (len(anatomies), len(views), ANGLES), _thicker(views, slices)
+    usual = borders = np.stack([_expected(a.radius[0], thicker) for a in anatomies])
     shares = np.full(shape, BRIGHT_IN_WALL)
     for number in range(ROUNDS):
         contrast = np.broadcast_to(plain, (*shape, RADII))
@@ -145,7 +148,7 @@ def rings(
             contrast = plain + np.stack([seen.contrast(b, s) for b, s in zip(borders, shares, strict=True)])
         gains = np.cumsum(contrast.clip(-CLIP, CLIP) * cells, -1) / rays
         borders = _border(gains, usual, anatomy.radius[1])
-        usual = np.stack([_usual(b, a, slices) for b, a in zip(borders, anatomies, strict=True)])
+        usual = np.stack([_usual(b, a, slices, thicker) for b, a in zip(borders, anatomies, strict=True)])
     outer, angle = np.stack([v.outer for v in views]), np.stack([v.angle for v in views])
     inside = [np.stack([v.within(b) for v, b in zip(views, found, strict=True)]) for found in borders]
     return [
@@ -165,16 +168,32 @@ def _border(gain: Array, usual: Array, sd: float) -> Array:
     return ENDS[smoothest(EVIDENCE * gain - penalty, 1 / (2 * (SMOOTHNESS * RADII) ** 2))]
 
 
-def _usual(borders: Array, anatomy: Anatomy, slices: tuple[int, ...]) -> Array:
+def _thicker(views: Sequence[PolarView], slices: tuple[int, ...]) -> Array:
+    """How much larger a share of the radius the wall is in each slice of a patient than on average ``(B, 1)``."""
+    size = np.array([v.outer.mean() for v in views])[:, None]
+    if not slices:
+        return np.ones_like(size)
+    more: Array = (size.mean() / np.maximum(size, 1e-9)) ** SAME_THICKNESS
+    return more
+
+
+def _expected(mean: float, thicker: Array) -> Array:
+    """The border that a mean radius lets expect in each slice ``(B, ANGLES)``."""
+    return np.broadcast_to(1 - (1 - mean) * thicker, (len(thicker), ANGLES))
+
+
+def _usual(borders: Array, anatomy: Anatomy, slices: tuple[int, ...], thicker: Array) -> Array:
     """The usual border of each image ``(B, ANGLES)`` after what was found in all of them."""
     mean, (between, within) = anatomy.radius[0], anatomy.spread
     if not slices:
         return np.full(borders.shape, mean)
-    found = (mean / between**2 + borders.mean(1).sum() / within**2) / (1 / between**2 + len(borders) / within**2)
-    usual = np.full(borders.shape, found)
+    own = 1 - (1 - borders.mean(1)) / thicker[:, 0]
+    found = (mean / between**2 + own.sum() / within**2) / (1 / between**2 + len(borders) / within**2)
+    expected = _expected(found, thicker)
+    usual = expected.copy()
     for i in range(len(borders)):
         if near := blood_pool_scale.beside(slices, i):
-            moved = (borders[near] - found).mean(0)
+            moved = (borders[near] - expected[near]).mean(0)
             usual[i] += NEIGHBOURS * gaussian_filter1d(moved, ANGULAR_SD, mode="wrap")
     return usual
 

@@ -5,7 +5,9 @@ a voxel's brightness is its share of scar (expectation-weighted, JCMR 18:27, ins
 deviations). Whether a place shines more than noise makes it: a local log-likelihood ratio. And whether the patient has
 scar at all, which the wall as a whole tells.
 
-A voxel at one of the wall's borders is partly blood, fat or lung; it counts for less the closer it lies to one.
+An infarct begins at the endocardium and grows outwards, so that the wall's outer third tells nothing by itself: what is
+bright there alone is fat, or the right ventricle. A voxel at one of the wall's borders is partly blood, fat or lung; it
+counts for less the closer it lies to one.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ NOISE_QUANTILE = 0.84
 #: Scar's own level is this quantile of what is brighter than half of it, drawn to the blood pool's as if this share of
 #: the wall had shown it; half of it is at least this bright.
 SCAR_QUANTILE, SCAR_PRIOR, LEAST_HALF = 0.75, 0.1, 0.3
-#: The share of the wall that must show evidence.
+#: Infarcts begin at the endocardium (Reimer and Jennings' wave front): so much of the wall's depth holds one that is
+#: there. What lies beyond may be fat, or the right ventricle's blood.
+INNER_DEPTH = 2 / 3
+#: The share of the inner wall that must show evidence.
 SHARE_WITH_EVIDENCE = 0.05
 #: Otsu's share of the variance between two classes is this for a single Gaussian; more means that there are two.
 ONE_CLASS = 2 / np.pi
@@ -55,14 +60,16 @@ class Enhancement(NamedTuple):
     Attributes:
         fraction: of each voxel that is scar, 0 to 1 ``(B, H, W)``; 0 outside the wall.
         evidence: the local log-likelihood ratio of faint scar against none ``(B, H, W)``; −∞ outside the wall.
+        inner: the wall's inner two thirds ``(B, H, W)``.
         level: how bright the patient's scar is on the blood pool's scale.
-        found: the log-likelihood ratio that a twentieth of the wall exceeds.
+        found: the log-likelihood ratio that a twentieth of the inner wall exceeds.
         separation: Otsu's share of the variance between two classes of the wall's brightness, 0 to 1.
         present: whether the patient has scar.
     """
 
     fraction: Array
     evidence: Array
+    inner: Mask
     level: float
     found: float
     separation: float
@@ -82,7 +89,7 @@ def measure(
 
     A voxel's evidence is ``ℓ = δ (x − δ/2) / σ²``: x its brightness on the blood pool's scale, δ = ``FAINT``, σ the
     blood's standard deviation on that scale. A patient has scar when ℓ, averaged locally with the wall's median as its
-    healthy level, exceeds the threshold in a twentieth of the wall, or when the wall's brightness falls into two
+    healthy level, exceeds the threshold in a twentieth of the inner wall, or when that one's brightness falls into two
     classes: no single Gaussian has more than 2/π of its variance between two, and classes closer than δ/2 are noise.
 
     Args:
@@ -97,7 +104,7 @@ def measure(
         What was found; None where blood is not brighter than the wall, so that nothing can be said.
     """
     wall, spacing = mask & ~inside, np.asarray(spacing_mm, dtype=float)
-    weights = _rim_weights(mask, inside, wall, spacing)
+    weights, inner = _rim(mask, inside, spacing)
     blood, noise = _blood(image, inside)
     quantiles = [_level(i, w, 0.5) for i, w in zip(image, wall, strict=True)]
     cautious = blood_pool_scale.scale(np.array(quantiles), blood)
@@ -112,12 +119,13 @@ def measure(
     around = Neighbourhood.of(image, weights, EVIDENCE_MM, spacing)
     # Where half of the wall is as bright as blood, its median is not healthy.
     local = _evidence(around, cautious or scale, noise, slices)
-    found = float(np.quantile(local[wall], 1 - SHARE_WITH_EVIDENCE))
-    separation, apart = _separation(brightness[weights > CORE_WEIGHT])
+    found = float(np.quantile(local[inner if inner.any() else wall], 1 - SHARE_WITH_EVIDENCE))
+    separation, apart = _separation(brightness[(weights > CORE_WEIGHT) & inner])
     evidence = _evidence(around, scale, noise, slices)
     return Enhancement(
         fraction=np.where(wall, (brightness / level).clip(0, 1), 0),
         evidence=np.where(wall, evidence, -np.inf),
+        inner=inner,
         level=level,
         found=found,
         separation=separation,
@@ -148,16 +156,26 @@ class Neighbourhood(NamedTuple):
         return mean
 
 
-def _rim_weights(mask: Mask, inside: Mask, wall: Mask, spacing: Array) -> Array:
-    """What each voxel counts: less towards the borders of the wall ``(B, H, W)``, 0 outside it."""
+def _rim(mask: Mask, inside: Mask, spacing: Array) -> tuple[Array, Mask]:
+    """What each voxel counts, less towards the borders of the wall, 0 outside it; and the inner wall ``(B, H, W)``."""
     half = spacing.min() / 2  # from a voxel's centre to its border
-    weights = wall.astype(float)
-    for one, whole, cavity in zip(weights, mask, inside, strict=True):
-        for place in (whole, ~cavity):
-            if not place.all():
-                depth = distance_transform_edt(place, sampling=spacing)
-                one *= ((depth - half) / RIM_MM).clip(RIM_WEIGHT, 1)
-    return weights
+    wall = mask & ~inside
+    weights, inner = wall.astype(float), wall.copy()
+    for one, within, whole, cavity in zip(weights, inner, mask, inside, strict=True):
+        outwards, inwards = (_depth(place, spacing) - half for place in (whole, ~cavity))
+        for depth in (outwards, inwards):
+            one *= (depth / RIM_MM).clip(RIM_WEIGHT, 1)
+        if cavity.any():
+            within &= (1 - INNER_DEPTH) * inwards < INNER_DEPTH * outwards
+    return weights, inner
+
+
+def _depth(place: Mask, spacing: Array) -> Array:
+    """How far each voxel lies from the outside of a place ``(H, W)``, in mm; no end where there is none."""
+    if place.all():
+        return np.full(place.shape, np.inf)
+    depth: Array = distance_transform_edt(place, sampling=spacing)
+    return depth
 
 
 def _blood(image: Array, inside: Mask) -> tuple[Array, Array]:
