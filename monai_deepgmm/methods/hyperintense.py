@@ -4,8 +4,8 @@ A healthy brain has none and a sick one may have a hundredth of its volume, so t
 with them. They are found when the healthy tissues are known, as regions: somewhere far brighter than the brightest
 healthy tissue; as far as half the height above the tissue around them, which is where a blurred border lies; and amid
 that tissue, since bright cortex is not (Schmidt et al. 2012 grow lesions from such seeds). Cortex may be as bright on
-FLAIR as lesions are, but is less so on T2, so that the two together tell more. How bright healthy tissue is differs from
-place to place (the brain stem, shading): what counts is how much brighter than the healthy tissue around it.
+FLAIR as lesions are, but is less so on T2, so that both tell more. Healthy tissue is brighter in some places
+than in others (the brain stem, shading): by how much is taken off first.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from monai_deepgmm.protocol import Hyperintense, Tissue
 SMOOTHING = 0.7
 #: A region has at least so many seeds, grows by so many voxels at most, and is surrounded by so many.
 LEAST_VOXELS, GROWTH, SHELL = 3, 8, 2
-#: The neighbourhood whose healthy tissue says what is usual there: a Gaussian's standard deviation, in mm. What is healthy
-#: lies within so many standard deviations of that tissue, and so many voxels away from what is too bright.
+#: The neighbourhood whose healthy tissue says what is usual there: a Gaussian's standard deviation, in mm. What is
+#: healthy lies within so many standard deviations of that tissue, and so many voxels away from what is too bright.
 LOCAL_MM, USUAL, APART = 4.0, 2.0, 2
 #: Where the neighbourhood holds less of it than this share, nothing is known of the place.
 FAR = 1e-3

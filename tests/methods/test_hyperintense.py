@@ -58,7 +58,7 @@ def test_a_healthy_brain_has_none():
 
 
 def test_where_healthy_tissue_shines_little_is_taken_for_a_lesion():
-    """FLAIR shines around a place within the white matter, as in the brain stem: without a look around, 385 voxels are painted."""
+    """FLAIR shines around a place within the white matter: without a look around, 385 voxels are painted."""
     for lesion in (False, True):
         images, fit, ball = scene(lesion=lesion, cortex=False)
         square = (torch.arange(40) - 19.5).square()
