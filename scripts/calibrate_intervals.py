@@ -30,8 +30,6 @@ TABLE = Path(monai_deepgmm.results.__file__).parent / "interval_calibration.yaml
 #: Method → the protocol whose phantoms it is calibrated on.
 PROTOCOLS = {"anatomy": "infarct", "svgmm": "infarct", "gmm": "infarct", "cohort": "infarct", "pvgmm": "brain"}
 SEEDS = (100, 200)
-#: Percentiles that hold 90 % of further volumes too: with so few patients, those between are a little too narrow.
-PERCENTILES = (3.5, 96.5)
 
 
 class Volume(NamedTuple):
@@ -69,8 +67,14 @@ def volumes(method: str, seed: int, number: int, out: Path) -> dict[str, list[Vo
 
 
 def reaches(rows: Sequence[Volume]) -> tuple[float, float]:
-    """How far below and above a volume its interval must reach, in standard deviations."""
-    low, high = np.percentile([(r.reference_ml - r.found_ml) / r.sd_ml for r in rows], PERCENTILES)
+    """How far below and above a volume its interval must reach, in standard deviations.
+
+    Between the i-th and the j-th of n values lies a further one with probability (j − i) / (n + 1): of few values, more
+    must be held than of further ones.
+    """
+    outside = (1 - min(uncertainty.LEVEL * (len(rows) + 1) / max(len(rows) - 1, 1), 1)) / 2
+    values = [(r.reference_ml - r.found_ml) / r.sd_ml for r in rows]
+    low, high = np.quantile(values, (outside, 1 - outside))
     return round(float(low), 3), round(float(high), 3)
 
 
