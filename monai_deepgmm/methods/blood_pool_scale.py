@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 
 #: How far a slice's distance between wall and blood is drawn to its patient's.
 POOLED = 0.5

@@ -29,7 +29,7 @@ from monai_deepgmm.methods.naming import standardise
 from monai_deepgmm.methods.polar import ANGLES, ENDS, MIDDLES, RADII, PolarView
 from monai_deepgmm.protocol import Anatomy
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 
 #: How many independent voxels the contrast of one ray through the wall is worth: neighbours repeat each other.
 EVIDENCE = 10.0
@@ -249,8 +249,9 @@ class LateView:
             if near := blood_pool_scale.beside(self.slices, i):
                 found[:, i] = (smooth[:, i] + smooth[:, near].mean(1)) / 2
         limited: Array = found.clip(*BRIGHT_LIMITS)
-        unknown = np.isnan(x).all((1, 2, 3))[:, None, None]
-        return np.where(unknown, BRIGHT_IN_WALL, limited)
+        unknown = np.isnan(x).reshape(len(x), -1).all(1)
+        limited[unknown] = BRIGHT_IN_WALL
+        return limited
 
 
 def _normal(x: Array, mean: float, sd: float) -> Array:

@@ -19,8 +19,9 @@ from scipy.ndimage import gaussian_filter1d
 
 from monai_deepgmm.methods import blood_pool_scale
 from monai_deepgmm.methods.blood_pool_scale import Scale, beside
+from monai_deepgmm.methods.border_distance import border_distance
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 Mask = NDArray[np.bool_]
 
 #: A voxel counts fully when it lies so far from both borders, in mm; one at a border counts this little.
@@ -175,27 +176,11 @@ def _rim_weights(mask: Mask, insides: Mask, spacing: Array) -> Array:
         insides: what lies within each of V inner borders ``(V, B, H, W)``.
         spacing: of H and W.
     """
-    half = spacing.min() / 2  # from a voxel's centre to its border
-    outer, inner = (
-        ((_depth(place, RIM_MM + half, spacing) - half) / RIM_MM).clip(RIM_WEIGHT, 1) for place in (mask, ~insides)
-    )
-    return np.where(mask & ~insides, outer * inner, 0)
-
-
-def _depth(place: Mask, reach: float, spacing: Array) -> Array:
-    """How far each voxel of places ``(..., H, W)`` is from the nearest outside; what is farther than ``reach``: inf.
-
-    Exact, one axis after the other, and faster than a whole distance transform.
-    """
-    squared = np.where(place, np.inf, 0.0)
-    for axis, step in ((-2, spacing[0]), (-1, spacing[1])):
-        along = np.moveaxis(squared, axis, -1)
-        before = along.copy()
-        for n in range(1, min(int(reach / step), along.shape[-1] - 1) + 1):
-            far = before + (n * step) ** 2
-            np.minimum(along[..., n:], far[..., :-n], out=along[..., n:])
-            np.minimum(along[..., :-n], far[..., n:], out=along[..., :-n])
-    return np.sqrt(squared)
+    half = float(spacing.min()) / 2  # from a voxel's centre to its border
+    outer, inner = (border_distance(place, RIM_MM + half, spacing) for place in (mask, ~insides))
+    outer, inner = (((depth - half) / RIM_MM).clip(RIM_WEIGHT, 1) for depth in (outer, inner))
+    weights: Array = outer * inner * (mask & ~insides)
+    return weights
 
 
 def quantiles(values: Array, shares: tuple[float, ...]) -> list[float]:
@@ -246,7 +231,8 @@ def _healthy_scale(image: Array, smooth: Array, wall: Mask, levels: Array, blood
 def _blur(images: Array, sigma_mm: float, spacing: Array) -> Array:
     """Images ``(..., H, W)`` convolved with a Gaussian, as scipy does it, but by a matrix for each axis."""
     rows, columns = (
-        gaussian_filter1d(np.eye(n), sigma_mm / s, axis=0) for n, s in zip(images.shape[-2:], spacing, strict=True)
+        gaussian_filter1d(np.eye(n, dtype=images.dtype), sigma_mm / s, axis=0)
+        for n, s in zip(images.shape[-2:], spacing, strict=True)
     )
     blurred: Array = rows @ (images @ columns.T)
     return blurred

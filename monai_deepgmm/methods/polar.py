@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 Mask = NDArray[np.bool_]
 
 #: Angles around the centre, and radii from it to the outer border.
@@ -62,7 +62,7 @@ class PolarView(NamedTuple):
         return inside
 
 
-def interpolated(image: Array, points: Array, *, outside: float | None = None) -> Array:
+def interpolated(image: NDArray[np.floating], points: Array, *, outside: float | None = None) -> Array:
     """An image ``(H, W)`` at points ``(2, ...)`` in voxels, linearly; beyond it ``outside``, or its nearest voxel."""
     lasts = np.array(image.shape).reshape(2, *[1] * (points.ndim - 1)) - 1
     within = points.clip(0, lasts)

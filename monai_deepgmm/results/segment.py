@@ -65,13 +65,14 @@ def segment(
 
 def with_numbers(segmentation: Segmentation) -> Segmentation:
     """The segmentation with its numbers, and with what speaks against them in its sidecar and warnings."""
-    found = numbers(segmentation)
-    against = plausibility.findings(segmentation, found)
-    warnings = [*segmentation.warnings, *plausibility.about(segmentation, against), *coverage.about(segmentation)]
+    close = segmentation.cropped()
+    found = numbers(close)
+    against = plausibility.findings(close, found)
+    warnings = [*segmentation.warnings, *plausibility.about(close, against), *coverage.about(close)]
     told = {
         "warnings": warnings,
         "plausibility": plausibility.facts(against),
-        "coverage": coverage.facts(segmentation) | {"sequences": segmentation.sidecar.get("coverage")},
+        "coverage": coverage.facts(close) | {"sequences": segmentation.sidecar.get("coverage")},
     }
     sidecar = segmentation.sidecar | told
     return dataclasses.replace(segmentation, measured=found.as_row(), sidecar=sidecar, warnings=tuple(warnings))
