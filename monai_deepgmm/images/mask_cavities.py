@@ -65,8 +65,9 @@ def _second(values: Singles, plane: Bools, spacing_mm: Sequence[float]) -> float
     """The second largest bright pool (X, Y) over the largest, 0 where there is one alone."""
     margins = [math.ceil(REACH * SMOOTHING_MM / s) + 1 for s in spacing_mm]
     lines = [np.flatnonzero(plane.any(1 - axis)) for axis in (0, 1)]
-    ends = [(max(int(line[0]) - m, 0), int(line[-1]) + 1 + m) for line, m in zip(lines, margins, strict=True)]
-    values, plane = (part[tuple(slice(*pair) for pair in ends)] for part in (values, plane))
+    ends = [(max(int(a[0]) - m, 0), int(a[-1]) + 1 + m) for a, m in zip(lines, margins, strict=True)]
+    near = tuple(slice(*pair) for pair in ends)
+    values, plane = values[near], plane[near]
     smooth = gaussian_filter(values, [SMOOTHING_MM / s for s in spacing_mm], truncate=REACH)
     bright = plane & (smooth > otsu(smooth[plane]))
     numbered, count = label(distance_transform_edt(bright, sampling=spacing_mm) > RIM_MM)
