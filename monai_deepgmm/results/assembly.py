@@ -53,6 +53,8 @@ class Assembly(NamedTuple):
         Returns:
             ``(B, K, *S)``.
         """
+        if len(self.large) == len(self.image):  # a head is not worth copying
+            return fit.resp
         resp = fit.resp.new_zeros((len(self.image), *fit.resp.shape[1:]))
         resp[self.large] = fit.resp
         for index in self.small:
@@ -84,13 +86,17 @@ def assemble(
     regions = getattr(config.method, "finds_regions", False)
     tissues = (config.protocol.visible if regions else config.protocol.components)(sequences)
     channels = [prepared.scan.sequences.index(s) for s in sequences]
-    image, organ = crops.image[:, channels].to(config.device), crops.mask.to(config.device)
+    every = channels == list(range(len(prepared.scan.sequences)))  # a head is not worth copying
+    image, usable, zero = (
+        values if every else values[:, channels] for values in (crops.image, crops.measured, crops.zero)
+    )
+    image, organ, usable = (values.to(config.device) for values in (image, crops.mask, usable))
     known = _known(crops, channels)
     mask = organ if known is None else organ * known.to(organ)
     means = None if config.means is None else config.means.tensor(tissues, sequences)
     if means is None:
         # In slices of a small organ the signatures were chosen with everything inside the mask.
-        seen = None if crops.slices else crops.measured[:, channels].to(config.device)
+        seen = None if crops.slices else usable
         expected = naming.signature_map(image, organ, tissues, sequences, crops.spacing_mm, measured=seen)
         expected = expected if known is None else expected * mask
     else:
@@ -107,9 +113,9 @@ def assemble(
         crops.spacing_mm,
         tuple(crops.slices[int(i)] for i in large) if crops.slices else (),
         means,
-        crops.zero[large][:, channels],
+        zero[chosen],
         seed=config.seed,
-        measured=crops.measured[large][:, channels].to(config.device),
+        measured=usable[chosen],
         organ=None if known is None else organ[chosen],
     )
     if wall is None and images.slices and (config.presence or config.method.walled):
