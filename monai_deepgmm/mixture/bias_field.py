@@ -232,17 +232,14 @@ def _separate(voxels: Tensor, w: Tensor, means: Tensor, inverse: Tensor, g: Tens
 def _block(voxels: Tensor, w: Tensor, means: Tensor, precision: Tensor, g: Tensor) -> Tensor:
     """ω ``(B, M, J)`` for covariance matrices: sequences depend on each other, in one system of M·J unknowns."""
     n_images, n_sequences, n_terms = len(g), means.shape[-1], g.shape[1]
-    rows = []
-    for m in range(n_sequences):
-        row, right = [], g.new_zeros(n_images, n_terms)
-        for n in range(n_sequences):
-            j1 = torch.einsum("bkx,bk->bx", w, means[..., m] * precision[..., m, n] * means[..., n])
-            j2 = torch.einsum("bkx,bk->bx", w, means[..., m] * precision[..., m, n]) * voxels[:, n]
-            row.append((g * j1[:, None]) @ g.mT)
-            right = right + (g @ j2[..., None]).squeeze(-1)
-        rows.append((torch.stack(row, 2), right))  # (B, J, M, J), (B, J)
-    u = torch.stack([r for r, _ in rows], 1)
-    v = torch.stack([r for _, r in rows], 1)
+    products, seen = [], []  # of each tissue: Σ w g gᵀ (B, J, J), Σ w I gᵀ (B, M, J)
+    for share in w.unbind(1):
+        weighted = g * share[:, None]
+        products.append(weighted @ g.mT)
+        seen.append(voxels @ weighted.mT)
+    drawn = means[..., None] * precision  # μ_m P_mn
+    u = torch.einsum("bkmn,bkij->bminj", drawn * means[..., None, :], torch.stack(products, 1))
+    v = torch.einsum("bkmn,bknj->bmj", drawn, torch.stack(seen, 1))
     size = n_sequences * n_terms
     return _solved(u.reshape(n_images, size, size), v.reshape(n_images, size)).reshape(v.shape)
 
