@@ -39,7 +39,7 @@ COARSER = 6
 #: So many voxels next to the border of what was measured have no part in the fit.
 BORDER = 1
 #: So many voxels at a time, so that a whole head needs little memory.
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 #: The degree of the bias field's polynomials, and that of the first field, which must gain BIC.
 DEGREE, FIRST_DEGREE = 3, 2
 #: Voxels repeat each other: so wide a patch of tissue, in mm, counts as one observation in BIC.
@@ -88,7 +88,7 @@ def fit_partial_volume(
     Args:
         image: ``(B, M, *S)``.
         mask: ``(B, 1, *S)``; every image needs voxels inside.
-        start: where each tissue is expected ``(B, K, *S)``.
+        start: where each tissue is expected ``(B, K, *S)``, up to a factor of each voxel.
         spacing_mm: of the axes in ``*S``.
         model: the assumptions.
         measured: where each sequence was ``(B, M, *S)``, as 0 and 1; None: everywhere inside the mask.
@@ -246,7 +246,8 @@ def _alone(problem: _Problem, start: Tensor) -> _Found:
     # EM creeps, so the way is gone on a few voxels, and only its end on more.
     coarse = problem.lattice(max(model.voxels // COARSER, 1))
     step = problem.step(coarse)
-    begin = mixels.begin(step, coarse.voxels(start).float())
+    expected = coarse.voxels(start).float()
+    begin = mixels.begin(step, expected / expected.sum(1, keepdim=True).clamp_min(1e-12))
     found = mixels.run(step, *begin, None, stop)
     shaded = _likelier(step, [begin, (found.pure, found.weights)], coarse, problem.settings) if model.degree else None
     lattice = problem.lattice(model.voxels)
