@@ -227,14 +227,14 @@ def looks_swapped(
     """
     if len(sequences) == 1:
         return None
-    seen = mask.expand_as(image) if measured is None else measured.to(mask)
+    seen = mask.expand_as(image) if measured is None else measured
     step = max(1, round((mask.numel() / ENOUGH) ** (1 / len(spacing_mm)))) if mask.numel() > ENOUGH else 1
     thinned = (slice(None), slice(None), *[slice(None, None, step)] * len(spacing_mm))
     if mask[thinned].any():
         image, mask, seen = image[thinned], mask[thinned], seen[thinned]
     else:  # a mask so thin that it falls between them
         step = 1
-    where = mask[:, 0] > 0
+    where, seen = mask[:, 0] > 0, seen.to(mask)
     z, seen, depth = _inside(image, mask, seen, where, tissues, tuple(step * s for s in spacing_mm))
     orders = [sequences, *(order for order in permutations(sequences) if order != sequences)]
     given, *rivals = (-_log_expected(z, seen, depth, tissues, orders).logsumexp(1).mean(1)).tolist()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.mixture import bias_field, mixel_statistics
-from monai_deepgmm.mixture.gaussian import Mixture, floored_matrices
+from monai_deepgmm.mixture.gaussian import Mixture, floored_matrices, log_density
 from monai_deepgmm.mixture.mixel_statistics import MixelStatistics, Moments, Pattern, patterns
 
 #: Into how many equal parts the share u is cut; a node lies in the middle of each.
@@ -126,6 +126,8 @@ def nodes(pure: Mixture, weights: Tensor, fractions: Tensor) -> Mixture:
 
 def marginal_density(observed: Observed, mixture: Mixture) -> Tensor:
     """Log p of what was measured in each voxel under each component ``(1, N, V)``; 0 where nothing was."""
+    if mixture.field is None and mixture.covariances.ndim == 3 and bool(observed.measured.all()):
+        return log_density(observed.values, mixture)
     values, measured = observed.values[0], observed.measured[0]
     field = None if mixture.field is None else mixture.field[0]
     centre = mixture.means[0].mean(0)
@@ -146,7 +148,9 @@ def broad(observed: Observed) -> Mixture:
 
 def contaminated(inlying: Tensor, outlying: Tensor, outliers: float) -> Tensor:
     """``log((1 − ε) p + ε p₀)`` from log p ``(1, N, V)`` and log p₀ ``(1, 1, V)``."""
-    return torch.logaddexp(math.log1p(-outliers) + inlying, math.log(outliers) + outlying)
+    inlying, outlying = inlying + math.log1p(-outliers), outlying + math.log(outliers)
+    peak = torch.maximum(inlying, outlying)
+    return inlying.sub_(outlying).abs_().neg_().exp_().log1p_().add_(peak)  # torch.logaddexp takes five times as long
 
 
 # M-step ----------------------------------------------------------------------------------------------------------

@@ -192,6 +192,7 @@ def _on_source_grid(
         intervals=_intervals(labels, elsewhere, inside, first, config),
         entropy=float(uncertainty.entropy(inside).mean()),
     )
+    del inside  # of a head it is large
     fields = _fields(outcome.fit, main, assembly)
     warnings = (*scan.warnings, *notes.about(main, assembly, outcome, config))
     scanned = scan.image if prepared.fields is None else scan.image * prepared.fields
@@ -261,9 +262,10 @@ def _fields(fit: Fit, prepared: Prepared, assembly: Assembly) -> dict[str, NDArr
         return dict(zip(prepared.scan.sequences, prepared.fields, strict=True))
     if fit.mixture.field is None:
         return {}
-    crops = prepared.crops
-    above = torch.zeros(len(crops.image), *fit.mixture.field.shape[1:], dtype=crops.mask.dtype)
-    above[assembly.large] = fit.mixture.field.to(above) - 1
-    fields = crops.restore(above)
-    fields += 1
-    return dict(zip(assembly.images.sequences, fields, strict=True))
+    crops, found = prepared.crops, {}
+    for sequence, field in zip(assembly.images.sequences, torch.split(fit.mixture.field, 1, 1), strict=True):
+        above = torch.zeros(len(crops.image), *field.shape[1:], dtype=crops.mask.dtype)
+        above[assembly.large] = field.to(above) - 1
+        found[sequence] = crops.restore(above)[0]
+        found[sequence] += 1
+    return found
