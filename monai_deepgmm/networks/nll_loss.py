@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_shares, m_step, masked_mean, nll
 from monai_deepgmm.mixture.statistics import estimate
-from monai_deepgmm.networks.likelihood import likelihood, voxels
+from monai_deepgmm.networks.likelihood import Voxels, likelihood, voxels
 from monai_deepgmm.networks.registry import finest
 
 #: A regulariser r(Π, μ, Σ): ``(mixture, resp, image, mask)`` → a scalar.
@@ -67,30 +67,35 @@ class MixtureNLL(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """``(B, K, *S)`` and ``(B, M + 1, *S)`` → a scalar: the mean over the images, and the terms."""
         with torch.autocast(logits.device.type, enabled=False):
-            logits, image, mask = parts(logits, target)
-            values, found = self.each(logits, image, mask)
-            loss = values.mean()
-            if self.terms:
-                resp = logits.softmax(1)
-                mixture = found()._replace(weights=resp) if self.spatial else found()
-                for weight, regulariser in self.terms:
-                    loss = loss + weight * regulariser(mixture, resp, image, mask)
-        return loss
+            return self.both(*parts(logits, target))[0]
 
-    def each(self, logits: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[], Mixture]]:
-        """The NLL of each image ``(B,)``, 0 where the mask is empty, and what gives the mixture, with one π per image.
+    def both(
+        self, logits: Tensor, image: Tensor, mask: Tensor, seen: Voxels | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the NLL of each image ``(B,)``, which is 0 where the mask is empty.
 
-        Both are differentiable in the logits, once.
+        They are differentiable in the logits, once; ``seen`` is what ``voxels`` makes of the image and the mask.
         """
-        seen = voxels(image, mask, self.covariance, self.floor)
+        seen = seen or self.voxels(image, mask)
         values, found = likelihood(logits, seen, "nll_v" if self.spatial else "nll")
-        if (found[..., -1] > 0).all():
-            return values, lambda: seen.statistics.original(estimate(found, seen.statistics, seen.floor))
-        # The mean of a component without any voxel is 0 on the image's own scale, where no subtraction cancels.
-        log_resp = logits.log_softmax(1)
-        mixture = m_step(image, log_resp.exp(), mask, covariance=self.covariance, floor=self.floor)
-        log_weights = log_resp if self.spatial else log_shares(log_resp, mask)
-        return nll(image, mask, mixture, log_weights), lambda: mixture
+        mixture = None
+        if not (found[..., -1] > 0).all():
+            # The mean of a component without any voxel is 0 on the image's own scale, where no subtraction cancels.
+            log_resp = logits.log_softmax(1)
+            mixture = m_step(image, log_resp.exp(), mask, covariance=self.covariance, floor=self.floor)
+            values = nll(image, mask, mixture, log_resp if self.spatial else log_shares(log_resp, mask))
+        loss = values.mean()
+        if self.terms:
+            resp = logits.softmax(1)
+            mixture = mixture or seen.statistics.original(estimate(found, seen.statistics, seen.floor))
+            mixture = mixture._replace(weights=resp) if self.spatial else mixture
+            for weight, regulariser in self.terms:
+                loss = loss + weight * regulariser(mixture, resp, image, mask)
+        return loss, values
+
+    def voxels(self, image: Tensor, mask: Tensor) -> Voxels:
+        """What the loss looks at of images, the same in every step."""
+        return voxels(image, mask, self.covariance, self.floor)
 
     def mixture(self, image: Tensor, resp: Tensor, mask: Tensor) -> Mixture:
         """The M-step from the network's output (S Alg. 3 lines 3 and 6)."""
