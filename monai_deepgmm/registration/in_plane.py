@@ -32,7 +32,7 @@ FAR_MM, WEIGHT, ROUNDS = 40.0, 1.2, 2
 AVERAGED_MM = 1.0
 #: A slice is moved if its agreement gains so much; or if its sequence gains so much in all slices together and the
 #: slice itself so much.
-SLICE_GAIN, SEQUENCE_GAIN, LEAST_GAIN = 0.15, 0.095, 0.01
+SLICE_GAIN, SEQUENCE_GAIN, LEAST_GAIN = 0.18, 0.095, 0.01
 
 
 class Shift(NamedTuple):
