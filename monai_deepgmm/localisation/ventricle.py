@@ -16,8 +16,9 @@ from monai_deepgmm.protocol import Protocol
 
 Array = NDArray[np.floating[Any]]
 
-#: What the contours' fit counts beside that of the rings, up to what; and a fit that ends the search.
-FIT_WEIGHT, MOST_FIT, GOOD_FIT = 0.5, 4.0, 5.5
+#: What the contours' fits count beside that of the rings, and up to what: any bright pool in the dark has a good inner
+#: contour, but nothing around its wall; and a fit of both that ends the search.
+INNER_WEIGHT, MOST_INNER, OUTER_WEIGHT, MOST_OUTER, GOOD_FIT = 0.25, 3.0, 0.7, 2.0, 5.5
 #: The usual radius of the cavity where it is widest, in mm; less than that speaks against a place, by the standard
 #: deviation of its logarithm.
 USUAL_WIDTH_MM, WIDTH_SD = 22.0, 0.25
@@ -29,7 +30,7 @@ LEAST_SLICE_FIT, LEAST_SLICE_SHARE = 0.8, 0.45
 HALF_FIT, SOFTNESS = 2.15, 0.5
 #: How far away another place begins, in mm. The confidence is halved where one is behind by this little, in the same
 #: units, with this softness.
-ELSEWHERE_MM, HALF_MARGIN, MARGIN_SOFTNESS = 25.0, 0.2, 0.1
+ELSEWHERE_MM, HALF_MARGIN, MARGIN_SOFTNESS = 25.0, 0.1, 0.2
 
 
 class Found(NamedTuple):
@@ -86,9 +87,7 @@ def find(
     tried: list[tuple[float, Candidate, Contours]] = []
     for place in annulus.candidates(stack, contrast, in_plane):
         found = contours.around(stack, place, np.asarray(even, bool))
-        tried.append(
-            (place.score + FIT_WEIGHT * min(float(found.fit.mean()), MOST_FIT) - _too_small(found), place, found)
-        )
+        tried.append((_rank(place, found), place, found))
         if found.fit.mean() > GOOD_FIT:
             break
     if not tried:
@@ -106,6 +105,13 @@ def find(
         if np.hypot(*((elsewhere.centres.mean(0) - middle) * in_plane)) > ELSEWHERE_MM:
             confidence *= float(expit((rank - other - HALF_MARGIN) / MARGIN_SOFTNESS))
     return Found(np.moveaxis(mask, 2, axis), confidence, centres)
+
+
+def _rank(place: Candidate, found: Contours) -> float:
+    """What speaks for a place."""
+    inner, outer = float(found.inner_fit.mean()), float(found.outer_fit.mean())
+    fits = INNER_WEIGHT * min(inner, MOST_INNER) + OUTER_WEIGHT * min(outer, MOST_OUTER)
+    return place.score + fits - _too_small(found)
 
 
 def _too_small(found: Contours) -> float:
