@@ -87,7 +87,7 @@ def find(
     tried: list[tuple[float, Candidate, Contours]] = []
     for place in annulus.candidates(stack, contrast, in_plane):
         found = contours.around(stack, place, np.asarray(even, bool))
-        tried.append((_rank(place, found), place, found))
+        tried.append((rank(place, found), place, found))
         if found.fit.mean() > GOOD_FIT:
             break
     if not tried:
@@ -107,8 +107,16 @@ def find(
     return Found(np.moveaxis(mask, 2, axis), confidence, centres)
 
 
-def _rank(place: Candidate, found: Contours) -> float:
-    """What speaks for a place."""
+def rank(place: Candidate, found: Contours) -> float:
+    """What speaks for a place.
+
+    Args:
+        place: where rings fit, and how well.
+        found: the contours there.
+
+    Returns:
+        The sum of what rings and both contours say, each up to a limit, less what speaks against a narrow cavity.
+    """
     inner, outer = float(found.inner_fit.mean()), float(found.outer_fit.mean())
     fits = INNER_WEIGHT * min(inner, MOST_INNER) + OUTER_WEIGHT * min(outer, MOST_OUTER)
     return place.score + fits - _too_small(found)
