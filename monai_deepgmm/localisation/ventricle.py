@@ -92,7 +92,7 @@ def find(
             break
     if not tried:
         return Found(np.zeros(image.shape[1:], bool), 0.0, np.zeros((0, 3)))
-    rank, place, found = max(tried, key=lambda one: one[0])
+    best, place, found = max(tried, key=lambda one: one[0])
     found = contours.settled(stack, place, found, np.asarray(even, bool))
     held = _held(found.fit, LEAST_SLICE_SHARE if len(stack) > 1 else 0.0)
     mask = polar_grid.enclosed(found.outer_mm, found.centres, place.spacing_mm, stack.shape[1:3]) & held
@@ -103,7 +103,7 @@ def find(
     middle = found.centres.mean(0)
     for other, _, elsewhere in tried:
         if np.hypot(*((elsewhere.centres.mean(0) - middle) * in_plane)) > ELSEWHERE_MM:
-            confidence *= float(expit((rank - other - HALF_MARGIN) / MARGIN_SOFTNESS))
+            confidence *= float(expit((best - other - HALF_MARGIN) / MARGIN_SOFTNESS))
     return Found(np.moveaxis(mask, 2, axis), confidence, centres)
 
 
