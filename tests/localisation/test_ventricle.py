@@ -90,6 +90,6 @@ def test_a_bright_pool_with_nothing_around_its_wall_comes_behind_a_heart():
         return ventricle.rank(place, Contours(place.centres, radii, radii + 10, *fits))
 
     heart = rank(0.74, 1.93, 1.15)
-    assert rank(0.87, 3.33, 0.37) < heart  # as a gall bladder and a faint heart on one patient's late enhancement
+    assert rank(0.87, 3.33, 0.37) < heart  # as seen on one patient's late enhancement
     assert rank(0.87, 9.0, 0.37) < heart
     assert rank(0.74, 1.93, 1.15, radius_mm=12.0) < heart
