@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import benchmark_peers as peers
+from benchmark_children import counted_children
 from runner import Facts
 
 #: What is timed; it says what came of it: ``came`` in words, ``objective`` where the sides must agree on one.
@@ -288,11 +288,9 @@ def command(size: Size) -> Sides:
         heart.write_cohort(folder / str(number), number, seed=0)
 
     def run(*words: str) -> Facts:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-m", "monai_deepgmm", *words], capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return {"came": f"exit code {done.returncode}", "spent": spent}
+        with counted_children() as used:
+            done = subprocess.run([sys.executable, "-m", "monai_deepgmm", *words], capture_output=True, check=True)
+        return {"came": f"exit code {done.returncode}", **used}
 
     def segment(number: int, jobs: int) -> Facts:
         with tempfile.TemporaryDirectory() as out:

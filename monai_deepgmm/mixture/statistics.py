@@ -69,7 +69,8 @@ def of_standardised(x: Tensor, mask: Tensor, covariance: Covariance) -> Statisti
     one = torch.arange(x.shape[1], device=x.device)
     matrix = covariance in ("full", "tied")
     i, j = torch.triu_indices(len(one), len(one), device=x.device) if matrix else (one, one)
-    features = torch.cat([x[:, i] * x[:, j], x, mask.to(x.dtype)], 1)
+    squares = x[:, i] * x[:, j] if matrix else x.square()
+    features = torch.cat([squares, x, mask.to(x.dtype)], 1)
     nowhere = x.new_zeros(x.shape[:2])
     return Statistics(features, nowhere, nowhere + 1, covariance, (i, j))
 
