@@ -17,6 +17,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -110,9 +112,7 @@ def _pooled(studies: Sequence[Study], process: Step, jobs: int) -> Rows:
     """Rows as they come, until all are there or a process has died."""
     if not studies:
         return
-    # Forking a process that runs torch's threads can hang; a fresh interpreter cannot.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(studies)), mp_context=context, initializer=_quiet_worker)
+    pool = ProcessPoolExecutor(min(jobs, len(studies)), mp_context=_context(), initializer=_quiet_worker)
     try:
         for future in as_completed([pool.submit(process, study) for study in studies]):
             yield future.result()
@@ -120,6 +120,19 @@ def _pooled(studies: Sequence[Study], process: Step, jobs: int) -> Rows:
         logger.warning("a worker process died (out of memory, or killed); patients without a result are tried again")
     finally:
         _stop(pool)
+
+
+def _context() -> BaseContext:
+    """Workers are forked from one process that has imported everything and run nothing; where there is none, spawned.
+
+    Forking a process that runs torch's threads can hang.
+    """
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        forkserver.set_forkserver_preload(["monai_deepgmm.batch"])
+        with suppress(OSError):  # no place for its socket: a system's paths may be too long, or its disk know none
+            forkserver.ensure_running()
+            return multiprocessing.get_context("forkserver")
+    return multiprocessing.get_context("spawn")
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:

@@ -23,6 +23,7 @@ from monai_deepgmm.protocol import Tissue
 from monai_deepgmm.results import mosaic
 from monai_deepgmm.results.greys import grey_range
 from monai_deepgmm.results.segmentation import Segmentation
+from monai_deepgmm.results.tiles import MASK_COLOR, grey_tile, outlined, painted, palette, resized
 
 #: A tile's side, the gap between tiles, and the height of the headings and of the legend.
 TILE_PX, GAP_PX, HEAD_PX, LEGEND_PX = 296, 8, 40, 50
@@ -55,10 +56,10 @@ def draw(found: Segmentation) -> Image.Image:
     greys = []
     for image in found.images.values():
         plane = view.upright(image)[k][box]
-        greys.append(mosaic.grey_tile(plane, grey_range(plane[mask > 0]), size))
-    outline = mosaic.resized(mask, size)
-    labels = mosaic.resized(view.upright(found.labels)[k][box], size)
-    tiles = [*(mosaic.outlined(grey, outline) for grey in greys), mosaic.painted(greys[0], labels, found.tissues)]
+        greys.append(grey_tile(plane, grey_range(plane[mask > 0]), size))
+    outline = resized(mask, size)
+    labels = resized(view.upright(found.labels)[k][box], size)
+    tiles = [*(outlined(grey, outline) for grey in greys), painted(greys[0], labels, found.tissues)]
     return composed(tiles, [*found.images, "tissues found"], found.tissues)
 
 
@@ -71,7 +72,7 @@ def composed(tiles: Sequence[np.ndarray], names: Sequence[str], tissues: Sequenc
         left = GAP_PX + k * (TILE_PX + GAP_PX)
         canvas.paste(Image.fromarray(tile), (left, HEAD_PX))
         pen.text((left + TILE_PX / 2, HEAD_PX / 2), name, fill=INK, font=font, anchor="mm")
-    entries = [*((t.name, t.color) for t in tissues), ("mask", "#{:02x}{:02x}{:02x}".format(*mosaic.MASK_COLOR))]
+    entries = [*((t.name, t.color) for t in tissues), ("mask", "#{:02x}{:02x}{:02x}".format(*MASK_COLOR))]
     side, middle = 18, HEAD_PX + TILE_PX + LEGEND_PX / 2
     widths = [side + 10 + pen.textlength(name, font=font) + 34 for name, _ in entries]
     left = (width - sum(widths) + 34) / 2
@@ -83,7 +84,7 @@ def composed(tiles: Sequence[np.ndarray], names: Sequence[str], tissues: Sequenc
             pen.rectangle(square, fill=ImageColor.getrgb(color))
         pen.text((left + side + 10, middle), name, fill=INK, font=font, anchor="lm")
         left += step
-    return canvas.quantize(palette=mosaic.palette(tissues), dither=Image.Dither.NONE)
+    return canvas.quantize(palette=palette(tissues), dither=Image.Dither.NONE)
 
 
 if __name__ == "__main__":

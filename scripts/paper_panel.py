@@ -15,6 +15,7 @@ from monai_deepgmm.images import loading
 from monai_deepgmm.patients.study import Cohort
 from monai_deepgmm.results import metrics, mosaic
 from monai_deepgmm.results.greys import grey_range
+from monai_deepgmm.results.tiles import grey_tile, outlined, painted, resized
 
 #: The longer side of a tile.
 TILE_PX = 300
@@ -42,11 +43,11 @@ def draw(out: Path, found: Cohort, place: tuple[str, int], runs: Sequence[tuple[
     sides = [(b.stop - b.start) * mm for b, mm in zip(box, (row_mm, column_mm), strict=True)]
     size = (round(sides[0] * TILE_PX / max(sides)), round(sides[1] * TILE_PX / max(sides)))
     cuts = [view.upright(volume)[index][box] for volume in (*scan.image, scan.mask, known)]
-    greys = [mosaic.grey_tile(cut, grey_range(cut), size) for cut in cuts[:-2]]
-    mask, indices = mosaic.resized(cuts[-2], size), [t.index for t in infarct.tissues]
+    greys = [grey_tile(cut, grey_range(cut), size) for cut in cuts[:-2]]
+    mask, indices = resized(cuts[-2], size), [t.index for t in infarct.tissues]
 
     def tile(labels: np.ndarray) -> np.ndarray:
-        return mosaic.painted(greys[0], mosaic.resized(labels, size), infarct.tissues)
+        return painted(greys[0], resized(labels, size), infarct.tissues)
 
     captions, tiles = [], []
     for (method, _, reorder), path, note in zip(runs, paths, notes, strict=True):
@@ -56,7 +57,7 @@ def draw(out: Path, found: Cohort, place: tuple[str, int], runs: Sequence[tuple[
         nll = next((u.get("nll") for u in note["fit"]["units"] if u["slice"] == index), None)  # None: too small
         captions.append(f"{method}: NLL {runner.shown(nll)}, Dice {runner.shown(dice, 2)}")
         tiles.append(tile(labels))
-    above = [*(mosaic.outlined(g, mask) for g in greys), tile(cuts[-1])]
+    above = [*(outlined(g, mask) for g in greys), tile(cuts[-1])]
     blocks = [
         mosaic.Block("", [""], [*scan.sequences, "reference labels"], [above]),
         mosaic.Block("", [""], captions, [tiles]),

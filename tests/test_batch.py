@@ -172,15 +172,29 @@ def test_interrupted_it_says_so_and_can_go_on(source, expected, tmp_path):
         assert left(out) == expected
 
 
-def children(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that they did: workers are forked from one of them."""
     text = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in text.splitlines() if int(line.split()[1]) == pid]
+    pairs = [tuple(map(int, line.split())) for line in text.splitlines()]
+    found = [pid]
+    for parent in found:
+        found += [child for child, its in pairs if its == parent]
+    return found[1:]
 
 
 def alive(pid: int) -> bool:
     """Whether a process still runs; one that ended and that nobody has asked about yet does not."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
     return bool(state.strip()) and not state.startswith("Z")
+
+
+def test_where_no_socket_can_be_made_workers_are_spawned(tmp_path):
+    (long := tmp_path / ("x" * 120)).mkdir()
+    asked = "from monai_deepgmm import workers; print(workers._context().get_start_method())"
+    for place, method in ((tmp_path.parent, "forkserver"), (long, "spawn")):
+        how = {"env": os.environ | {"TMPDIR": str(place)}, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, "-c", asked], **how)
+        assert done.stdout.strip() == method, done.stderr
 
 
 @pytest.mark.slow
@@ -191,14 +205,14 @@ def test_no_worker_outlives_a_run_that_was_killed(source, expected, tmp_path, ea
     command = [sys.executable, "-m", "monai_deepgmm", *arguments(source, out, "--jobs", 2)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         if early:
-            while len(children(process.pid)) < 2 and process.poll() is None:
+            while len(descendants(process.pid)) < 4 and process.poll() is None:
                 time.sleep(0.02)
         else:
             wait_for(out / "pat3" / "pat3_row.json", process)
-        workers = children(process.pid)
+        workers = descendants(process.pid)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert len(workers) >= 2
+    assert len(workers) >= 4  # what they are forked from, what looks after its memory, and two
     for _ in range(600):
         if not any(map(alive, workers)):
             break

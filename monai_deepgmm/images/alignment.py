@@ -17,7 +17,7 @@ from monai_deepgmm.images import volume as volumes
 from monai_deepgmm.images.grid import Placed
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.registration import Align, in_plane, whole_stack
+from monai_deepgmm.registration import Align, in_plane
 from monai_deepgmm.registration.in_plane import Shift
 
 Mask = NDArray[np.bool_]
@@ -111,6 +111,8 @@ def _slices(fixed: NDArray[Any], before: Placed, source: Volume, mask: Mask, ref
 
 def _whole(fixed: NDArray[Any], before: Placed, source: Volume, mask: Mask, reference: Volume) -> _Moved:
     """The whole sequence after one rigid movement, if that gains."""
+    from monai_deepgmm.registration import whole_stack  # here, as SimpleITK takes 90 MB
+
     found = whole_stack.movement(fixed, _finite(before), mask, reference.spacing_mm)
     if found is None:
         return _Moved(before, {"stack": None}, "")

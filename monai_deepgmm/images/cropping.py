@@ -81,12 +81,12 @@ class Crops(NamedTuple):
     def restore(self, values: Tensor) -> NDArray[np.float32]:
         """Maps (B, C, *S) back to where they came from: (C, X, Y, Z) float32, 0 outside the mask."""
         out = np.zeros((values.shape[1], *self.scan_shape), dtype=np.float32)
-        inside = (values * self.mask).to(torch.float32).cpu().numpy()
-        for image, corner in zip(inside, self.corners, strict=True):
+        maps, masks = (v.detach().to("cpu", torch.float32).numpy() for v in (values, self.mask))
+        for image, inside, corner in zip(maps, masks, self.corners, strict=True):
             if self.slices:
-                image = np.expand_dims(image, 1 + self.slice_axis)
-            here, there = _overlap(corner, image.shape[1:], self.scan_shape)
-            out[(slice(None), *there)] = image[(slice(None), *here)]
+                image, inside = (np.expand_dims(v, 1 + self.slice_axis) for v in (image, inside))
+            here, there = ((slice(None), *place) for place in _overlap(corner, image.shape[1:], self.scan_shape))
+            np.multiply(image[here], inside[here], out=out[there])
         return out
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 (the name its own manual uses)
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
@@ -205,6 +204,8 @@ def _unpacked(stack: Stack, file: Path, data: DataSet, stored: Stored, frames: l
     with tempfile.TemporaryDirectory(prefix="deepgmm-") as folder:
         copy = Path(folder) / "pixels.dcm"
         copy.write_bytes(_bare(file, data, stored))
+        import SimpleITK as sitk  # noqa: N813 (the name its own manual uses); here, as it takes 90 MB
+
         reader = sitk.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
         reader.SetFileName(str(copy))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from types import ModuleType
+
 import numpy as np
 from numpy.typing import DTypeLike
 
-from monai_deepgmm.images import atomic_files, dicom, itk_file, nifti
+from monai_deepgmm.images import atomic_files, dicom, nifti
 from monai_deepgmm.images.header import DEFAULT_MAX_VOXELS
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.patients.spacing import Spacing
 from monai_deepgmm.patients.stack import Stack
 from monai_deepgmm.patients.study import Source
+
+#: The names of files that SimpleITK reads; segmentations of 3D Slicer (``.seg.nrrd``) among them.
+ITK_NAME = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
 
 
 def read(
@@ -28,7 +34,7 @@ def read(
     """
     if isinstance(source, Stack):
         return dicom.read(source, frame=frame, max_voxels=max_voxels)
-    reader = itk_file.read if itk_file.NAME.search(source.name) else nifti.read
+    reader = _itk().read if ITK_NAME.search(source.name) else nifti.read
     return reader(source, frame=frame, max_voxels=max_voxels, spacing=spacing, beside=beside, dtype=dtype)
 
 
@@ -42,8 +48,15 @@ def shape(
     """
     if isinstance(source, Stack):
         return dicom.plan(source, frame=frame, max_voxels=max_voxels)
-    reader = itk_file.plan if itk_file.NAME.search(source.name) else nifti.plan
+    reader = _itk().plan if ITK_NAME.search(source.name) else nifti.plan
     return reader(source, frame=frame, max_voxels=max_voxels, spacing=spacing, beside=beside).shape
+
+
+def _itk() -> ModuleType:
+    """The reader of ITK's formats, imported where there is one: SimpleITK takes 90 MB."""
+    from monai_deepgmm.images import itk_file
+
+    return itk_file
 
 
 def sha256(source: Source) -> str:

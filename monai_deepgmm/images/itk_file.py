@@ -23,9 +23,6 @@ from monai_deepgmm.images.atomic_files import refused
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.patients.spacing import Spacing
 
-#: The end of such a file's name; segmentations of 3D Slicer (``.seg.nrrd``) among them.
-NAME = re.compile(r"\.(nrrd|mha)$", re.IGNORECASE)
-
 _RESAVE = "Save it again, or convert it to NIfTI"
 _ONE_FILE = "Save header and voxels as one file (.nrrd, .mha), or convert it to NIfTI"
 _LONGEST_HEADER = 1 << 16

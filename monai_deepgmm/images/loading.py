@@ -5,6 +5,7 @@ What is wrong with a patient is found here and nowhere later.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,7 @@ def load(
     seen = coverage.find(image, mask, inside, axis)
     mask, blank = coverage.without_blank(mask, seen)
     warnings += [*found.warnings, *aligned.notes, *edges, *broken, *beyond, *blank, *seen.notes(mask, sequences)]
+    reference = dataclasses.replace(reference, data=image[0])  # one copy of a head is enough
     return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings), seen, aligned.facts)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import SimpleITK
 from numpy.typing import NDArray
 
 from monai_deepgmm.errors import StudyError
@@ -39,6 +38,8 @@ def field(image: NDArray[Any], mask: NDArray[np.bool_], spacing_mm: tuple[float,
 
 
 def _whole(image: NDArray[Any], mask: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> NDArray[np.float64]:
+    import SimpleITK  # here, as it takes 90 MB
+
     given = SimpleITK.GetImageFromArray(np.maximum(image, 0).astype(np.float32).T)
     where = SimpleITK.GetImageFromArray(mask.astype(np.uint8).T)
     for volume in (given, where):

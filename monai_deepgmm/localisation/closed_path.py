@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -16,7 +15,8 @@ def smoothest(gain: Array, weight: float) -> NDArray[np.int64]:
     """The closed path through a table of gains that maximises ``Σ_a gain[a, p_a] − weight · Σ_a (p_{a+1} − p_a)²``.
 
     Dynamic programming along two turns, of which the middle one has nearly closed; then along one turn that begins
-    and ends where that middle one began, so that it closes always.
+    and ends where that middle one began, so that it closes always. Both go from the two ends to one place between
+    them, side by side.
 
     Args:
         gain: ``(..., A, R)``, cyclic in A.
@@ -25,30 +25,51 @@ def smoothest(gain: Array, weight: float) -> NDArray[np.int64]:
     Returns:
         ``(..., A)`` indices of R.
     """
-    tables = gain.reshape(-1, *gain.shape[-2:])
+    tables = gain.reshape(-1, *gain.shape[-2:]).astype(float)
     n_angles, half = tables.shape[1], tables.shape[1] // 2
-    through = _best_path(np.concatenate([tables, tables], 1), weight)[:, half]
-    turn = np.roll(tables, -half, axis=1)
+    through = _met(np.concatenate([tables, tables], 1), half, weight)[1]
     fixed = np.where(np.arange(tables.shape[2]) == through[:, None], 0, -np.inf)[:, None]
+    turn = np.roll(tables, -half, axis=1)
     turn = np.concatenate([turn[:, :1] + fixed, turn[:, 1:], fixed], 1)
-    return np.roll(_best_path(turn, weight)[:, :n_angles], half, axis=1).reshape(gain.shape[:-1])
+    path = _traced(*_met(turn, half, weight), weight)  # the shorter side is filled up at its end
+    start = path.shape[1] // 2 - half
+    return np.roll(path[:, start : start + n_angles], half, axis=1).reshape(gain.shape[:-1])
 
 
-def _best_path(gain: Array, weight: float) -> NDArray[np.int64]:
-    """The same for open paths through N tables ``(N, A, R)``, ``(N, A)``."""
-    count, n_angles, n_radii = gain.shape
-    steps = np.arange(-MAX_STEP, MAX_STEP + 1)
-    cost = weight * steps**2
-    # Beyond the radii nothing is possible; each radius sees those that it can be reached from as a window.
-    best = np.full((n_angles, count, n_radii + 2 * MAX_STEP), -np.inf)
-    reachable = np.moveaxis(sliding_window_view(best, len(steps), axis=2), 3, 2)  # (A, N, steps, R)
-    here = best[:, :, MAX_STEP : MAX_STEP + n_radii]
-    here[0] = gain[:, 0]
-    for angle in range(1, n_angles):
-        np.add((reachable[angle - 1] - cost[:, None]).max(1), gain[:, angle], out=here[angle])
-    rows, path = np.arange(count), np.empty((n_angles, count), dtype=np.int64)
-    path[-1] = here[-1].argmax(1)
-    for angle in range(n_angles - 1, 0, -1):
-        choice = (reachable[angle - 1, rows, :, path[angle]] - cost).argmax(1)
-        path[angle - 1] = (path[angle] + steps[choice]).clip(0, n_radii - 1)
-    return path.T
+def _met(gain: Array, at: int, weight: float) -> tuple[Array, NDArray[np.int64]]:
+    """The best open paths through N tables ``(N, A, R)``, met at one place between their ends.
+
+    Returns:
+        What the best path from either end to each place is worth ``(L, R + 2 MAX_STEP, 2 N)``, the second ends after
+        the first ones; and where the best paths cross ``(N,)``.
+    """
+    count, length, n_radii = gain.shape
+    both = np.zeros((max(at + 1, length - at), n_radii, 2 * count))  # radii are shifted against each other as rows
+    both[-at - 1 :, :, :count] = gain[:, : at + 1].transpose(1, 2, 0)
+    both[at - length :, :, count:] = gain[:, at:][:, ::-1].transpose(1, 2, 0)
+    best = np.full((len(both), n_radii + 2 * MAX_STEP, 2 * count), -np.inf)  # beyond the radii nothing is possible
+    here, shifted = best[:, MAX_STEP : MAX_STEP + n_radii], np.empty_like(both[0])
+    here[0] = both[0]
+    for angle in range(1, len(best)):
+        before, now = best[angle - 1], here[angle]
+        now[:] = here[angle - 1]
+        for step in range(1, MAX_STEP + 1):
+            low, high = MAX_STEP - step, MAX_STEP + step
+            np.maximum(before[low : low + n_radii], before[high : high + n_radii], out=shifted)
+            shifted -= weight * step**2
+            np.maximum(now, shifted, out=now)
+        now += both[angle]
+    return best, (here[-1, :, :count] + here[-1, :, count:] - gain[:, at].T).argmax(0)
+
+
+def _traced(best: Array, middle: NDArray[np.int64], weight: float) -> NDArray[np.int64]:
+    """The paths ``(N, 2 L − 1)`` of ``_met``, as many places before where they met as after."""
+    steps = np.arange(-MAX_STEP, MAX_STEP + 1)[:, None]
+    cost, last = weight * steps**2, best.shape[1] - 2 * MAX_STEP - 1
+    columns, path = np.arange(best.shape[2]), np.empty((len(best), best.shape[2]), dtype=np.int64)
+    path[-1] = np.tile(middle, 2)
+    for angle in range(len(best) - 1, 0, -1):
+        reached = best[angle - 1, path[angle] + MAX_STEP + steps, columns]
+        path[angle - 1] = (path[angle] + (reached - cost).argmax(0) - MAX_STEP).clip(0, last)
+    first, second = path[:, : len(middle)], path[:, len(middle) :]
+    return np.concatenate([first, second[-2::-1]]).T

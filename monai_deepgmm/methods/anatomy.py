@@ -9,11 +9,12 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import binary_fill_holes, label, maximum_filter1d
+from scipy.ndimage import maximum_filter1d
 from torch import Tensor
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images.resampling import relative_depth
+from monai_deepgmm.methods.enclosure import cores
 from monai_deepgmm.methods.polar import ANGLES
 from monai_deepgmm.methods.settings import check_choice, check_numbers
 from monai_deepgmm.methods.task import Images
@@ -177,10 +178,10 @@ def enhanced(resp: Tensor, images: Images) -> Tensor:
     blended = resp * torch.where(own < 1, (1 - share) / (1 - own).clamp_min(1e-9), 0)
     blended[:, k : k + 1] = share
     blended[:, healthy : healthy + 1] += (images.mask - blended.sum(1, keepdim=True)).clamp_min(0)
-    cores = torch.from_numpy(_cores(likeliest(blended), k, inside[:, 0], wall[:, 0]))[:, None].to(resp.device)
+    dark = torch.from_numpy(_cores(likeliest(blended), k, inside[:, 0], wall[:, 0]))[:, None].to(resp.device)
     certain = torch.zeros_like(blended)
     certain[:, k] = 1
-    return torch.where(cores, certain, blended)
+    return torch.where(dark, certain, blended)
 
 
 def _from_within(share: NDArray[np.floating], inner: NDArray[np.bool_], images: Images) -> NDArray[np.floating]:
@@ -198,13 +199,8 @@ def _from_within(share: NDArray[np.floating], inner: NDArray[np.bool_], images: 
 
 def _cores(labels: Tensor, tissue: int, inside: Tensor, wall: Tensor) -> NDArray[np.bool_]:
     """What of the wall a tissue encloses, alone or with the cavity ``(B, H, W)``."""
-    cores = []
-    for found, cavity, around in zip(*(t.cpu().numpy() for t in (labels == tissue, inside > 0, wall > 0)), strict=True):
-        ring = found & around
-        holes, count = label(binary_fill_holes(ring | cavity) & around & ~ring)
-        small = [h for h in range(1, count + 1) if (holes == h).sum() < ring.sum()]
-        cores.append(np.isin(holes, small))
-    return np.stack(cores)
+    places = (t.cpu().numpy() for t in (labels == tissue, inside > 0, wall > 0))
+    return np.stack([cores(found & around, cavity, around) for found, cavity, around in zip(*places, strict=True)])
 
 
 def _prior(members: list[int], variants: Sequence[Images]) -> map_em.Prior:

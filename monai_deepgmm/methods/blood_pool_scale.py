@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 
 #: How far a slice's distance between wall and blood is drawn to its patient's.
 POOLED = 0.5
@@ -82,10 +82,11 @@ class Sorted(NamedTuple):
         return cls(order, np.take_along_axis(values, order, 1), np.take_along_axis(weights, order, 1))
 
     def quantile(self, place: NDArray[np.bool_], share: float) -> Array:
-        """The weighted quantile of each row's values in a place ``(B, N)`` → ``(B,)``; NaN where nothing weighs."""
-        reached = np.cumsum(self.weights * np.take_along_axis(place, self.order, 1), axis=1)
-        index = (reached < share * reached[:, -1:]).sum(1)
-        return np.where(reached[:, -1] > 0, self.values[np.arange(len(index)), index], np.nan)
+        """The weighted quantile of each row's values in places ``(..., B, N)`` → ``(..., B)``; NaN: nothing weighs."""
+        rows = np.arange(len(self.order))
+        reached = np.cumsum(self.weights * place[..., rows[:, None], self.order], axis=-1)
+        index = (reached < share * reached[..., -1:]).sum(-1)
+        return np.where(reached[..., -1] > 0, self.values[rows, index], np.nan)
 
 
 def beside(slices: Sequence[int], index: int) -> list[int]:

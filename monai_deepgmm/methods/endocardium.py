@@ -29,7 +29,7 @@ from monai_deepgmm.methods.naming import standardise
 from monai_deepgmm.methods.polar import ANGLES, ENDS, MIDDLES, RADII, PolarView
 from monai_deepgmm.protocol import Anatomy
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 
 #: How many independent voxels the contrast of one ray through the wall is worth: neighbours repeat each other.
 EVIDENCE = 10.0
@@ -137,20 +137,22 @@ def rings(
     late = anatomy.enhancement.sequence if anatomy.enhancement else None
     seen = LateView(_sampled(views, standard[:, sequences.index(late)]), views, slices) if late in sequences else None
     cells, rays = np.stack([v.weight for v in views]), np.array([v.ray for v in views])[:, None, None]
-    shape, thicker = (len(anatomies), len(views), ANGLES), _thicker(views, slices)
-    usual = borders = np.stack([_expected(a.radius[0], thicker) for a in anatomies])
+    shape = (len(anatomies), len(views), ANGLES)
+    means = np.array([a.radius[0] for a in anatomies])[:, None, None]
+    thicker = _thicker(views, slices)
+    usual = borders = np.broadcast_to(1 - (1 - means) * thicker, shape)
     shares = np.full(shape, BRIGHT_IN_WALL)
     for number in range(ROUNDS):
-        contrast = np.broadcast_to(plain, (*shape, RADII))
+        contrast = plain
         if seen is not None:
-            if number >= INFORMED:
-                shares = np.stack([seen.bright_share(b) for b in borders])
-            contrast = plain + np.stack([seen.contrast(b, s) for b, s in zip(borders, shares, strict=True)])
+            x = seen.on_scale(borders)
+            shares = seen.bright_share(x, borders) if number >= INFORMED else shares
+            contrast = plain + seen.contrast(x, shares)
         gains = np.cumsum(contrast.clip(-CLIP, CLIP) * cells, -1) / rays
-        borders = _border(gains, usual, anatomy.radius[1])
-        usual = np.stack([_usual(b, a, slices, thicker) for b, a in zip(borders, anatomies, strict=True)])
+        borders = _border(np.broadcast_to(gains, (*shape, RADII)), usual, anatomy.radius[1])
+        usual = _usual(borders, means, anatomy.spread, slices, thicker)
     outer, angle = np.stack([v.outer for v in views]), np.stack([v.angle for v in views])
-    inside = [np.stack([v.within(b) for v, b in zip(views, found, strict=True)]) for found in borders]
+    inside = np.stack([v.within(b) for v, b in zip(views, borders.swapaxes(0, 1), strict=True)], 1)
     return [
         Ring(torch.from_numpy(i)[:, None].to(mask), angle, outer, found * outer)
         for i, found in zip(inside, borders, strict=True)
@@ -177,24 +179,28 @@ def _thicker(views: Sequence[PolarView], slices: tuple[int, ...]) -> Array:
     return more
 
 
-def _expected(mean: float, thicker: Array) -> Array:
-    """The border that a mean radius lets expect in each slice ``(B, ANGLES)``."""
-    return np.broadcast_to(1 - (1 - mean) * thicker, (len(thicker), ANGLES))
+def _usual(borders: Array, means: Array, spread: tuple[float, float], slices: tuple[int, ...], thicker: Array) -> Array:
+    """The usual border of each image ``(V, B, ANGLES)`` after what was found in all of them.
 
-
-def _usual(borders: Array, anatomy: Anatomy, slices: tuple[int, ...], thicker: Array) -> Array:
-    """The usual border of each image ``(B, ANGLES)`` after what was found in all of them."""
-    mean, (between, within) = anatomy.radius[0], anatomy.spread
+    Args:
+        borders: under each of V anatomies ``(V, B, ANGLES)``.
+        means: those anatomies' usual radius ``(V, 1, 1)``.
+        spread: of the usual radius between patients and within one.
+        slices: the position of each image along the stack.
+        thicker: from ``_thicker`` ``(B, 1)``.
+    """
     if not slices:
-        return np.full(borders.shape, mean)
-    own = 1 - (1 - borders.mean(1)) / thicker[:, 0]
-    found = (mean / between**2 + own.sum() / within**2) / (1 / between**2 + len(borders) / within**2)
-    expected = _expected(found, thicker)
-    usual = expected.copy()
-    for i in range(len(borders)):
+        return np.broadcast_to(means, borders.shape)
+    between, within = spread
+    own = 1 - (1 - borders.mean(2, keepdims=True)) / thicker  # (V, B, 1)
+    total = own.sum(1, keepdims=True) / within**2
+    found = (means / between**2 + total) / (1 / between**2 + len(slices) / within**2)
+    expected = 1 - (1 - found) * thicker  # (V, B, 1)
+    usual = np.repeat(expected, ANGLES, 2)
+    for i in range(len(slices)):
         if near := blood_pool_scale.beside(slices, i):
-            moved = (borders[near] - expected[near]).mean(0)
-            usual[i] += NEIGHBOURS * gaussian_filter1d(moved, ANGULAR_SD, mode="wrap")
+            moved = (borders[:, near] - expected[:, near]).mean(1)
+            usual[:, i] += NEIGHBOURS * gaussian_filter1d(moved, ANGULAR_SD, mode="wrap")
     return usual
 
 
@@ -214,50 +220,54 @@ class LateView:
         full = np.where(self.weights > self.weights.max((1, 2), keepdims=True) * 1e-3, self.weights, 0)
         self.sorted = blood_pool_scale.Sorted.of(image.reshape(len(image), -1), full.reshape(len(image), -1))
 
-    def on_scale(self, borders: Array) -> Array | None:
-        """The image on the blood pool's scale by borders ``(B, ANGLES)``; None: blood is not bright."""
+    def on_scale(self, borders: Array) -> Array:
+        """The image on the blood pool's scale by borders ``(V, B, ANGLES)``; NaN where blood is not bright."""
         cavity = borders[..., None] - CAVITY_MARGIN > MIDDLES
         wall = (borders[..., None] < MIDDLES) & (MIDDLES < WALL_END)
         healthy, blood = (
-            self.sorted.quantile(place.reshape(len(place), -1), share)
+            self.sorted.quantile(place.reshape(*place.shape[:-2], -1), share)
             for place, share in ((wall, HEALTHY_QUANTILE), (cavity, 0.5))
         )
-        found = blood_pool_scale.scale(healthy, blood, pooled=bool(self.slices))
-        return None if found is None else found(self.image)
+        found = [
+            blood_pool_scale.scale(dark, bright, pooled=bool(self.slices))
+            for dark, bright in zip(healthy, blood, strict=True)
+        ]
+        return np.stack([np.full_like(self.image, np.nan) if scale is None else scale(self.image) for scale in found])
 
-    def contrast(self, borders: Array, shares: Array) -> Array:
-        """The log-likelihood ratio of cavity against wall ``(B, ANGLES, RADII)``.
+    def contrast(self, x: Array, shares: Array) -> Array:
+        """The log-likelihood ratio of cavity against wall ``(V, B, ANGLES, RADII)``.
 
-        ``log [(1 − d) N(x | 1, s) + d N(x | 0, s)] − log [(1 − b(θ)) N(x | 0, s) + b(θ) N(x | 1, S)]`` with x on the
-        blood pool's scale, d = ``DARK_IN_CAVITY``, b the bright share of the wall, s = ``TISSUE_SD``, S = ``SCAR_SD``.
+        ``log [(1 − d) N(x | 1, s) + d N(x | 0, s)] − log [(1 − b(θ)) N(x | 0, s) + b(θ) N(x | 1, S)]`` with
+        d = ``DARK_IN_CAVITY``, b the bright share of the wall, s = ``TISSUE_SD``, S = ``SCAR_SD``.
 
         Args:
-            borders: the last ones ``(B, ANGLES)``.
-            shares: b ``(B, ANGLES)``.
+            x: the image on the blood pool's scale ``(V, B, ANGLES, RADII)``.
+            shares: b ``(V, B, ANGLES)``.
         """
-        x = self.on_scale(borders)
-        if x is None:
-            return np.zeros_like(self.image)
         dark, bright, scar = _normal(x, 0, TISSUE_SD), _normal(x, 1, TISSUE_SD), _normal(x, 1, SCAR_SD)
         b = shares[..., None]
         cavity, wall = (1 - DARK_IN_CAVITY) * bright + DARK_IN_CAVITY * dark, (1 - b) * dark + b * scar
         ratio: Array = ENHANCEMENT_WEIGHT * np.log((cavity + 1e-3) / (wall + 1e-3))
         return np.where(np.isnan(ratio), 0.0, ratio)  # a slice without a scale of its own says nothing
 
-    def bright_share(self, borders: Array) -> Array:
-        """The share of the wall that is bright at each angle, here and in the neighbouring slices ``(B, ANGLES)``."""
-        x = self.on_scale(borders)
-        if x is None:
-            return np.full(borders.shape, BRIGHT_IN_WALL)
+    def bright_share(self, x: Array, borders: Array) -> Array:
+        """The share of the wall that is bright at each angle, here and in the neighbouring slices ``(V, B, ANGLES)``.
+
+        Args:
+            x: the image on the blood pool's scale ``(V, B, ANGLES, RADII)``.
+            borders: the last ones ``(V, B, ANGLES)``.
+        """
         weights = self.weights * (borders[..., None] < MIDDLES)
         bright = np.where(np.isnan(x), BRIGHT_IN_WALL, expit((x - 0.5) / BRIGHT_SOFTNESS))
-        share = (weights * bright).sum(2) / np.maximum(weights.sum(2), 1e-9)
-        smooth = gaussian_filter1d(share, ANGULAR_SD, axis=1, mode="wrap")
+        share = (weights * bright).sum(-1) / np.maximum(weights.sum(-1), 1e-9)
+        smooth = gaussian_filter1d(share, ANGULAR_SD, axis=-1, mode="wrap")
         found = smooth.copy()
-        for i in range(len(found)):
+        for i in range(len(self.slices)):
             if near := blood_pool_scale.beside(self.slices, i):
-                found[i] = (smooth[i] + smooth[near].mean(0)) / 2
+                found[:, i] = (smooth[:, i] + smooth[:, near].mean(1)) / 2
         limited: Array = found.clip(*BRIGHT_LIMITS)
+        unknown = np.isnan(x).reshape(len(x), -1).all(1)
+        limited[unknown] = BRIGHT_IN_WALL
         return limited
 
 

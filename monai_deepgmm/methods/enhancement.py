@@ -12,16 +12,19 @@ counts for less the closer it lies to one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.ndimage import gaussian_filter1d
 
 from monai_deepgmm.methods import blood_pool_scale
 from monai_deepgmm.methods.blood_pool_scale import Scale, beside
+from monai_deepgmm.methods.border_distance import border_distance
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 Mask = NDArray[np.bool_]
 
 #: A voxel counts fully when it lies so far from both borders, in mm; one at a border counts this little.
@@ -44,8 +47,8 @@ NOISE_QUANTILE = 0.84
 #: the wall had shown it; half of it is at least this bright.
 SCAR_QUANTILE, SCAR_PRIOR, LEAST_HALF = 0.75, 0.1, 0.3
 #: Infarcts begin at the endocardium (Reimer and Jennings' wave front): so much of the wall's depth holds one that is
-#: there. What lies beyond may be fat, or the right ventricle's blood.
-INNER_DEPTH = 2 / 3
+#: there, up to so many mm. What lies beyond may be fat, or the right ventricle's blood.
+INNER_DEPTH, INNER_MM = 2 / 3, 12.0
 #: The share of the inner wall that must show evidence.
 SHARE_WITH_EVIDENCE = 0.05
 #: Otsu's share of the variance between two classes is this for a single Gaussian; more means that there are two.
@@ -79,13 +82,13 @@ class Enhancement(NamedTuple):
 def measure(
     image: Array,
     mask: Mask,
-    inside: Mask,
+    insides: Sequence[Mask],
     spacing_mm: tuple[float, ...],
     *,
     slices: tuple[int, ...],
     threshold: float,
-) -> Enhancement | None:
-    """Measures the wall of one patient.
+) -> list[Enhancement | None]:
+    """Measures the wall of one patient, for each of some inner borders.
 
     A voxel's evidence is ``ℓ = δ (x − δ/2) / σ²``: x its brightness on the blood pool's scale, δ = ``FAINT``, σ the
     blood's standard deviation on that scale. A patient has scar when ℓ, averaged locally with the wall's median as its
@@ -95,33 +98,53 @@ def measure(
     Args:
         image: late enhancement ``(B, H, W)``; any scale, but one for all slices or each its own.
         mask: ``(B, H, W)``.
-        inside: what lies within the inner border ``(B, H, W)``.
+        insides: what lies within each inner border ``(B, H, W)``.
         spacing_mm: of H and W.
         slices: the position of each along the stack.
         threshold: of the patient's evidence.
 
     Returns:
-        What was found; None where blood is not brighter than the wall, so that nothing can be said.
+        What was found with each border; None where blood is not brighter than the wall, so that nothing can be said.
     """
-    wall, spacing = mask & ~inside, np.asarray(spacing_mm, dtype=float)
-    weights, inner = _rim(mask, inside, spacing)
-    blood, noise = _blood(image, inside)
-    quantiles = [_level(i, w, 0.5) for i, w in zip(image, wall, strict=True)]
-    cautious = blood_pool_scale.scale(np.array(quantiles), blood)
+    spacing, cavities = np.asarray(spacing_mm, dtype=float), np.stack(insides)
+    weights, inner = _rim(mask, cavities, spacing)
     smooth = Neighbourhood.of(image, weights, BRIGHTNESS_MM, spacing).mean()
-    scale = _healthy_scale(image, smooth, wall, blood)
+    around = Neighbourhood.of(image, weights, EVIDENCE_MM, spacing)
+    each = zip(cavities, inner, weights, smooth, *around, strict=True)
+    stack = _Stack(image, mask, slices, threshold)
+    return [_measured(stack, inside, i, w, level, Neighbourhood(*near)) for inside, i, w, level, *near in each]
+
+
+class _Stack(NamedTuple):
+    """Late enhancement of a patient ``(B, H, W)``, the mask, where the slices lie, and the evidence that is needed."""
+
+    image: Array
+    mask: Mask
+    slices: tuple[int, ...]
+    threshold: float
+
+
+def _measured(
+    stack: _Stack, inside: Mask, inner: Mask, weights: Array, smooth: Array, around: Neighbourhood
+) -> Enhancement | None:
+    """What one inner border shows, all ``(B, H, W)``: see ``measure``."""
+    image, slices = stack.image, stack.slices
+    wall = stack.mask & ~inside
+    healthy, middle = _levels(image, wall, (HEALTHY_QUANTILE, 0.5))
+    blood, upper = _levels(image, inside, (0.5, NOISE_QUANTILE), MIN_BLOOD)
+    noise = upper - blood
+    cautious = blood_pool_scale.scale(middle, blood)
+    scale = _healthy_scale(image, smooth, wall, healthy, blood)
     if scale is None or np.isnan(noise).all():
         return None
     noise = (noise + np.nanmedian(noise)) / 2
     noise = np.where(np.isnan(noise), np.nanmedian(noise), noise)
     brightness = scale(smooth)
     level = _scar_level(brightness[wall])
-    around = Neighbourhood.of(image, weights, EVIDENCE_MM, spacing)
     # Where half of the wall is as bright as blood, its median is not healthy.
-    local = _evidence(around, cautious or scale, noise, slices)
-    found = float(np.quantile(local[inner if inner.any() else wall], 1 - SHARE_WITH_EVIDENCE))
+    local, evidence = _evidence(around, (cautious or scale, scale), noise, slices)
+    found = float(quantiles(local[inner if inner.any() else wall], (1 - SHARE_WITH_EVIDENCE,))[0])
     separation, apart = _separation(brightness[(weights > CORE_WEIGHT) & inner])
-    evidence = _evidence(around, scale, noise, slices)
     return Enhancement(
         fraction=np.where(wall, (brightness / level).clip(0, 1), 0),
         evidence=np.where(wall, evidence, -np.inf),
@@ -129,7 +152,7 @@ def measure(
         level=level,
         found=found,
         separation=separation,
-        present=found >= threshold or (separation > ONE_CLASS and apart >= FAINT / 2),
+        present=found >= stack.threshold or (separation > ONE_CLASS and apart >= FAINT / 2),
     )
 
 
@@ -137,7 +160,7 @@ class Neighbourhood(NamedTuple):
     """What images hold around each voxel; a scale is linear, so that this serves for all of them.
 
     Attributes:
-        total: ``G ∗ (w x)`` with a Gaussian G ``(B, H, W)``.
+        total: ``G ∗ (w x)`` with a Gaussian G ``(..., B, H, W)``.
         weight: ``G ∗ w``.
     """
 
@@ -146,85 +169,110 @@ class Neighbourhood(NamedTuple):
 
     @classmethod
     def of(cls, images: Array, weights: Array, sigma_mm: float, spacing: Array) -> Neighbourhood:
-        """That of images and weights ``(B, H, W)``."""
+        """That of images ``(B, H, W)`` and weights ``(..., B, H, W)``."""
         known = np.where(weights > 0, images, 0)
         return cls(*(_blur(values, sigma_mm, spacing) for values in (known * weights, weights)))
 
     def mean(self) -> Array:
-        """The weighted local mean ``(B, H, W)``."""
+        """The weighted local mean ``(..., B, H, W)``."""
         mean: Array = self.total / np.maximum(self.weight, 1e-6)
         return mean
 
 
-def _rim(mask: Mask, inside: Mask, spacing: Array) -> tuple[Array, Mask]:
-    """What each voxel counts, less towards the borders of the wall, 0 outside it; and the inner wall ``(B, H, W)``."""
-    half = spacing.min() / 2  # from a voxel's centre to its border
-    wall = mask & ~inside
-    weights, inner = wall.astype(float), wall.copy()
-    for one, within, whole, cavity in zip(weights, inner, mask, inside, strict=True):
-        outwards, inwards = (_depth(place, spacing) - half for place in (whole, ~cavity))
-        for depth in (outwards, inwards):
-            one *= (depth / RIM_MM).clip(RIM_WEIGHT, 1)
-        if cavity.any():
-            within &= (1 - INNER_DEPTH) * inwards < INNER_DEPTH * outwards
-    return weights, inner
+def _rim(mask: Mask, insides: Mask, spacing: Array) -> tuple[Array, Mask]:
+    """What each voxel counts, less towards the borders of the wall, 0 outside it; and the inner wall ``(V, B, H, W)``.
+
+    Args:
+        mask: ``(B, H, W)``.
+        insides: what lies within each of V inner borders ``(V, B, H, W)``.
+        spacing: of H and W.
+    """
+    half = float(spacing.min()) / 2  # from a voxel's centre to its border
+    wall = mask & ~insides
+    outwards, inwards = (border_distance(place, INNER_MM + half, spacing) - half for place in (mask, ~insides))
+    outer, inner = ((depth / RIM_MM).clip(RIM_WEIGHT, 1) for depth in (outwards, inwards))
+    weights: Array = outer * inner * wall
+    open_ended = ~insides.any((2, 3), keepdims=True)  # a slice without a cavity has no inner side
+    return weights, wall & (open_ended | ((1 - INNER_DEPTH) * inwards < INNER_DEPTH * outwards))
 
 
-def _depth(place: Mask, spacing: Array) -> Array:
-    """How far each voxel lies from the outside of a place ``(H, W)``, in mm; no end where there is none."""
-    if place.all():
-        return np.full(place.shape, np.inf)
-    depth: Array = distance_transform_edt(place, sampling=spacing)
-    return depth
+def quantiles(values: Array, shares: tuple[float, ...]) -> list[float]:
+    """Quantiles of values ``(N,)``, as numpy's, which takes several times as long for a slice's."""
+    places = [share * (len(values) - 1) for share in shares]
+    lower = [int(place) for place in places]
+    upper = [min(at + 1, len(values) - 1) for at in lower]
+    ordered = np.partition(values, sorted({*lower, *upper}))
+    return [
+        float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+        for place, low, high in zip(places, lower, upper, strict=True)
+    ]
 
 
-def _blood(image: Array, inside: Mask) -> tuple[Array, Array]:
-    """The blood pool's median and standard deviation in each slice ``(B,)``; NaN where there is too little of it."""
-    levels = [_level(i, p, 0.5, MIN_BLOOD) for i, p in zip(image, inside, strict=True)]
-    upper = [_level(i, p, NOISE_QUANTILE, MIN_BLOOD) for i, p in zip(image, inside, strict=True)]
-    return np.array(levels), np.array(upper) - np.array(levels)
+def _levels(image: Array, place: Mask, shares: tuple[float, ...], least: int = MIN_WALL) -> Array:
+    """Quantiles of what lies in a place in each slice ``(S, B)``; NaN where there is too little of it."""
+    unknown = [float("nan")] * len(shares)
+    found = [values[inside] for values, inside in zip(image, place, strict=True)]
+    return np.array([quantiles(v, shares) if len(v) > least else unknown for v in found]).T
 
 
-def _level(image: Array, place: Mask, share: float, least: int = MIN_WALL) -> float:
-    """A quantile of what lies in a place ``(H, W)``; NaN where there is too little of it."""
-    return float(np.quantile(image[place], share)) if place.sum() > least else float("nan")
+def _healthy_scale(image: Array, smooth: Array, wall: Mask, levels: Array, blood: Array) -> Scale | None:
+    """The scale whose 0 is the median of what is darker than half of the blood pool, slice by slice.
 
-
-def _healthy_scale(image: Array, smooth: Array, wall: Mask, blood: Array) -> Scale | None:
-    """The scale whose 0 is the median of what is darker than half of the blood pool, slice by slice."""
-    levels = np.array([_level(i, w, HEALTHY_QUANTILE) for i, w in zip(image, wall, strict=True)])
-    found = blood_pool_scale.scale(levels, blood)
+    Args:
+        image: ``(B, H, W)``.
+        smooth: its local mean.
+        wall: where the wall is.
+        levels: where the wall's healthy part is taken to lie first ``(B,)``.
+        blood: the blood pool's level ``(B,)``.
+    """
+    found, levels = blood_pool_scale.scale(levels, blood), levels.copy()
+    walls = [(values[inside], local[inside]) for values, local, inside in zip(image, smooth, wall, strict=True)]
     for _ in range(ROUNDS):
         if found is None:
             break
-        dark = wall & (found(smooth) < 0.5)
-        for i, (healthy, whole) in enumerate(zip(dark.sum((1, 2)), wall.sum((1, 2)), strict=True)):
-            if whole > MIN_WALL and healthy > max(MIN_HEALTHY_SHARE * whole, MIN_HEALTHY):
-                levels[i] = np.median(image[i][dark[i]])
+        last = levels.copy()
+        for i, ((values, local), limit) in enumerate(zip(walls, found.wall + found.unit / 2, strict=True)):
+            dark = values[local < limit]
+            if len(values) > MIN_WALL and len(dark) > max(MIN_HEALTHY_SHARE * len(values), MIN_HEALTHY):
+                levels[i] = quantiles(dark, (0.5,))[0]
+        if np.array_equal(last, levels, equal_nan=True):
+            break
         found = blood_pool_scale.scale(levels, blood)
     return found
 
 
 def _blur(images: Array, sigma_mm: float, spacing: Array) -> Array:
-    """Each of B images ``(B, H, W)`` convolved with a Gaussian."""
-    return np.stack([gaussian_filter(i, sigma_mm / spacing) for i in images])
+    """Images ``(..., H, W)`` convolved with a Gaussian, as scipy does it, but by a matrix for each axis."""
+    rows, columns = (
+        gaussian_filter1d(np.eye(n, dtype=images.dtype), sigma_mm / s, axis=0)
+        for n, s in zip(images.shape[-2:], spacing, strict=True)
+    )
+    # By torch, which keeps to one thread where the patient has to.
+    whole, first, second = (torch.from_numpy(np.ascontiguousarray(part)) for part in (images, rows, columns.T))
+    blurred: Array = (first @ (whole @ second)).numpy()
+    return blurred
 
 
-def _evidence(around: Neighbourhood, scale: Scale, noise: Array, slices: tuple[int, ...]) -> Array:
+def _evidence(
+    around: Neighbourhood, scales: tuple[Scale, ...], noise: Array, slices: tuple[int, ...]
+) -> tuple[Array, ...]:
     """ℓ averaged over the neighbourhood, in the neighbouring slices too; less where there is little to average.
 
-    ``√N ∑ w ℓ / N`` with ``N = ∑ w``, sums over a Gaussian neighbourhood; w are the weights.
+    ``√N ∑ w ℓ / N`` with ``N = ∑ w``, sums over a Gaussian neighbourhood; w are the weights. One for each scale.
     """
-    wall, unit, noise = (v[:, None, None] for v in (scale.wall, scale.unit, np.maximum(noise, 1e-9)))
-    bright, count = (around.total - wall * around.weight) / unit, around.weight
-    total = FAINT * (bright - FAINT / 2 * count) / (noise / unit) ** 2
-    near = [beside(slices, i) for i in range(len(count))]
-    total, count = (
-        np.stack([(1 - NEIGHBOURS) * v[i] + NEIGHBOURS * v[j].mean(0) if j else v[i] for i, j in enumerate(near)])
-        for v in (total, count)
-    )
-    evidence: Array = total / np.sqrt(np.maximum(count, 1e-9))
-    return evidence
+    shares = np.eye(len(slices))  # of each slice in what is known of each
+    for i in range(len(slices)):
+        if near := beside(slices, i):
+            shares[i] *= 1 - NEIGHBOURS
+            shares[i, near] = NEIGHBOURS / len(near)
+    total, weight = (values.reshape(len(slices), -1) for values in around)
+    root = np.sqrt(np.maximum(shares @ weight, 1e-9))
+    found = []
+    for scale in scales:
+        factor = FAINT * scale.unit / np.maximum(noise, 1e-9) ** 2
+        bright = shares * factor @ total - shares * (factor * (scale.wall + scale.unit * FAINT / 2)) @ weight
+        found.append((bright / root).reshape(around.total.shape))
+    return tuple(found)
 
 
 def _scar_level(brightness: Array) -> float:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.ndimage import gaussian_filter
 
+from monai_deepgmm.methods.border_distance import border_distance
 from monai_deepgmm.methods.task import Images
 
 #: Late enhancement's unevenness over the other sequence's is less than this only where they were exchanged. Of 25
@@ -61,12 +62,12 @@ def exchanged(images: Images) -> Exchange | None:
 
 def _places(images: Images) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     """The core of the wall and that of the cavity in each slice (H, W)."""
-    spacing = np.array(images.spacing_mm)
     organs, cavities = (m[:, 0].cpu().numpy() > 0 for m in (images.mask, images.border().inside))
-    return [
-        (organ & ~cavity & _deep(organ, spacing) & _deep(~cavity, spacing), cavity & _deep(cavity, spacing))
-        for organ, cavity in zip(organs, cavities, strict=True)
-    ]
+    organs_deep, walls_deep, cavities_deep = (
+        border_distance(place, RIM_MM + max(images.spacing_mm), images.spacing_mm) > RIM_MM
+        for place in (organs, ~cavities, cavities)
+    )
+    return list(zip(organs & ~cavities & organs_deep & walls_deep, cavities & cavities_deep, strict=True))
 
 
 def _unevenness(images: Images, sequence: str, places: list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> float:
@@ -82,10 +83,3 @@ def _unevenness(images: Images, sequence: str, places: list[tuple[NDArray[np.boo
         if contrast > 0:
             found.append(float(smooth[core].std()) / contrast)
     return float(np.median(found)) if found else float("nan")
-
-
-def _deep(place: NDArray[np.bool_], spacing: NDArray[np.floating]) -> NDArray[np.bool_]:
-    if not place.any() or place.all():
-        return place
-    deep: NDArray[np.bool_] = distance_transform_edt(place, sampling=spacing) > RIM_MM
-    return deep

@@ -41,12 +41,13 @@ Singles = NDArray[np.float32]
 
 
 def without(images: Images) -> Images:
-    """The images with the components of the mixture alone."""
+    """The images with the components of the mixture alone; where these are expected need not sum to 1 any more."""
     kept = [k for k, tissue in enumerate(images.tissues) if tissue.hyperintense is None]
     if len(kept) == len(images.tissues):
         return images
-    expected = images.expected[:, kept]
-    expected = expected / expected.sum(1, keepdim=True).clamp_min(1e-12) * images.mask
+    # The first ones are a view: a head is not worth copying.
+    first = kept == list(range(len(kept)))
+    expected = images.expected[:, : len(kept)] if first else images.expected[:, kept]
     return images._replace(tissues=tuple(images.tissues[k] for k in kept), expected=expected)
 
 
@@ -189,15 +190,17 @@ def _robust(values: Singles) -> tuple[float, float]:
 
 def _inserted(fit: Fit, k: int, regions: Tensor, images: Images, inside: int) -> Fit:
     """The fit with a tissue more, at index k, that takes the regions ``(B, 1, *S)`` from the others."""
-    resp = torch.cat([fit.resp[:, :k] * (1 - regions), regions, fit.resp[:, k:] * (1 - regions)], 1)
-    mixture, w = fit.mixture, regions.flatten(2)  # (B, 1, N)
-    count = w.sum(-1)  # (B, 1)
-    voxels = images.image.to(w).flatten(2)
-    none = (count <= 1)[..., None]
-    mean = torch.where(none, mixture.means[:, inside : inside + 1], w @ voxels.mT / count.clamp_min(1)[..., None])
-    centred = (voxels - mean[:, 0, :, None]) * w
-    own = (centred @ centred.mT / count.clamp_min(1)[..., None])[:, None]
-    own = torch.where(none[..., None], mixture.covariances[:, inside : inside + 1], own)
+    before, tissues = fit.resp, fit.resp.shape[1] + 1
+    resp = before.new_empty(len(before), tissues, *before.shape[2:])
+    resp[:, k] = regions[:, 0]
+    for j, kept in enumerate(j for j in range(tissues) if j != k):
+        torch.mul(before[:, j], 1 - regions[:, 0], out=resp[:, kept])
+    mixture = fit.mixture
+    moments = [_moments(image, where) for image, where in zip(images.image, regions[:, 0] > 0, strict=True)]
+    mean, own = mixture.means[:, inside : inside + 1].clone(), mixture.covariances[:, inside : inside + 1].clone()
+    for b, found in enumerate(moments):
+        if found is not None:
+            mean[b, 0], own[b, 0] = found
     share = resp.flatten(2).sum(-1) / images.mask.flatten(1).sum(-1, keepdim=True).to(resp)
     mixture = mixture._replace(
         weights=share,
@@ -209,3 +212,13 @@ def _inserted(fit: Fit, k: int, regions: Tensor, images: Images, inside: int) ->
         there = torch.zeros_like(collapsed[:, :1])
         collapsed = torch.cat([collapsed[:, :k], there, collapsed[:, k:]], 1)
     return fit._replace(resp=resp, mixture=mixture, diagnostics=fit.diagnostics._replace(collapsed=collapsed))
+
+
+def _moments(image: Tensor, where: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean ``(M,)`` and covariance ``(M, M)`` of an image ``(M, *S)`` at some voxels; None of fewer than two."""
+    voxels = image[:, where].float()
+    if voxels.shape[1] < 2:
+        return None
+    mean = voxels.mean(1)
+    centred = voxels - mean[:, None]
+    return mean, centred @ centred.mT / voxels.shape[1]

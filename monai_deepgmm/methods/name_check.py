@@ -24,8 +24,8 @@ APART = 1.0
 TOLERANCE = 0.1
 #: So much less deep than another may a tissue lie that the protocol has deeper, as a share of the mask's largest depth.
 DEPTH_TOLERANCE = 0.02
-#: The depth is measured on about so many voxels.
-ENOUGH = 1 << 18
+#: The depth is measured on about so many voxels; moments are summed up over so many at a time.
+ENOUGH, CHUNK = 1 << 18, 1 << 17
 
 
 def contradictions(fit: Fit, images: Images) -> list[str]:
@@ -42,12 +42,16 @@ def contradictions(fit: Fit, images: Images) -> list[str]:
 
 def _moments(fit: Fit, images: Images) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and standard deviation of each tissue in each sequence ``(K, M)``, and its share of all images ``(K,)``."""
-    w = fit.resp.flatten(2).double()  # (B, K, N)
-    voxels = images.image.flatten(2).double()  # (B, M, N)
-    count = w.sum((0, 2)).clamp_min(1e-9)
-    means = torch.einsum("bkn,bmn->km", w, voxels) / count[:, None]
-    squares = torch.einsum("bkn,bmn->km", w, voxels.square()) / count[:, None]
-    return means, (squares - means.square()).clamp_min(1e-12).sqrt(), w.sum((0, 2)) / w.sum().clamp_min(1e-9)
+    tissues, sequences = fit.resp.shape[1], images.image.shape[1]
+    moments = torch.zeros(tissues, 2 * sequences + 1, dtype=torch.float64, device=fit.resp.device)
+    every = zip(fit.resp.flatten(2), images.image.flatten(2), strict=True)
+    for resp, image in every:
+        for w, voxels in zip(resp.split(CHUNK, 1), image.split(CHUNK, 1), strict=True):
+            x = voxels.double()
+            moments += w.double() @ torch.cat([x, x.square(), torch.ones_like(x[:1])]).T
+    count = moments[:, -1]
+    means, squares = (moments[:, :-1] / count.clamp_min(1e-9)[:, None]).chunk(2, 1)
+    return means, (squares - means.square()).clamp_min(1e-12).sqrt(), count / count.sum().clamp_min(1e-9)
 
 
 def _by_brightness(images: Images, pairs: list[tuple[int, int]], means: Tensor, deviations: Tensor) -> Iterator[str]:

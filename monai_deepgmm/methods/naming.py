@@ -7,13 +7,13 @@ components being named at once. With known means (μ_data) the map is made from 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from monai_deepgmm.images.resampling import relative_depth
@@ -24,6 +24,8 @@ from monai_deepgmm.protocol import Tissue
 BRIGHTNESS_SD, DEPTH_SD = 0.7, 0.2
 #: Two assignments whose mean soft Dice differ by this much are told apart with odds e : 1.
 CERTAINTY_SCALE = 0.04
+#: Assignments of so many tissues are all tried.
+FEW = 6
 #: Sequences are called exchanged when other names explain a voxel better by this much log-likelihood on average.
 SWAP_MARGIN = 0.15
 #: That takes no more voxels than these.
@@ -150,20 +152,39 @@ def _assign(dice: np.ndarray, *, given: bool) -> tuple[np.ndarray, float]:
 
     The rivals are the best assignments in which one of the tissues gets another component.
     """
-    components, tissues = [np.arange(len(dice))] * 2 if given else linear_sum_assignment(dice, maximize=True)
+    components, tissues = [np.arange(len(dice))] * 2 if given else _assigned(dice)
     order = components[np.argsort(tissues)]
     best = dice[components, tissues].mean()
     odds = 1.0
     for component, tissue in zip(components, tissues, strict=True):
         barred = dice.copy()
         barred[component, tissue] = -len(dice)
-        rival = barred[linear_sum_assignment(barred, maximize=True)].mean()
+        rival = barred[_assigned(barred)].mean()
         odds += float(np.exp((rival - best) / CERTAINTY_SCALE)) / 2  # a swap of two tissues is met twice
     return order, 1 / odds
 
 
+def _assigned(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and columns of the assignment with the largest sum."""
+    if len(table) > FEW:
+        from scipy.optimize import linear_sum_assignment  # here, as importing it takes long
+
+        rows, columns = linear_sum_assignment(table, maximize=True)
+        return rows, columns
+    rows, every = np.arange(len(table)), _orders(len(table))
+    return rows, every[table[rows, every].sum(1).argmax()]
+
+
+@functools.cache
+def _orders(count: int) -> np.ndarray:
+    """All orders of so many things ``(O, count)``."""
+    return np.array(list(permutations(range(count)))).reshape(-1, count)
+
+
 def reorder(fit: Fit, order: Tensor) -> Fit:
     """The fit with its components in the order of the tissues; ``order`` is ``Naming.order`` (B, T)."""
+    if bool((order == torch.arange(order.shape[1], device=order.device)).all()):
+        return fit  # a head's responsibilities are not worth copying
 
     def pick(values: Tensor) -> Tensor:
         index = order.to(values.device).reshape(*order.shape, *[1] * (values.ndim - 2))
@@ -206,14 +227,14 @@ def looks_swapped(
     """
     if len(sequences) == 1:
         return None
-    seen = mask.expand_as(image) if measured is None else measured.to(mask)
+    seen = mask.expand_as(image) if measured is None else measured
     step = max(1, round((mask.numel() / ENOUGH) ** (1 / len(spacing_mm)))) if mask.numel() > ENOUGH else 1
     thinned = (slice(None), slice(None), *[slice(None, None, step)] * len(spacing_mm))
     if mask[thinned].any():
         image, mask, seen = image[thinned], mask[thinned], seen[thinned]
     else:  # a mask so thin that it falls between them
         step = 1
-    where = mask[:, 0] > 0
+    where, seen = mask[:, 0] > 0, seen.to(mask)
     z, seen, depth = _inside(image, mask, seen, where, tissues, tuple(step * s for s in spacing_mm))
     orders = [sequences, *(order for order in permutations(sequences) if order != sequences)]
     given, *rivals = (-_log_expected(z, seen, depth, tissues, orders).logsumexp(1).mean(1)).tolist()

@@ -86,7 +86,7 @@ class PartialVolumeConfig:
         pairs = [(where[a], where[b]) for a, b in images.protocol.borders if a in where and b in where]
         settled = self.resolved(images.protocol)
         fit = partial_volume.fit_partial_volume(
-            images._replace(image=images.image.float()).from_zero(),
+            images.image,
             images.mask,
             images.expected,
             images.spacing_mm,
@@ -99,6 +99,7 @@ class PartialVolumeConfig:
                 anchored=tuple(where[name] for name in images.protocol.anchored if name in where),
             ),
             measured=images.measured,
+            zero=images.zero,
             tol=self.tol,
             max_iter=self.max_iter,
             floor=self.floor,

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 Mask = NDArray[np.bool_]
 
 #: Angles around the centre, and radii from it to the outer border.
@@ -50,15 +50,29 @@ class PolarView(NamedTuple):
     def sample(self, image: Array) -> Array:
         """An image ``(H, W)`` in the polar cells ``(ANGLES, RADII)``; what lies outside the mask counts as 0."""
         smooth = gaussian_filter(np.where(self.mask, image, 0), DENOISE_MM / self.spacing_mm)
-        seen: Array = map_coordinates(smooth, self.points, order=1, mode="nearest")
-        return seen
+        return interpolated(smooth, self.points)
 
-    def within(self, border: Array) -> Mask:
-        """What of the mask lies closer to the centre than a border, a share of the outer one ``(ANGLES,)``."""
-        radii = border * self.outer
-        closed = np.interp(self.turn, np.arange(ANGLES + 1) / ANGLES, np.append(radii, radii[0]))
-        inside: Mask = (self.distance < closed) & self.mask
+    def within(self, borders: Array) -> Mask:
+        """What of the mask lies closer to the centre than borders, shares of the outer one ``(V, ANGLES)``."""
+        radii, place = borders * self.outer, self.turn[self.mask] * ANGLES
+        first = place.astype(np.int64)
+        before, after = radii[:, first % ANGLES], radii[:, (first + 1) % ANGLES]
+        inside = np.zeros((len(borders), *self.mask.shape), dtype=bool)
+        inside[:, self.mask] = self.distance[self.mask] < before + (after - before) * (place - first)
         return inside
+
+
+def interpolated(image: NDArray[np.floating], points: Array, *, outside: float | None = None) -> Array:
+    """An image ``(H, W)`` at points ``(2, ...)`` in voxels, linearly; beyond it ``outside``, or its nearest voxel."""
+    lasts = np.array(image.shape).reshape(2, *[1] * (points.ndim - 1)) - 1
+    within = points.clip(0, lasts)
+    first = within.astype(np.int64)
+    (above, left), (down, right) = within - first, np.minimum(first + 1, lasts) - first
+    at, values = first[0] * image.shape[1] + first[1], image.ravel()
+    down *= image.shape[1]
+    upper, lower = (values[i] + (values[i + right] - values[i]) * left for i in (at, at + down))
+    found: Array = upper + (lower - upper) * above
+    return found if outside is None else np.where((points == within).all(0), found, outside)
 
 
 def view(mask: Mask, spacing_mm: Array) -> PolarView:
@@ -70,7 +84,7 @@ def view(mask: Mask, spacing_mm: Array) -> PolarView:
     outer = _outer(mask, centre, float(distance[mask].max(initial=0.0)), spacing_mm)
     points = centre[:, None, None] + _directions() / spacing_mm[:, None, None] * (outer[:, None] * MIDDLES)
     # Outside the mask (a hole, an open ring) nothing is known.
-    known = map_coordinates(mask.astype(float), points, order=1, mode="constant")
+    known = interpolated(mask.astype(float), points, outside=0.0)
     area = MIDDLES * outer[:, None] ** 2
     turn = np.arctan2(away[1], away[0]) / (2 * np.pi) % 1
     ray = max(float(area.sum()) / ANGLES, 1e-9)
@@ -88,7 +102,7 @@ def _outer(mask: Mask, centre: Array, farthest_mm: float, spacing_mm: Array) -> 
     step = spacing_mm.min() / 2
     lengths = np.arange(0.0, farthest_mm + spacing_mm.sum(), step)
     points = centre[:, None, None] + _directions() / spacing_mm[:, None, None] * lengths
-    found = map_coordinates(mask.astype(float), points, order=1, mode="constant") > 0.5
+    found = interpolated(mask.astype(float), points, outside=0.0) > 0.5
     farthest = np.where(found.any(1), len(lengths) - 1 - found[:, ::-1].argmax(1), 0)
     reach: Array = gaussian_filter1d(lengths[farthest] + step / 2, 1.0, mode="wrap")
     return reach

@@ -8,6 +8,7 @@ tissue. What was seen and decided is kept, for the sidecar.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -69,48 +70,47 @@ def decide(resp: Tensor, images: Images) -> tuple[Tensor, list[Region]]:
         Responsibilities with 0 where a tissue is not accepted, which sum to 1 again, and every region.
     """
     ring, tissues, sequences, slices = images.border(), images.tissues, images.sequences, images.slices
-    image, mask, spacing_mm = images.image, images.mask, images.spacing_mm
-    resp = resp.clone()
-    wall = ((mask > 0) & (ring.inside == 0))[:, 0].cpu().numpy()
+    mask, found = images.mask[:, 0].cpu().numpy() > 0, resp.detach().cpu().numpy().copy()
+    wall = mask & (ring.inside[:, 0].cpu().numpy() == 0)
     healthy = next((k for k, t in enumerate(tissues) if t.criteria is None and t.level), None)
     regions: list[Region] = []
     for k in reversed(range(len(tissues))):
         criteria = tissues[k].criteria
         if criteria is None or healthy is None or criteria.sequence not in sequences:
             continue
-        gone = [j >= k and t.criteria is not None for j, t in enumerate(tissues)]
-        decided = torch.tensor(gone, device=resp.device)[:, None, None]
-        found = likeliest(resp).cpu().numpy()
-        shares = [_by_angle(f == k, w, a) for f, w, a in zip(found, wall, ring.angle, strict=True)]
-        values = image[:, sequences.index(criteria.sequence)].cpu().numpy()
+        gone = [j for j, t in enumerate(tissues) if j >= k and t.criteria is not None]
+        likely = likeliest(torch.from_numpy(found)).numpy()
+        shares = [_by_angle(f == k, w, a) for f, w, a in zip(likely, wall, ring.angle, strict=True)]
+        values = images.image[:, sequences.index(criteria.sequence)].cpu().numpy()
         shown = images.enhanced() if _shines(images, tissues[k].name) else None
         there = shown is None or shown.present
-        for i in range(len(resp)):
+        for i, (labels, around) in enumerate(zip(likely, wall, strict=True)):
             support = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1] if slices else []
-            parts, _ = label((found[i] == k) & wall[i])
-            rest = values[i][(found[i] == healthy) & wall[i]]
+            parts, _ = label((labels == k) & around)
+            reference = _healthy(values[i][(labels == healthy) & around])
             for part, box in enumerate(find_objects(parts), 1):
                 where = parts[box] == part
                 region = Region(
                     tissue=tissues[k].name,
                     image=i,
-                    voxels=int(where.sum()),
-                    size=_diameter(where, spacing_mm),
+                    voxels=int(np.count_nonzero(where)),
+                    size=_diameter(where, images.spacing_mm),
                     support=_support(where, ring.angle[i][box], support),
-                    contrast=_contrast(values[i][box][where], rest),
+                    contrast=_contrast(values[i][box][where], reference),
                     evidence=0.0 if shown is None else _shown(shown, (i, *box), where),
                     accepted=False,
                 )
                 region = region._replace(accepted=there and accepted(region, criteria))
                 regions.append(region)
                 if not region.accepted:
-                    resp[(i, slice(None), *box)][decided & torch.from_numpy(where).to(resp.device)] = 0
-    total = resp.sum(1, keepdim=True)
+                    for j in gone:
+                        found[(i, j, *box)][where] = 0
+    total = found.sum(1)
     # Where nothing else was possible, the healthy wall is.
-    lost = (total[:, 0] <= 0) & (mask[:, 0] > 0)
     if healthy is not None:
-        resp[:, healthy][lost] = 1
-    return resp / torch.where(total > 0, total, 1), regions
+        found[:, healthy][(total <= 0) & mask] = 1
+    found /= np.where(total > 0, total, 1)[:, None]
+    return torch.from_numpy(found).to(resp.device), regions
 
 
 def accepted(region: Region, criteria: RegionCriteria) -> bool:
@@ -136,8 +136,21 @@ def _diameter(where: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> float:
 
     Distances are from centre to centre of voxels, the nearest outside being half a voxel beyond the border.
     """
-    depth = float(distance_transform_edt(np.pad(where, 1), sampling=spacing_mm).max())
-    return 2 * depth - min(spacing_mm)
+    least, room = min(spacing_mm), np.zeros((where.shape[0] + 2, where.shape[1] + 2), dtype=bool)
+    room[1:-1, 1:-1] = where
+    within = [where & before & after for before, after in _beside(room, [s == least for s in spacing_mm])]
+    if not np.logical_and.reduce(within).any():  # every voxel has a neighbour outside
+        return least
+    depth = float(distance_transform_edt(room, sampling=spacing_mm).max())
+    return 2 * depth - least
+
+
+def _beside(room: NDArray[np.bool_], axes: list[bool]) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Whether the neighbours along each of some axes are in a region, which has a voxel of room around it."""
+    if axes[0]:
+        yield room[:-2, 1:-1], room[2:, 1:-1]
+    if axes[1]:
+        yield room[1:-1, :-2], room[1:-1, 2:]
 
 
 def _by_angle(tissue: NDArray[np.bool_], wall: NDArray[np.bool_], angle: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -157,8 +170,13 @@ def _support(where: NDArray[np.bool_], angle: NDArray[np.int64], neighbours: lis
     return float(np.mean([share[angle[where]].mean() for share in neighbours]))
 
 
-def _contrast(region: NDArray[np.float64], healthy: NDArray[np.float64]) -> float:
+def _healthy(values: NDArray[np.floating]) -> tuple[float, float] | None:
+    """Mean and standard deviation of the healthy wall; None where there is too little of it, or it has one value."""
+    if len(values) < MIN_HEALTHY or (deviation := float(values.std())) == 0:
+        return None
+    return float(values.mean()), deviation
+
+
+def _contrast(region: NDArray[np.floating], healthy: tuple[float, float] | None) -> float:
     """How much brighter a region is than the healthy wall, in standard deviations of the latter."""
-    if len(healthy) < MIN_HEALTHY or healthy.std() == 0:
-        return np.inf
-    return float((region.mean() - healthy.mean()) / healthy.std())
+    return float("inf") if healthy is None else (float(region.mean()) - healthy[0]) / healthy[1]

@@ -95,8 +95,10 @@ class Images(NamedTuple):
             return made
         given = (self.image, self.whole, [v.anatomy() for v in made], self.sequences, self.spacing_mm)
         rings = endocardium.rings(*given, slices=self.slices)
-        walled = [v._replace(ring=self._measured(ring)) for v, ring in zip(made, rings, strict=True)]
-        return [v._replace(enhancement=v.enhanced()) for v in walled]
+        rings = [self._measured(ring) for ring in rings]
+        found = self._enhanced(rings)
+        each = zip(made, rings, found, strict=True)
+        return [v._replace(ring=ring, enhancement=enhancement) for v, ring, enhancement in each]
 
     def with_wall(self) -> Self:
         """The same, with the wall's borders and enhancement, found once for all; itself where there is no anatomy."""
@@ -111,15 +113,17 @@ class Images(NamedTuple):
         None where no sequence shows it, where the wall cannot have the tissue, and where the images are no stack of one
         patient.
         """
-        late = self.anatomy().enhancement
-        if self.enhancement is not None or late is None or late.sequence not in self.sequences or not self.slices:
-            return self.enhancement
-        if late.tissue not in [t.name for t in self.tissues]:
-            return None
+        return self.enhancement or self._enhanced([self.border()])[0]
+
+    def _enhanced(self, rings: Sequence[Ring]) -> list[Enhancement | None]:
+        """What late enhancement shows between each of some borders."""
+        late, names = self.anatomy().enhancement, [t.name for t in self.tissues]
+        if late is None or late.sequence not in self.sequences or not self.slices or late.tissue not in names:
+            return [None] * len(rings)
         return enhancement.measure(
             self.image[:, self.sequences.index(late.sequence)].cpu().numpy().astype(float),
             self.mask[:, 0].cpu().numpy() > 0,
-            self.border().inside[:, 0].cpu().numpy() > 0,
+            [ring.inside[:, 0].cpu().numpy() > 0 for ring in rings],
             self.spacing_mm,
             slices=self.slices,
             threshold=late.evidence,

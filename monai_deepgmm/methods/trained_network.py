@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -18,10 +19,16 @@ from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import resampling
 from monai_deepgmm.methods.model_spec import SPEC, WEIGHTS, ModelReference, ModelSpec
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed
-from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, e_step, m_step, nll
+from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR
+from monai_deepgmm.mixture.packing import packing
+from monai_deepgmm.mixture.steps import Model, Products
 from monai_deepgmm.networks import registry
+from monai_deepgmm.networks.quick_layers import quickened
 from monai_deepgmm.networks.sizes import LARGEST, MULTIPLE
 from monai_deepgmm.networks.weights import read, reason
+
+#: Voxels that go through a network together, in images that are that small: coarse levels of single ones are slow.
+AT_ONCE = 1 << 15
 
 
 def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
@@ -98,7 +105,7 @@ def load(reference: ModelReference, device: str) -> nn.Module:
     except Exception as error:  # whatever a network's class, or a damaged file, makes torch raise
         message = f"{file} cannot be used ({reason(error)})"
         raise StudyError("E_MODEL", message, "Train the model again") from error
-    return network.to(device).eval()
+    return quickened(network.to(device).eval(), training=False)
 
 
 def count(spec: ModelSpec) -> int:
@@ -122,7 +129,7 @@ def apply_network(
     sequences: tuple[str, ...] | None = None,
     merge: Tensor | None = None,
 ) -> Fit:
-    """Segments images in one forward pass, and gives what EM would give.
+    """Segments images in one forward pass, and gives what EM would give after one M-step.
 
     A sequence that the network knows and the images lack is shown to it as 0; the mixture is that of the others.
 
@@ -148,18 +155,17 @@ def apply_network(
     output = weights(network, spec, given, mask, spacing_mm=spacing_mm) * mask
     if merge is not None:
         output = (merge.to(output) @ output.flatten(2)).reshape(len(output), -1, *output.shape[2:])
-    mixture = m_step(
-        image,
-        output,
-        mask,
-        covariance=spec.training.covariance or "tied",
-        spatial=spec.training.spatial,
-        floor=VARIANCE_FLOOR,
-    )
+    voxels = packing(mask)
+    w = voxels.pack(output)
+    model = Model(spec.training.covariance or "tied", spec.training.spatial, VARIANCE_FLOOR)
+    steps = Products.of(voxels.pack(image), voxels.inside.to(image.dtype), model)
+    standardised = steps.maximise(w, None)
+    expected = steps.expect(standardised)
+    mixture = steps.original(standardised)
     return Fit(
-        resp=e_step(image, mask, mixture) if posterior else output,
-        mixture=mixture,
-        diagnostics=Diagnostics(nll=nll(image, mask, mixture), collapsed=collapsed(output.flatten(2), mask.flatten(2))),
+        resp=voxels.spread(expected.resp) if posterior else output,
+        mixture=mixture._replace(weights=output) if model.spatial else mixture,
+        diagnostics=Diagnostics(nll=expected.nll, collapsed=collapsed(w, voxels.inside)),
     )
 
 
@@ -168,24 +174,38 @@ def weights(
 ) -> Tensor:
     """The network's output w = Π on the image's own grid ``(B, K, *S)``; it sums to 1 over K everywhere.
 
-    One image after the other: a patient's slices then need no more memory than one, and no label depends on its
-    neighbours.
+    A few small images at a time, one large one: what is seen of an image does not depend on the others.
 
     Raises:
         StudyError: ``E_MODEL``, the network cannot be run on such an image.
     """
-    each = zip(image, mask, strict=True)
-    return torch.cat([_weights(network, spec, i[None], m[None], spacing_mm=spacing_mm) for i, m in each])
+    sizes = [_size(spec, one[None], spacing_mm) for one in mask]
+    found: list[Tensor] = []
+    for size, run in itertools.groupby(sizes):
+        count, step = len(list(run)), max(AT_ONCE // math.prod(size), 1)
+        bounds = [*range(len(found), len(found) + count, step), len(found) + count]
+        for part in (slice(*pair) for pair in itertools.pairwise(bounds)):
+            found += _weights(network, spec, image[part], mask[part], size, spacing_mm=spacing_mm)
+    return torch.stack(found)
+
+
+def _size(spec: ModelSpec, mask: Tensor, spacing_mm: tuple[float, ...]) -> tuple[int, ...]:
+    """As large as in training, since an instance norm counts the surroundings; larger only where the mask is."""
+    needed = resampling.around(mask, spacing_mm, spec.training.grid_mm).size
+    return tuple(max(sides) for sides in zip(needed, spec.given, strict=True))
 
 
 @torch.no_grad()
 def _weights(
-    network: nn.Module, spec: ModelSpec, image: Tensor, mask: Tensor, *, spacing_mm: tuple[float, ...]
+    network: nn.Module,
+    spec: ModelSpec,
+    image: Tensor,
+    mask: Tensor,
+    size: tuple[int, ...],
+    *,
+    spacing_mm: tuple[float, ...],
 ) -> Tensor:
-    """Of one image ``(1, M, *S)``."""
-    # As large as in training, since an instance norm counts the surroundings; larger only where the mask is.
-    needed = resampling.around(mask, spacing_mm, spec.training.grid_mm).size
-    size = tuple(max(sides) for sides in zip(needed, spec.given, strict=True))
+    """Of images ``(B, M, *S)`` that are seen on views of one size."""
     if math.prod(size) > LARGEST:
         message = f"the network's grid of {spec.training.grid_mm:g} mm makes an image of {_sides(size)} voxels"
         raise StudyError("E_MODEL", message, "Train another network, on a coarser grid")

@@ -123,19 +123,23 @@ def entangled(mixture: Mixture, resp: Tensor, mask: Tensor) -> Tensor:
     """
     if mixture.field is None:
         return torch.zeros_like(mixture.means[:, 0])
-    w, above = (resp * mask).flatten(2), (mixture.field.flatten(2) - 1) * mask.flatten(2)  # mean 0
-    count = w.sum(-1)  # (B, K)
-    between = (w @ above.mT).square() / count.clamp_min(1e-9)[..., None]  # (B, K, M)
-    return between.sum(1) / above.square().sum(-1).clamp_min(1e-12)
+    found = []
+    for b in mixture.field.unbind(1):  # one sequence and tissue at a time, as those of a head are large
+        above = ((b - 1) * mask[:, 0]).flatten(1)  # (B, N), mean 0
+        weights = (((w * mask[:, 0]).flatten(1)) for w in resp.unbind(1))
+        between = [(w * above).sum(1).square() / w.sum(1).clamp_min(1e-9) for w in weights]
+        found.append(torch.stack(between).sum(0) / above.square().sum(1).clamp_min(1e-12))
+    return torch.stack(found, 1)
 
 
 def suspicious(mixture: Mixture, resp: Tensor, mask: Tensor) -> Tensor:
     """Whether a field follows the tissues ``(B, M)``: it is notable, and they explain most of it."""
     if mixture.field is None:
         return torch.zeros_like(mixture.means[:, 0], dtype=torch.bool)
-    count = mask.flatten(2).sum(-1).clamp_min(1)
-    spread = (((mixture.field - 1) * mask).flatten(2).square().sum(-1) / count).sqrt()
-    return (spread > NOTABLE) & (entangled(mixture, resp, mask) > ENTANGLED)
+    count = mask.flatten(1).sum(1).clamp_min(1)
+    each = [(((b - 1) * mask[:, 0]).flatten(1).square().sum(1) / count).sqrt() for b in mixture.field.unbind(1)]
+    notable = torch.stack(each, 1) > NOTABLE
+    return notable & (entangled(mixture, resp, mask) > ENTANGLED) if bool(notable.any()) else notable
 
 
 def terms(degree: int, dimensions: int) -> int:
@@ -228,17 +232,14 @@ def _separate(voxels: Tensor, w: Tensor, means: Tensor, inverse: Tensor, g: Tens
 def _block(voxels: Tensor, w: Tensor, means: Tensor, precision: Tensor, g: Tensor) -> Tensor:
     """ω ``(B, M, J)`` for covariance matrices: sequences depend on each other, in one system of M·J unknowns."""
     n_images, n_sequences, n_terms = len(g), means.shape[-1], g.shape[1]
-    rows = []
-    for m in range(n_sequences):
-        row, right = [], g.new_zeros(n_images, n_terms)
-        for n in range(n_sequences):
-            j1 = torch.einsum("bkx,bk->bx", w, means[..., m] * precision[..., m, n] * means[..., n])
-            j2 = torch.einsum("bkx,bk->bx", w, means[..., m] * precision[..., m, n]) * voxels[:, n]
-            row.append((g * j1[:, None]) @ g.mT)
-            right = right + (g @ j2[..., None]).squeeze(-1)
-        rows.append((torch.stack(row, 2), right))  # (B, J, M, J), (B, J)
-    u = torch.stack([r for r, _ in rows], 1)
-    v = torch.stack([r for _, r in rows], 1)
+    products, seen = [], []  # of each tissue: Σ w g gᵀ (B, J, J), Σ w I gᵀ (B, M, J)
+    for share in w.unbind(1):
+        weighted = g * share[:, None]
+        products.append(weighted @ g.mT)
+        seen.append(voxels @ weighted.mT)
+    drawn = means[..., None] * precision  # μ_m P_mn
+    u = torch.einsum("bkmn,bkij->bminj", drawn * means[..., None, :], torch.stack(products, 1))
+    v = torch.einsum("bkmn,bknj->bmj", drawn, torch.stack(seen, 1))
     size = n_sequences * n_terms
     return _solved(u.reshape(n_images, size, size), v.reshape(n_images, size)).reshape(v.shape)
 

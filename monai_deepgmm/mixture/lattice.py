@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 #: An axis whose voxels are so many times as long as the shortest has no border of its own: its ends are real slices.
 THICK = 2.0
@@ -20,14 +19,14 @@ class Lattice:
     """Every so many voxels of one image along each axis.
 
     Args:
-        mask: ``(1, 1, *S)``.
+        mask: ``(1, 1, *S)``, as 0 and 1 or bool.
         stride: for each axis of ``*S``.
     """
 
     def __init__(self, mask: Tensor, stride: tuple[int, ...]) -> None:
         self.stride = stride
         self.where = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
-        self.mask = mask[self.where]
+        self.mask = mask[self.where].to(torch.promote_types(mask.dtype, torch.float32))
 
     def inside(self, values: Tensor) -> Tensor:
         """Values on the lattice ``(1, C, *L)`` → those inside the mask ``(1, C, V)``."""
@@ -42,17 +41,17 @@ class Neighbours:
     """The average over a voxel's nearest neighbours inside the mask, two along each axis, nearer ones weighing more.
 
     Args:
-        mask: ``(1, 1, *S)``.
+        mask: ``(1, 1, *S)``, as 0 and 1 or bool.
         spacing_mm: of the axes in ``*S``; a neighbour weighs as the inverse square of its distance.
     """
 
     def __init__(self, mask: Tensor, spacing_mm: tuple[float, ...]) -> None:
         self.weights = [(min(spacing_mm) / s) ** 2 for s in spacing_mm]
-        self.count = self._sum(mask).clamp_min(1e-6)
+        self.count = self._sum(mask.to(torch.promote_types(mask.dtype, torch.float32))).clamp_min_(1e-6)
 
     def __call__(self, values: Tensor) -> Tensor:
         """``(1, K, *S)``, 0 outside the mask → the same shape."""
-        return self._sum(values) / self.count
+        return self._sum(values).div_(self.count)
 
     def _sum(self, values: Tensor) -> Tensor:
         out = torch.zeros_like(values)
@@ -104,11 +103,14 @@ def _shifted(values: Tensor, axis: int, by: int) -> Tensor:
 
 def on_grid(field: Tensor, steps: tuple[int, ...], mask: Tensor) -> Tensor:
     """A field on the lattice, on the full grid ``(1, M, *S)``: linear in between, mean 1 over the mask, 1 outside."""
-    sides = [(n - 1) * s + 1 for n, s in zip(field.shape[2:], steps, strict=True)]
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(sides)]
-    full = functional.interpolate(field, size=sides, mode=mode, align_corners=True)
-    # Voxels after the lattice's last have its field.
-    pads = [p for n, s in zip(reversed(mask.shape[2:]), reversed(sides), strict=True) for p in (0, n - s)]
-    full = functional.pad(full, pads, mode="replicate")
-    mean = (full * mask).flatten(2).sum(-1) / mask.sum()
-    return torch.where(mask > 0, full / mean.reshape(1, -1, *[1] * len(sides)), 1)
+    for axis, (n, step) in enumerate(zip(mask.shape[2:], steps, strict=True), start=2):
+        field = (field.movedim(axis, -1) @ _between(field.shape[axis], n, step).to(field)).movedim(-1, axis)
+    inside = mask.expand_as(field) > 0
+    mean = torch.where(inside, field, 0).flatten(2).sum(-1) / mask.sum()
+    return torch.where(inside, field / mean.reshape(1, -1, *[1] * len(steps)), 1)
+
+
+def _between(count: int, voxels: int, step: int) -> Tensor:
+    """What each of ``count`` lattice points has to say at each voxel ``(count, voxels)``; after the last, it alone."""
+    place = (torch.arange(voxels, dtype=torch.float64) / step).clamp_max(count - 1)
+    return (1 - (torch.arange(count)[:, None] - place).abs()).clamp_min(0)

@@ -79,14 +79,11 @@ class SpatialPrior(NamedTuple):
 
 def standardised(image: Tensor, place: Tensor) -> Tensor:
     """The image ``(B, M, *S)`` with median 0 and standard deviation 1 inside a place ``(B, 1, *S)``, 0 outside."""
-    out = torch.zeros_like(image)
-    for values, inside, target in zip(image, place[:, 0] > 0, out, strict=True):
-        if inside.any():
-            found = values[:, inside]
-            centred = found - found.median(1, keepdim=True).values
-            deviation = found.std(1, correction=0, keepdim=True)
-            target[:, inside] = centred / torch.where(deviation > 0, deviation, 1.0)
-    return out
+    inside = place > 0
+    found = torch.where(inside, image, torch.nan).flatten(2)
+    centred = found - found.nanmedian(2, keepdim=True).values
+    deviation = (centred.square().nanmean(2) - centred.nanmean(2).square()).clamp_min(0).sqrt()[..., None]
+    return torch.where(inside, (centred / torch.where(deviation > 0, deviation, 1.0)).view_as(image), 0)
 
 
 def fit_map_em(
@@ -145,7 +142,7 @@ def fit_map_em(
     ended.append((going, state))
     order = torch.cat([rows for rows, _ in ended]).argsort()
     resp = torch.cat([one.resp for _, one in ended])[order]
-    mixture = stacked([one.mixture._replace(weights=one.prior.exp() * one.inside) for _, one in ended]).rows(order)
+    mixture = stacked([one.mixture._replace(weights=one.prior * one.inside) for _, one in ended]).rows(order)
     mixture = mixture._replace(weights=everything.voxels.spread(mixture.weights))
     return Fit(voxels.spread(resp), mixture, Diagnostics(trace[-1], torch.stack(trace), iterations, change < tol))
 
@@ -226,8 +223,15 @@ class _Task(NamedTuple):
         scatter = scatter + torch.where(i == j, prior.variance, 0.0) * nu[..., None]
         covariances = scatter.new_empty(*means.shape, n_sequences)
         covariances[..., i, j] = covariances[..., j, i] = scatter / (count + nu)[..., None]
-        maps = self.boxes.pack(self.neighbourhood.blur(self.boxes.spread(state.resp))).div_(self.reach)
-        return Mixture(maps, means, covariances)
+        return Mixture(self._maps(state.resp), means, covariances)
+
+    def _maps(self, resp: Tensor) -> Tensor:
+        """The smooth Π ``(B, K, N)``; they sum to 1, so that the last is what the others leave."""
+        maps = torch.empty_like(resp)
+        free = maps[:, :-1]
+        free[:] = self.boxes.pack(self.neighbourhood.blur(self.boxes.spread(resp[:, :-1]))).div_(self.reach)
+        maps[:, -1:] = self.inside - free.sum(1, keepdim=True)
+        return maps
 
 
 class _State(NamedTuple):
@@ -235,7 +239,7 @@ class _State(NamedTuple):
 
     Attributes:
         mixture: the last M-step's.
-        prior: log ``Π_k(x) ρ_k(x)``, normalised ``(B, K, N)``.
+        prior: ``Π_k(x) ρ_k(x)``, normalised ``(B, K, N)``.
         resp: responsibilities ``(B, K, N)``.
         t_weights: what each voxel is worth to each component ``(B, K, N)``.
         nll: the untempered NLL_V ``(B,)``.
@@ -252,18 +256,21 @@ class _State(NamedTuple):
     @classmethod
     def of(cls, mixture: Mixture, task: _Task, temper: float, model: DensityModel) -> _State:
         """The E-step."""
-        tiny, n_sequences = torch.finfo(mixture.weights.dtype).tiny, mixture.means.shape[-1]
-        prior = mixture.weights.clamp_min(tiny).log_()
+        least, n_sequences = torch.finfo(mixture.weights.dtype).tiny ** 0.5, mixture.means.shape[-1]
+        prior = mixture.weights.clamp_min(least)
         if task.location is not None:
-            prior = prior.add_(task.location).log_softmax(1)
+            prior = prior.log_().add_(task.location).softmax(1)
         density, t_weights = _density(task.seen, mixture, model.dof)
-        evidence = (prior + density).logsumexp(1, keepdim=True)
+        peak = density.amax(1, keepdim=True)
+        density -= peak
+        evidence = density.exp().mul_(prior).sum(1, keepdim=True).log_().add_(peak)
         if model.outliers > 0:
             nowhere = math.log(model.outliers) - n_sequences * math.log(model.span)
             inlier = math.log(1 - model.outliers) + evidence
             evidence = torch.logaddexp(inlier, torch.full_like(inlier, nowhere))
             t_weights = t_weights * (inlier - evidence).exp()
-        resp = density.mul_(temper).add_(prior).softmax(1).mul_(task.inside)
+        resp = density.mul_(temper).exp_().mul_(prior)  # the likeliest without a prior has 1 before it
+        resp *= task.inside / resp.sum(1, keepdim=True)
         return cls(mixture, prior, resp, t_weights, masked_mean(-evidence, task.inside), task.inside)
 
     def rows(self, index: Tensor) -> _State:

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from monai_deepgmm.mixture import bias_field
+from monai_deepgmm.mixture import bias_field, mixel_statistics
 from monai_deepgmm.mixture.gaussian import Mixture, floored_matrices, log_density
+from monai_deepgmm.mixture.mixel_statistics import MixelStatistics, Moments, Pattern, patterns
 
 #: Into how many equal parts the share u is cut; a node lies in the middle of each.
 NODES = 5
@@ -29,6 +30,8 @@ MIXELS = 0.3
 OUTLIERS, MOST_OUTLIERS, OUTLIER_SPREAD = 0.02, 0.1, 3.0
 #: τ: how far the share that another sequence sees may differ from the first one's.
 BLUR = 0.15
+#: No logarithm of a responsibility is below this: what is not normal in single precision is slow.
+LEAST = -40.0
 #: A covariance from pairs of sequences measured in different voxels keeps at least this share of its variance.
 LEAST_EIGENVALUE = 1e-3
 
@@ -123,25 +126,12 @@ def nodes(pure: Mixture, weights: Tensor, fractions: Tensor) -> Mixture:
 
 def marginal_density(observed: Observed, mixture: Mixture) -> Tensor:
     """Log p of what was measured in each voxel under each component ``(1, N, V)``; 0 where nothing was."""
-    values, measured = observed
-    if bool(measured.all()):
-        return log_density(values, mixture)
-    out = values.new_zeros(1, mixture.means.shape[1], values.shape[-1])
-    code = (measured[0] * 2 ** torch.arange(len(measured[0]), device=values.device)[:, None]).sum(0)
-    for pattern in sorted(set(code.tolist())):
-        where = code == pattern
-        kept = [m for m in range(values.shape[1]) if pattern >> m & 1]
-        if kept:
-            out[:, :, where] = log_density(values[:, kept][..., where], _of(mixture, kept, where))
-    return out
-
-
-def _of(mixture: Mixture, kept: list[int], where: Tensor) -> Mixture:
-    """The marginal of some sequences, at some voxels."""
-    covariances = mixture.covariances
-    covariances = covariances[..., kept] if covariances.ndim == 3 else covariances[..., kept, :][..., kept]
-    field = None if mixture.field is None else mixture.field[:, kept][..., where]
-    return Mixture(mixture.weights, mixture.means[..., kept], covariances, field)
+    if mixture.field is None and mixture.covariances.ndim == 3 and bool(observed.measured.all()):
+        return log_density(observed.values, mixture)
+    values, measured = observed.values[0], observed.measured[0]
+    field = None if mixture.field is None else mixture.field[0]
+    centre = mixture.means[0].mean(0)
+    return mixel_statistics.statistics(values, measured, field, centre, patterns(measured)).log_density(mixture)
 
 
 def broad(observed: Observed) -> Mixture:
@@ -158,7 +148,9 @@ def broad(observed: Observed) -> Mixture:
 
 def contaminated(inlying: Tensor, outlying: Tensor, outliers: float) -> Tensor:
     """``log((1 − ε) p + ε p₀)`` from log p ``(1, N, V)`` and log p₀ ``(1, 1, V)``."""
-    return torch.logaddexp(math.log1p(-outliers) + inlying, math.log(outliers) + outlying)
+    inlying, outlying = inlying + math.log1p(-outliers), outlying + math.log(outliers)
+    peak = torch.maximum(inlying, outlying)
+    return inlying.sub_(outlying).abs_().neg_().exp_().log1p_().add_(peak)  # torch.logaddexp takes five times as long
 
 
 # M-step ----------------------------------------------------------------------------------------------------------
@@ -172,56 +164,71 @@ class Step(NamedTuple):
         fractions: a ``(N, K)``.
         pooling: ν.
         floor: added to the variances ``(1, M)``.
+        centre: about the mean of what was measured ``(M,)``.
+        patterns: of what was measured.
     """
 
     observed: Observed
     fractions: Tensor
     pooling: float
     floor: Tensor
+    centre: Tensor
+    patterns: tuple[Pattern, ...]
+
+    def seen(self, b: Tensor | None) -> MixelStatistics:
+        """The statistics of the voxels under a field ``(1, M, V)`` or None."""
+        values, measured = self.observed.values[0], self.observed.measured[0]
+        field = None if b is None else b[0]
+        return mixel_statistics.statistics(values, measured, field, self.centre, self.patterns)
 
     def __call__(self, resp: Tensor, b: Tensor | None, previous: Mixture | None) -> Mixture:
+        """The M-step under a field ``(1, M, V)`` or None; see ``maximised``."""
+        return self.maximised(resp, self.seen(b), previous)
+
+    def maximised(self, resp: Tensor, seen: MixelStatistics, previous: Mixture | None) -> Mixture:
         """μ by least squares over all nodes, ``I(x) ≈ b(x) a_nᵀ μ``; Σ from what is left at the pure ones, pooled.
 
         Args:
             resp: of the nodes ``(1, N, V)``.
-            b: the field ``(1, M, V)`` or None.
+            seen: the statistics of the voxels.
             previous: its variances weigh the nodes; None: all weigh the same.
         """
-        voxels, seen = self.observed.values, self.observed.measured.to(resp)
-        b = (torch.ones_like(voxels) if b is None else b) * seen
-        n_tissues = self.fractions.shape[1]
-        means = self._means(resp, b, voxels * seen, previous)
-        w = resp[:, :n_tissues]
-        centred = (voxels * seen)[:, None] - b[:, None] * means[..., None]  # (1, K, M, V)
-        scatter = (centred * w[:, :, None]) @ centred.mT
-        pairs = (seen[:, None] * w[:, :, None]) @ seen[:, None].mT  # (1, K, M, M): weight that saw both sequences
-        average = scatter.sum(1, keepdim=True) / pairs.sum(1, keepdim=True).clamp_min(1e-6)
-        pooled = self.pooling * voxels.shape[-1] + 1e-6
-        covariances = (scatter + pooled * average) / (pairs + pooled)
-        if not bool(self.observed.measured.all()):
-            covariances = _positive(covariances)
-        covariances = floored_matrices(covariances, self.floor[:, None])
-        count = w.sum(-1)
-        return Mixture(count / count.sum(1, keepdim=True).clamp_min(1e-6), means, covariances)
+        n_tissues, found = self.fractions.shape[1], seen.moments(resp[0])
+        delta = self._deltas(found, resp, previous)
+        cc, cb, bb, pairs = (part[:n_tissues] for part in found)
+        shaded = cb * delta[:, None]  # Σ c_i b_j δ_j
+        scatter = cc - shaded - shaded.mT + bb * delta[:, :, None] * delta[:, None]
+        average = scatter.sum(0) / pairs.sum(0).clamp_min(1e-6)
+        pooled = self.pooling * resp.shape[-1] + 1e-6
+        covariances = ((scatter + pooled * average) / (pairs + pooled))[None]
+        floored = floored_matrices(covariances, self.floor[:, None])
+        whole = len(self.patterns) == 1 and self.patterns[0].where is None
+        if not whole or bool(torch.linalg.cholesky_ex(floored).info.any()):
+            floored = floored_matrices(_positive(covariances), self.floor[:, None])
+        count = resp[:, :n_tissues].sum(-1)
+        shares = count / count.sum(1, keepdim=True).clamp_min(1e-6)
+        return Mixture(shares, (delta + seen.centre)[None], floored)
 
-    def _means(self, resp: Tensor, b: Tensor, voxels: Tensor, previous: Mixture | None) -> Tensor:
+    def _deltas(self, found: Moments, resp: Tensor, previous: Mixture | None) -> Tensor:
+        """δ = μ − μ₀ ``(K, M)``: the fractions of a node sum to 1, so that what holds of μ holds of δ."""
         a = self.fractions
-        weight = torch.ones(len(a), voxels.shape[1]).to(voxels)
+        weight = torch.ones_like(found.bb[:, 0])
         if previous is not None:
             covariances = nodes(previous._replace(field=None), resp.mean(-1), a).covariances[0]
             weight = 1 / (covariances if covariances.ndim == 2 else covariances.diagonal(dim1=-2, dim2=-1))  # (N, M)
-        bb, bx = ((resp[0] @ values[0].mT) * weight for values in (b.square(), b * voxels))  # (N, M)
-        left, right = torch.einsum("nm,nk,nl->mkl", bb, a, a), torch.einsum("nm,nk->mk", bx, a)
+        bb, bc = (part.diagonal(dim1=-2, dim2=-1) * weight for part in (found.bb, found.cb))  # (N, M)
+        left, right = torch.einsum("nm,nk,nl->mkl", bb, a, a), torch.einsum("nm,nk->mk", bc, a)
         ridge = 1e-6 * left.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
         eye = torch.eye(a.shape[1]).to(left)
         solved: Tensor = torch.linalg.solve(left + ridge[:, None, None] * eye, right[..., None])
-        return solved.squeeze(-1).mT[None]
+        return solved.squeeze(-1).mT
 
 
 def step(observed: Observed, fractions: Tensor, pooling: float, floor: float) -> Step:
     """The M-step with the variance floor as a fraction of each sequence's variance."""
-    variance = broad(observed).covariances[:, 0] / OUTLIER_SPREAD**2
-    return Step(observed, fractions, pooling, floor * variance)
+    whole = broad(observed)
+    variance = whole.covariances[:, 0] / OUTLIER_SPREAD**2
+    return Step(observed, fractions, pooling, floor * variance, whole.means[0, 0], patterns(observed.measured[0]))
 
 
 def begin(maximise: Step, expected: Tensor) -> tuple[Mixture, Tensor]:
@@ -234,9 +241,12 @@ def begin(maximise: Step, expected: Tensor) -> tuple[Mixture, Tensor]:
 
 
 def _positive(covariances: Tensor) -> Tensor:
-    """The nearest matrices ``(1, K, M, M)`` that are positive definite, where pairs came from different voxels."""
+    """The nearest matrices ``(1, K, M, M)`` that are positive definite, but for roundings.
+
+    Those from pairs of sequences that were measured in different voxels need not be, nor those of equal values.
+    """
     values, vectors = torch.linalg.eigh(covariances)
-    values = torch.maximum(values, LEAST_EIGENVALUE * values[..., -1:])
+    values = torch.maximum(values, LEAST_EIGENVALUE * values[..., -1:].clamp_min(0))
     nearest: Tensor = vectors @ torch.diag_embed(values) @ vectors.mT
     return nearest
 
@@ -281,15 +291,11 @@ def run(
     outlying = marginal_density(observed, broad(observed))
     resp: Tensor | None = None
     trace: list[Tensor] = []
-    converged = False
+    converged, seen = False, maximise.seen(b)
     while len(trace) <= stop.max_iter:
-        mixture = nodes(pure._replace(field=b), weights, fractions)
-        inlying = marginal_density(observed, mixture) + weights.clamp_min(1e-30).log()[..., None]
-        evidence = inlying.logsumexp(1, keepdim=True)
-        total = contaminated(evidence, outlying, outliers)
-        new = (inlying + math.log1p(-outliers) - total).exp()
+        new, total = _expected(seen, nodes(pure, weights, fractions), outlying, outliers)
         trace.append(-total.mean()[None])
-        converged = resp is not None and bool((new - resp).abs().sum(1).mean() < stop.tol)
+        converged = resp is not None and bool((resp - new).abs_().sum() < stop.tol * new.shape[-1])
         resp = new
         if converged:
             break
@@ -300,9 +306,20 @@ def run(
             weights = anchor.weights
         if basis is not None:
             b = _field(observed, resp, pure, basis)
-        pure = maximise(resp, b, pure)
+            seen = maximise.seen(b)
+        pure = maximise.maximised(resp, seen, pure)
         pure = pure if anchor is None else anchored(pure, anchor)
     return State(pure._replace(field=b), weights, outliers, torch.stack(trace), converged)
+
+
+def _expected(seen: MixelStatistics, mixture: Mixture, outlying: Tensor, outliers: float) -> tuple[Tensor, Tensor]:
+    """The E-step: responsibilities of the nodes ``(1, N, V)``, and log p of each voxel ``(1, 1, V)``."""
+    inlying = seen.log_density(mixture).add_(mixture.weights.clamp_min(1e-30).log()[..., None])
+    peak = inlying.amax(1, keepdim=True)
+    resp = inlying.sub_(peak).clamp_min_(LEAST).exp_()
+    evidence = resp.sum(1, keepdim=True).log_().add_(peak)
+    total = contaminated(evidence, outlying, outliers)
+    return resp.mul_((peak + math.log1p(-outliers) - total).exp_()), total
 
 
 def _field(observed: Observed, resp: Tensor, pure: Mixture, basis: Tensor) -> Tensor:

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.mixture import bias_field, mixels
-from monai_deepgmm.mixture.bounding_box import cut, enclosing, paste
+from monai_deepgmm.mixture.bounding_box import Box, enclosing
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture
 from monai_deepgmm.mixture.lattice import Lattice, Neighbours, interior, on_grid, stride
 from monai_deepgmm.mixture.mixels import Anchor, Observed, State, Step, Stop, nodes
+from monai_deepgmm.mixture.serial import serial
 
 #: A fit has converged when the nodes' responsibilities change by less than this, summed over a voxel, on average.
 TOL = 1e-3
@@ -39,7 +40,7 @@ COARSER = 6
 #: So many voxels next to the border of what was measured have no part in the fit.
 BORDER = 1
 #: So many voxels at a time, so that a whole head needs little memory.
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 #: The degree of the bias field's polynomials, and that of the first field, which must gain BIC.
 DEGREE, FIRST_DEGREE = 3, 2
 #: Voxels repeat each other: so wide a patch of tissue, in mm, counts as one observation in BIC.
@@ -78,6 +79,7 @@ def fit_partial_volume(
     model: Model,
     *,
     measured: Tensor | None = None,
+    zero: Tensor | None = None,
     tol: float = TOL,
     max_iter: int = MAX_ITER,
     floor: float = VARIANCE_FLOOR,
@@ -85,25 +87,33 @@ def fit_partial_volume(
     """Fits each image of a batch.
 
     Args:
-        image: ``(B, M, *S)``; with a field, 0 must be no signal.
+        image: ``(B, M, *S)``.
         mask: ``(B, 1, *S)``; every image needs voxels inside.
-        start: where each tissue is expected ``(B, K, *S)``.
+        start: where each tissue is expected ``(B, K, *S)``, up to a factor of each voxel.
         spacing_mm: of the axes in ``*S``.
         model: the assumptions.
         measured: where each sequence was ``(B, M, *S)``, as 0 and 1; None: everywhere inside the mask.
+        zero: what is subtracted from the image, so that 0 is no signal ``(B, M)``, as a field needs it; None: nothing.
+            It is subtracted where voxels are looked at: a copy of a head is large.
         tol: a fit has converged when responsibilities change by less.
         max_iter: iterations at most.
         floor: the variance floor, as a fraction of each sequence's variance inside the mask.
 
     Returns:
-        The fit, in single precision. ``resp`` are the expected fractions of the K tissues; the mixture is that of the
-        pure tissues, with their shares ``(B, K)`` as weights, and has a field if the model does. The trace is the NLL
-        on the lattice; since Σ is found from pure voxels and pooled, it need not fall in every iteration.
+        The fit, in single precision, to the image less ``zero``. ``resp`` are the expected fractions of the K tissues;
+        the mixture is that of the pure tissues, with their shares ``(B, K)`` as weights, and has a field if the model
+        does. The trace is the NLL on the lattice; since Σ is found from pure voxels and pooled, it need not fall in
+        every iteration.
     """
-    seen = mask.expand_as(image) if measured is None else measured.to(mask) * mask
-    images = zip(*(torch.split(values, 1) for values in (image, mask, seen, start)), strict=True)
+    zero = image.new_zeros(image.shape[:2]) if zero is None else zero.to(image)
     settings = _Settings(tuple(spacing_mm), model, Stop(tol, max_iter), floor)
-    return joined([_one(i, m, s, q, settings) for i, m, s, q in images])
+    fits = []
+    for b in range(len(image)):
+        one = slice(b, b + 1)
+        inside = mask[one] > 0
+        seen = inside.expand_as(image[one]) if measured is None else (measured[one] > 0) & inside
+        fits.append(_one(image[one], zero[b], inside, seen, start[one], settings))
+    return joined(fits)
 
 
 def bic_penalty(terms: int, mask: Tensor, spacing_mm: Sequence[float]) -> float:
@@ -133,31 +143,55 @@ class _Problem(NamedTuple):
 
     Attributes:
         image: ``(1, M, *S)``.
-        seen: where each sequence was measured ``(1, M, *S)``, as 0 and 1; 0 outside the mask.
+        zero: what is subtracted from it ``(M,)``.
+        seen: where each sequence was measured ``(1, M, *S)`` bool; nowhere outside the mask.
         fractions: of the nodes ``(N, K)``.
         settings: the assumptions, and when to stop.
     """
 
     image: Tensor
+    zero: Tensor
     seen: Tensor
     fractions: Tensor
     settings: _Settings
 
     def first(self) -> _Problem:
         """The first sequence alone."""
-        return self._replace(image=self.image[:, :1], seen=self.seen[:, :1])
+        return self._replace(image=self.image[:, :1], zero=self.zero[:1], seen=self.seen[:, :1])
+
+    def observed(self, lattice: Lattice) -> Observed:
+        """The voxels of a lattice."""
+        return Observed(lattice.voxels(self.image).float() - self.zero[:, None], lattice.voxels(self.seen))
+
+    def at(self, slab: _Slab) -> Observed:
+        """The voxels of a slab."""
+        values, seen = (part[:, :, slab.rows][:, :, slab.inside] for part in (self.image, self.seen))
+        return Observed(values.float() - self.zero[:, None], seen)
 
     def lattice(self, voxels: int) -> Lattice:
         """A lattice of at most so many voxels, off the border of what was measured."""
         spacing_mm = self.settings.spacing_mm
-        inside = self.seen.amax(1, keepdim=True)
+        inside = self.seen.any(1, keepdim=True)
         inner = interior(inside, spacing_mm, BORDER)
         return Lattice(inner, stride(inner, spacing_mm, voxels))
 
     def step(self, lattice: Lattice) -> Step:
         """The M-step on a lattice."""
-        observed = Observed(lattice.voxels(self.image), lattice.voxels(self.seen) > 0)
-        return mixels.step(observed, self.fractions, self.settings.model.pooling, self.settings.floor)
+        return mixels.step(self.observed(lattice), self.fractions, self.settings.model.pooling, self.settings.floor)
+
+
+class _Slab(NamedTuple):
+    """Some of the mask's voxels: those of some rows along the first axis.
+
+    Attributes:
+        rows: those.
+        inside: where the mask is in them ``(R, ...)``.
+        flat: the voxels' indices in the flat image ``(V,)``.
+    """
+
+    rows: slice
+    inside: Tensor
+    flat: Tensor
 
 
 class _Found(NamedTuple):
@@ -167,29 +201,45 @@ class _Found(NamedTuple):
     field: Tensor | None
 
 
-def _one(image: Tensor, mask: Tensor, seen: Tensor, start: Tensor, settings: _Settings) -> Fit:
-    """The fit of one image, as a batch of one."""
-    box, full = enclosing(mask), image.shape[2:]
-    image, mask, seen, start = (cut(values, box).float() for values in (image, mask, seen, start))
-    fractions = mixels.mixing(start.shape[1], settings.model.borders).to(image)
-    problem = _Problem(image, seen, fractions, settings)
+def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor, settings: _Settings) -> Fit:
+    """The fit of one image, as a batch of one; all but ``zero`` ``(M,)`` as in ``_Problem``."""
+    full = image.shape[2:]
+    box = enclosing(mask)
+    image, mask, seen, start = (values[_at(box)] for values in (image, mask, seen, start))  # nothing is copied
+    fractions = mixels.mixing(start.shape[1], settings.model.borders).to(image.device)
+    problem = _Problem(image, zero.float(), seen, fractions, settings)
     several = image.shape[1] > 1 and len(settings.model.anchored) > 0
-    found = _margins_first(problem, start) if several else _alone(problem, start)
-    field = torch.ones_like(image) if found.field is None and settings.model.degree else found.field
-    resp, last = _everywhere(problem, mask, found._replace(field=field))
-    state = found.state
+    with serial(len(fractions) * settings.model.voxels):
+        found = _margins_first(problem, start) if several else _alone(problem, start)
+    resp, last = _everywhere(problem, mask, found)
+    state, field = found.state, found.field
+    if settings.model.degree and field is None:
+        field = torch.ones_like(image, dtype=torch.float32)
     pure = state.pure._replace(
-        weights=resp.flatten(2).sum(-1) / mask.sum(),
-        field=None if field is None else 1 + paste(field - 1, box, full),
+        weights=resp.flatten(2).sum(-1) / mask.sum(), field=None if field is None else _whole(field, box, full, 1.0)
     )
     diagnostics = Diagnostics(
         nll=last,
         trace=state.trace,
         iterations=torch.tensor([len(state.trace) - 1]),
         converged=torch.tensor([state.converged]),
-        collapsed=collapsed(resp.flatten(2), mask.flatten(2)),
+        collapsed=collapsed(resp.flatten(2), mask.sum().float().expand(1, 1, 1)),
     )
-    return Fit(paste(resp, box, full), pure, diagnostics)
+    return Fit(_whole(resp, box, full, 0.0), pure, diagnostics)
+
+
+def _at(box: Box) -> tuple[slice, ...]:
+    """The box of a batch of images."""
+    return (slice(None), slice(None), *box)
+
+
+def _whole(values: Tensor, box: Box, shape: torch.Size, outside: float) -> Tensor:
+    """What a box holds ``(1, C, *box)``, in the image ``(1, C, *S)``."""
+    if values.shape[2:] == shape:
+        return values
+    out = values.new_full((*values.shape[:2], *shape), outside)
+    out[_at(box)] = values
+    return out
 
 
 def _alone(problem: _Problem, start: Tensor) -> _Found:
@@ -198,7 +248,8 @@ def _alone(problem: _Problem, start: Tensor) -> _Found:
     # EM creeps, so the way is gone on a few voxels, and only its end on more.
     coarse = problem.lattice(max(model.voxels // COARSER, 1))
     step = problem.step(coarse)
-    begin = mixels.begin(step, coarse.voxels(start))
+    expected = coarse.voxels(start).float()
+    begin = mixels.begin(step, expected / expected.sum(1, keepdim=True).clamp_min(1e-12))
     found = mixels.run(step, *begin, None, stop)
     shaded = _likelier(step, [begin, (found.pure, found.weights)], coarse, problem.settings) if model.degree else None
     lattice = problem.lattice(model.voxels)
@@ -251,7 +302,7 @@ def _given(problem: _Problem, alone: _Found, *, shade: bool = True) -> _Found:
         return _Found(found, alone.field)
     shaded = _shaded(problem, step, lattice, found, (found.pure, found.weights), anchor)
     if shaded.field is None and alone.field is not None:
-        rest = torch.ones_like(problem.image[:, alone.field.shape[1] :])
+        rest = torch.ones_like(problem.image[:, alone.field.shape[1] :], dtype=torch.float32)
         return _Found(found, torch.cat([alone.field, rest], 1))
     return shaded
 
@@ -307,7 +358,7 @@ def _shaded(
         pure, weights = shaded.pure, shaded.weights
     if field is None:
         return _Found(found, None)
-    return _Found(found, on_grid(field, lattice.stride, problem.seen.amax(1, keepdim=True)))
+    return _Found(found, on_grid(field, lattice.stride, problem.seen.any(1, keepdim=True)))
 
 
 def _extended(field: Tensor | None, basis: Tensor, lattice: Lattice) -> Tensor:
@@ -324,30 +375,43 @@ def _extended(field: Tensor | None, basis: Tensor, lattice: Lattice) -> Tensor:
 
 def _everywhere(problem: _Problem, mask: Tensor, found: _Found) -> tuple[Tensor, Tensor]:
     """Fractions ``(1, K, *S)`` on the full grid, where neighbours pull, and the NLL without that pull ``(1,)``."""
-    image, fractions, model = problem.image, problem.fractions, problem.settings.model
-    where = torch.nonzero(mask.flatten() > 0).flatten()
-    parts = torch.split(where, CHUNK)
-    joint = image.new_empty(len(fractions), len(where))
-    outlying = mixels.broad(problem.step(problem.lattice(model.voxels)).observed)
-    for part, target in zip(parts, torch.split(joint, CHUNK, 1), strict=True):
-        target.copy_(_joint(problem, part, found, outlying))
-    last = -torch.cat([part.logsumexp(0) for part in torch.split(joint, CHUNK, 1)]).mean()[None]
-    resp = image.new_zeros(1, fractions.shape[1], *mask.shape[2:])
-    agreed = Neighbours(mask, problem.settings.spacing_mm)
+    fractions, model = problem.fractions, problem.settings.model
+    slabs = _slabs(mask)
+    sizes = [len(slab.flat) for slab in slabs]
+    joint = torch.split(fractions.new_empty(len(fractions), sum(sizes)), sizes, 1)
+    outlying = mixels.broad(problem.observed(problem.lattice(model.voxels)))
+    last = []
+    for slab, target in zip(slabs, joint, strict=True):
+        target.copy_(_joint(problem, slab, found, outlying))
+        last.append(target.logsumexp(0).sum())
+    resp = fractions.new_zeros(1, fractions.shape[1], *mask.shape[2:])
+    flat, agreed = resp.view(fractions.shape[1], -1), Neighbours(mask, problem.settings.spacing_mm)
     for sweep in range(1 + model.sweeps if model.coupling else 1):
-        pull = agreed(resp).flatten(2)[0] if sweep else torch.zeros_like(resp[0]).flatten(1)
-        for part, mine in zip(parts, torch.split(joint, CHUNK, 1), strict=True):
-            pulled = torch.addmm(mine, fractions, pull[:, part], alpha=model.coupling)
-            resp.view(1, len(pull), -1)[0, :, part] = fractions.mT @ pulled.softmax(0)
-    return resp, last
+        pull = agreed(resp).flatten(2)[0] if sweep else None
+        for slab, mine in zip(slabs, joint, strict=True):
+            pulled = mine if pull is None else torch.addmm(mine, fractions, pull[:, slab.flat], alpha=model.coupling)
+            flat[:, slab.flat] = fractions.mT @ pulled.softmax(0)
+    return resp, -(torch.stack(last).sum() / sum(sizes))[None]
 
 
-def _joint(problem: _Problem, part: Tensor, found: _Found, outlying: Mixture) -> Tensor:
-    """The logarithm of weight times contaminated density of every node ``(N, V)`` at the voxels ``part`` ``(V,)``."""
-    state, fractions = found.state, problem.fractions
-    b = None if found.field is None else found.field.flatten(2)[:, :, part]
-    observed = Observed(problem.image.flatten(2)[:, :, part], problem.seen.flatten(2)[:, :, part] > 0)
-    mixture = nodes(state.pure._replace(field=b), state.weights, fractions)
+def _slabs(mask: Tensor) -> list[_Slab]:
+    """The voxels of a mask ``(1, 1, *S)`` in slabs of about ``CHUNK``."""
+    counts = mask[0, 0].flatten(1).sum(1) if mask.ndim > 3 else mask[0, 0].long()
+    part = ((counts.cumsum(0) - 1).clamp_min(0) // CHUNK).tolist()
+    row, found = math.prod(mask.shape[3:]), []
+    for number in sorted(set(part)):
+        rows = slice(part.index(number), len(part) - part[::-1].index(number))
+        inside = mask[0, 0, rows]
+        flat = inside.flatten().nonzero()[:, 0] + rows.start * row
+        found.append(_Slab(rows, inside, flat))
+    return [slab for slab in found if len(slab.flat)]
+
+
+def _joint(problem: _Problem, slab: _Slab, found: _Found, outlying: Mixture) -> Tensor:
+    """The logarithm of weight times contaminated density of every node at the voxels of a slab ``(N, V)``."""
+    state, observed = found.state, problem.at(slab)
+    b = None if found.field is None else found.field.flatten(2)[:, :, slab.flat]
+    mixture = nodes(state.pure._replace(field=b), state.weights, problem.fractions)
     density = mixels.contaminated(
         mixels.marginal_density(observed, mixture), mixels.marginal_density(observed, outlying), state.outliers
     )

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 #: What configurations name as ``monai_deepgmm.networks.…``, and the room it lives in; imported when it is asked for.
-_EXPORTS = {"UNet": "unet", "ModifiedUNet": "modified_unet"}
+_EXPORTS = {"UNet": "unet", "FoldedUNet": "folded_unet", "ModifiedUNet": "modified_unet"}
 
 
 def __getattr__(name: str) -> Any:

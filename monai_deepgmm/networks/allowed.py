@@ -18,10 +18,20 @@ logger = logging.getLogger(__name__)
 
 #: Words for ``--network``; ``registry.NAMED`` says what they stand for.
 WORDS = (
-    *("unet", "basicunet", "dynunet", "segresnet", "modifiedunet", "basicunetplusplus", "attentionunet", "unetr"),
+    *(
+        "unet",
+        "foldedunet",
+        "basicunet",
+        "dynunet",
+        "segresnet",
+        "modifiedunet",
+        "basicunetplusplus",
+        "attentionunet",
+        "unetr",
+    ),
     "swinunetr",
 )
-OURS = ("UNet", "ModifiedUNet")
+OURS = ("UNet", "FoldedUNet", "ModifiedUNet")
 #: MONAI's networks that give a class for each voxel; how their names are written in capitals varies there.
 MONAI = (
     *("AHNet", "AttentionUnet", "BasicUNet", "BasicUNetPlusPlus", "DynUNet", "FlexibleUNet", "FlexUNet", "HighResNet"),

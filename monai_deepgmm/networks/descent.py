@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from monai_deepgmm.mixture.bounding_box import Box, around, cut, enclosing, paste
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, e_step, nll
-from monai_deepgmm.networks.nll_loss import MixtureNLL, Regulariser, Staged, Term
+from monai_deepgmm.networks.nll_loss import MixtureNLL, Regulariser, StartCrossEntropy, Term
+from monai_deepgmm.networks.quick_layers import quickened
 from monai_deepgmm.networks.registry import fresh, inferer, logits
 
 #: Sides of an image are cut to multiples of this: a network with five levels halves them four times.
@@ -123,35 +124,37 @@ def _descend(
     # In double precision a network gains nothing and takes twice as long.
     small, inside, begin = (cut(t, box).float() for t in (image, mask, start))
     seen = torch.cat([small, cut(context, box).float()], 1)
-    network = network.to(image.device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), descent.lr, weight_decay=descent.weight_decay)
-
-    staged = Staged(loss, start_epochs=1, start_weight=descent.start_weight)
-    target = torch.cat([small, inside, begin], 1)
+    network = quickened(network.to(image.device).train(), training=True)
+    optimizer = torch.optim.AdamW(network.parameters(), descent.lr, weight_decay=descent.weight_decay, fused=True)
+    teacher = StartCrossEntropy()
+    target = torch.cat([begin, inside], 1)
     windows = _windows(inside, descent.window, torch.Generator().manual_seed(seed))
+    whole = loss.voxels(small, inside) if descent.window is None else None
 
-    def step() -> tuple[float, Tensor, Box]:
+    def step(starting: bool) -> tuple[Tensor, Tensor]:
         window = next(windows)
         output = logits(network, cut(seen, window))
-        value = staged(output, cut(target, window))
+        place = teacher(output, cut(target, window)) if starting or descent.start_weight else output.new_zeros(())
+        value, each = place, place
+        if not starting:
+            value, each = loss.both(output, cut(small, window), cut(inside, window), whole)
+            value = value + descent.start_weight * place
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), descent.clip)
         optimizer.step()
-        return float(value.detach()), output.detach(), window
+        return value.detach(), each.detach()
 
     for _ in range(descent.start_steps):
-        step()
-    staged.epoch = 2
+        step(starting=True)
     decay = torch.optim.lr_scheduler.PolynomialLR(optimizer, descent.steps + 1, DECAY)
     values: list[float] = []
     trace: list[Tensor] = []
     converged = False
     while len(values) < descent.steps and not converged:
-        value, output, window = step()
-        values.append(value)
-        part, within = cut(small, window), cut(inside, window)
-        trace.append(loss.each(output, part, within)[0])
+        value, each = step(starting=False)
+        values.append(float(value))
+        trace.append(each)
         decay.step()
         converged = _settled(values, 1 if descent.window is None else MIN_STEPS, descent.tol)
     through = inferer(None if descent.window is None else _clipped(descent.window, inside))

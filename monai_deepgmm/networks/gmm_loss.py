@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from monai_deepgmm.mixture import bias_field
-from monai_deepgmm.mixture import statistics as sufficient
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_joint, m_step, masked_mean
-from monai_deepgmm.networks.nll_loss import Regulariser, Term, parts, standardised
+from monai_deepgmm.mixture.statistics import estimate
+from monai_deepgmm.networks.likelihood import likelihood, voxels
+from monai_deepgmm.networks.nll_loss import Regulariser, Term, parts
 from monai_deepgmm.networks.registry import finest
 
 #: A voxel whose label is not known.
@@ -126,34 +127,31 @@ class GMMLoss(nn.Module):
         """``(B, K, *S)`` and ``(B, M + 1, *S)`` → a scalar."""
         with torch.autocast(logits.device.type, enabled=False):
             logits, image, mask = parts(logits, target)
-            resp = logits.softmax(1)
+            resp = logits.softmax(1) if self.degree or self.gamma or self.terms else logits
             if self.degree:
                 mixture = self.mixture(image, resp, mask)
                 loss = l_gmm(image, resp, mask, mixture).mean()
             else:
-                values, mixture = self.each(resp, image, mask)
+                values, found = self.each(logits, image, mask)
                 loss = values.mean()
             if self.gamma:
                 loss = loss + self.gamma * total_variation(resp, mask).mean()
             for weight, regulariser in self.terms:
+                if not self.degree:
+                    mixture = found()
                 loss = loss + weight * regulariser(mixture, resp, image, mask)
         return loss
 
-    def each(self, resp: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, Mixture]:
-        """L_GMM of each image ``(B,)`` without a field, and the mixture.
+    def each(self, logits: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, Callable[[], Mixture]]:
+        """L_GMM of each image ``(B,)`` without a field, and what gives the mixture; differentiable in the logits, once.
 
         ``Σ_i s_ik log g(x_i)`` is linear in the moments ``Σ_i s_ik φ(x_i)`` that the M-step needs, so that one matrix
         product serves both.
         """
-        voxels, seen = standardised(image, mask, self.covariance)
-        moments = (voxels.pack(resp) * voxels.inside) @ seen.features.mT
-        floor = VARIANCE_FLOOR / seen.scale.square()
-        mixture = sufficient.estimate(moments, seen, floor)
-        # The constant C, and what standardising took off each density.
-        constant = 0.5 * image.shape[1] * math.log(2 * math.pi) - seen.scale.log().sum(1, keepdim=True)
-        shares = mixture.weights.clamp_min(torch.finfo(resp.dtype).tiny).log() + constant
-        total = (shares * moments[..., -1]).sum(1) + (sufficient.coefficients(mixture, seen) * moments).sum((1, 2))
-        return -total / voxels.inside.sum((1, 2)).clamp_min(1), seen.original(mixture)
+        seen = voxels(image, mask, self.covariance, VARIANCE_FLOOR)
+        values, found = likelihood(logits, seen, "complete")
+        constant = 0.5 * image.shape[1] * math.log(2 * math.pi) * (mask.flatten(1).sum(1) > 0).to(values)
+        return values - constant, lambda: seen.statistics.original(estimate(found, seen.statistics, seen.floor))
 
     def mixture(self, image: Tensor, resp: Tensor, mask: Tensor) -> Mixture:
         """(π, μ, Σ) of M eq. 3.3, or with ω of M eq. 3.8."""

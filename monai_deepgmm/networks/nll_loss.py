@@ -15,11 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm.mixture import statistics as sufficient
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_shares, m_step, masked_mean, nll
-from monai_deepgmm.mixture.packing import Packing, packing
-from monai_deepgmm.mixture.statistics import Statistics
-from monai_deepgmm.mixture.steps import variance_inside
+from monai_deepgmm.mixture.statistics import estimate
+from monai_deepgmm.networks.likelihood import Voxels, likelihood, voxels
 from monai_deepgmm.networks.registry import finest
 
 #: A regulariser r(Π, μ, Σ): ``(mixture, resp, image, mask)`` → a scalar.
@@ -37,20 +35,6 @@ def parts(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, image and mask of ``(logits, cat([image, mask], 1))``, in single precision at least."""
     precision = torch.float64 if target.dtype == torch.float64 else torch.float32
     return logits.to(precision), target[:, :-1].to(precision), target[:, -1:].to(precision)
-
-
-def standardised(image: Tensor, mask: Tensor, covariance: Covariance) -> tuple[Packing, Statistics]:
-    """Where the voxels of the masks lie, and their sufficient statistics on the scale of each image's own deviation.
-
-    Args:
-        image: ``(B, M, *S)``.
-        mask: ``(B, 1, *S)``.
-        covariance: the shape of Σ.
-    """
-    voxels = packing(mask)
-    packed = voxels.pack(image)
-    scale = variance_inside(packed, voxels.inside).sqrt()
-    return voxels, sufficient.statistics(packed, voxels.inside, scale, covariance)
 
 
 class MixtureNLL(nn.Module):
@@ -83,34 +67,33 @@ class MixtureNLL(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """``(B, K, *S)`` and ``(B, M + 1, *S)`` → a scalar: the mean over the images, and the terms."""
         with torch.autocast(logits.device.type, enabled=False):
-            logits, image, mask = parts(logits, target)
-            values, mixture = self.each(logits, image, mask)
-            loss = values.mean()
-            if self.terms:
-                resp = logits.softmax(1)
-                mixture = mixture._replace(weights=resp) if self.spatial else mixture
+            return self.both(*parts(logits, target))[0]
+
+    def both(self, logits: Tensor, image: Tensor, mask: Tensor, seen: Voxels | None = None) -> tuple[Tensor, Tensor]:
+        """The loss, and the NLL of each image ``(B,)``, which is 0 where the mask is empty.
+
+        They are differentiable in the logits, once; ``seen`` is what ``voxels`` makes of the image and the mask.
+        """
+        seen = seen or self.voxels(image, mask)
+        values, found = likelihood(logits, seen, "nll_v" if self.spatial else "nll")
+        mixture = None
+        if not (found[..., -1] > 0).all():
+            # The mean of a component without any voxel is 0 on the image's own scale, where no subtraction cancels.
+            log_resp = logits.log_softmax(1)
+            mixture = m_step(image, log_resp.exp(), mask, covariance=self.covariance, floor=self.floor)
+            values = nll(image, mask, mixture, log_resp if self.spatial else log_shares(log_resp, mask))
+        loss = values.mean()
+        if self.terms:
+            resp = logits.softmax(1)
+            mixture = mixture or seen.statistics.original(estimate(found, seen.statistics, seen.floor))
+            mixture = mixture._replace(weights=resp) if self.spatial else mixture
             for weight, regulariser in self.terms:
                 loss = loss + weight * regulariser(mixture, resp, image, mask)
-        return loss
+        return loss, values
 
-    def each(self, logits: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, Mixture]:
-        """The NLL of each image ``(B,)``, 0 where the mask is empty, and the mixture with one weight per component.
-
-        Both come from matrix products on the sufficient statistics of the mask's own voxels.
-        """
-        voxels, seen = standardised(image, mask, self.covariance)
-        log_resp = voxels.pack(logits).log_softmax(1)
-        log_weights = log_resp if self.spatial else log_shares(log_resp, voxels.inside)[..., None]
-        moments = (resp := log_resp.exp() * voxels.inside) @ seen.features.mT
-        if (moments[..., -1] <= 0).any():  # its mean is 0 on the image's own scale, where no subtraction cancels
-            packed = voxels.pack(image)
-            mixture = m_step(packed, resp, voxels.inside, covariance=self.covariance, floor=self.floor)
-            return nll(packed, voxels.inside, mixture, log_weights if self.spatial else log_weights[..., 0]), mixture
-        mixture = sufficient.estimate(moments, seen, self.floor / seen.scale.square())
-        theta = sufficient.coefficients(mixture, seen)
-        evidence = (log_weights + theta @ seen.features).logsumexp(1, keepdim=True)
-        values = masked_mean(seen.scale.log().sum(1)[:, None, None] - evidence, voxels.inside)
-        return values, seen.original(mixture)
+    def voxels(self, image: Tensor, mask: Tensor) -> Voxels:
+        """What the loss looks at of images, the same in every step."""
+        return voxels(image, mask, self.covariance, self.floor)
 
     def mixture(self, image: Tensor, resp: Tensor, mask: Tensor) -> Mixture:
         """The M-step from the network's output (S Alg. 3 lines 3 and 6)."""

@@ -1,6 +1,7 @@
 """How far each slice of a sequence lies beside the reference's, in its plane: patients breathe between sequences.
 
-Edges around the organ are compared with those of the reference, and with the organ's outline as the mask has it. A
+Edges around the organ are compared with those of the reference, and with the organ's outline as the mask has it. From
+where that puts a patient's slices is counted what lies on what, and each slice compared with what the others show. A
 slice that would not gain by a margin stays where it is, and so does a sequence.
 """
 
@@ -11,20 +12,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
+from scipy.ndimage import gaussian_filter
 
-from monai_deepgmm.registration import edges
+from monai_deepgmm.registration import cooccurrence, edges, slice_pair
+from monai_deepgmm.registration.slice_pair import GRID_MM, SlicePair
 
 Array = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
 
-#: The grid on which slices are compared, the standard deviation of the Gaussian before, and how far shifts go, in mm.
-GRID_MM, SMOOTH_MM, REACH_MM = 1.0, 1.0, 12.0
-#: What counts: the mask and so much around it; and so much outside and inside of its outline, in mm.
+#: How far shifts go, in mm, and in voxels of the grid.
+REACH_MM = 12.0
+REACH = round(REACH_MM / GRID_MM)
+#: Where edges count: the mask and so much around it; and so much outside and inside of its outline, in mm.
 AROUND_MM, OUTSIDE_MM, INSIDE_MM = 10.0, 4.0, 2.0
-#: A slice is moved if its agreement (with the reference, plus with the outline) gains so much, or if its sequence
-#: gains so much in all slices together and the slice itself so much.
-SLICE_GAIN, SEQUENCE_GAIN, LEAST_GAIN = 0.1, 0.065, 0.01
+#: Where it counts what lies on what: the mask and so much around it, in mm; its weight beside edges; how often slices
+#: are put where they agree best, and counted again.
+FAR_MM, WEIGHT, ROUNDS = 40.0, 1.2, 2
+#: So far around a shift agreement is averaged (standard deviation, in mm): places of organs that move are not sharper.
+AVERAGED_MM = 1.0
+#: A slice is moved if its agreement gains so much; or if its sequence gains so much in all slices together and the
+#: slice itself so much.
+SLICE_GAIN, SEQUENCE_GAIN, LEAST_GAIN = 0.18, 0.095, 0.01
 
 
 class Shift(NamedTuple):
@@ -33,7 +41,8 @@ class Shift(NamedTuple):
     Attributes:
         mm: what has to be added to a place in the reference's slice to come to the same place in this one, along the
             two axes of the plane.
-        before: how well edges agree without it, 0 to 2.
+        before: how well the slices agree without it: with the reference's edges (0 to 1), with the outline (0 to 1),
+            and by what lies on what (nats a voxel, weighted).
         after: how well with it.
     """
 
@@ -59,10 +68,11 @@ def shifts(fixed: Array, moving: Array, mask: Bools, spacing_mm: Sequence[float]
     Returns:
         Slice → shift, for the slices that hold the mask and show something.
     """
-    step = np.asarray(spacing_mm, float)
+    step, beyond = np.asarray(spacing_mm, float), FAR_MM + REACH_MM
     held = np.flatnonzero(mask.any((0, 1))).tolist()
-    found = {z: _of_slice(fixed[..., z], moving[..., z], mask[..., z], step) for z in held}
-    return {z: shift for z, shift in found.items() if shift is not None}
+    pairs = {z: slice_pair.pair(fixed[..., z], moving[..., z], mask[..., z], step, beyond) for z in held}
+    pairs = {z: pair for z, pair in pairs.items() if pair.comparable}
+    return {z: _best(fit) for z, fit in zip(pairs, _fits(list(pairs.values())), strict=True)}
 
 
 def kept(found: dict[int, Shift]) -> dict[int, Shift]:
@@ -74,37 +84,39 @@ def kept(found: dict[int, Shift]) -> dict[int, Shift]:
     return {z: shift for z, shift in found.items() if shift.gain > least}
 
 
-def _of_slice(fixed: Array, moving: Array, mask: Bools, step: Array) -> Shift | None:
-    """One slice's shift; None where there is nothing to compare."""
-    depth = distance_transform_edt(mask, sampling=step) - distance_transform_edt(~mask, sampling=step)
-    coarse = _around(mask, step)
-    inner = [_sampled(a, coarse, step) for a in (fixed, moving, depth.astype(np.float32))]
-    if min(np.ptp(a) for a in inner[:2]) == 0:
-        return None
-    distance = inner[2]
-    near = (distance > -AROUND_MM).astype(np.float32)
-    outline = ((distance > -OUTSIDE_MM) & (distance < INSIDE_MM)).astype(np.float32)
-    of_moving = edges.of(inner[1], near)
-    reach = round(REACH_MM / GRID_MM)
-    fits = edges.agreement(edges.of(inner[0], near), of_moving, near, reach)
-    fits = fits + edges.agreement(edges.of(distance, outline), of_moving, outline, reach)
-    place, best = edges.highest(fits)
+def _best(fit: Array) -> Shift:
+    place, after = edges.highest(fit)
     x, y = (place * GRID_MM).tolist()
-    return Shift((x, y), float(fits[reach, reach]), best)
+    return Shift((x, y), float(fit[REACH, REACH]), after)
 
 
-def _around(mask: Bools, step: Array) -> Array:
-    """The voxel coordinates of the grid around the mask ``(2, x, y)``."""
-    where = np.argwhere(mask)
-    beyond = AROUND_MM + REACH_MM + 2 * SMOOTH_MM
-    lines = []
-    for low, high, mm in zip(where.min(0), where.max(0), step, strict=True):
-        count = int(((high - low) * mm + 2 * beyond) / GRID_MM) + 1
-        lines.append((low + high) / 2 + (np.arange(count) - (count - 1) / 2) * GRID_MM / mm)
-    return np.stack(np.meshgrid(*lines, indexing="ij"))
+def _fits(pairs: Sequence[SlicePair]) -> list[Array]:
+    """How well the slices of one sequence agree with the reference's, by shift."""
+    by_edges = [_by_edges(pair) for pair in pairs]
+    regions = [pair.depth_mm > -FAR_MM for pair in pairs]
+    kinds = [cooccurrence.kinds(p.depth_mm, p.fixed, region) for p, region in zip(pairs, regions, strict=True)]
+    borders = [cooccurrence.borders(p.moving[r], cooccurrence.LEVELS) for p, r in zip(pairs, regions, strict=True)]
+    levels = [cooccurrence.levels(p.moving, b) for p, b in zip(pairs, borders, strict=True)]
+    fits = by_edges
+    for _ in range(ROUNDS):
+        there = [p.shifted(np.array(_best(fit).mm)) for p, fit in zip(pairs, fits, strict=True)]
+        lying = [cooccurrence.levels(values, b) for values, b in zip(there, borders, strict=True)]
+        usual = cooccurrence.usual([cooccurrence.counts(k, level) for k, level in zip(kinds, lying, strict=True)])
+        found = [cooccurrence.agreement(*one, REACH) for one in zip(kinds, levels, usual, strict=True)]
+        fits = [
+            gaussian_filter(edge + WEIGHT * one, AVERAGED_MM / GRID_MM)
+            for edge, one in zip(by_edges, found, strict=True)
+        ]
+    return fits
 
 
-def _sampled(plane: Array, where: Array, step: Array) -> Array:
-    smooth = gaussian_filter(plane.astype(np.float32), SMOOTH_MM / step, truncate=3)
-    found: Array = map_coordinates(smooth, where, order=1, mode="nearest")
-    return found
+def _by_edges(pair: SlicePair) -> Array:
+    """How well edges agree, with the reference's and with the outline."""
+    cut = round((FAR_MM - AROUND_MM) / GRID_MM)
+    near = np.s_[cut:-cut, cut:-cut]
+    depth, fixed, moving = pair.depth_mm[near], np.nan_to_num(pair.fixed[near]), np.nan_to_num(pair.moving[near])
+    around = (depth > -AROUND_MM).astype(np.float32)
+    outline = ((depth > -OUTSIDE_MM) & (depth < INSIDE_MM)).astype(np.float32)
+    other = edges.of(moving, around)
+    with_reference = edges.agreement(edges.of(fixed, around), other, around, REACH)
+    return with_reference + edges.agreement(edges.of(depth, outline), other, outline, REACH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture import starts
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.mixture.gaussian import Mixture, e_step
+from monai_deepgmm.protocol import Protocol
 
 
 class Assembly(NamedTuple):
@@ -28,12 +30,14 @@ class Assembly(NamedTuple):
         large: their indices.
         image: all ``(B, M, *S)``.
         mask: all ``(B, 1, *S)``.
+        variants: the images with other protocols, which differ in levels and in the usual inner border.
     """
 
     images: Images
     large: Tensor
     image: Tensor
     mask: Tensor
+    variants: tuple[Images, ...] = ()
 
     @property
     def small(self) -> list[int]:
@@ -49,6 +53,8 @@ class Assembly(NamedTuple):
         Returns:
             ``(B, K, *S)``.
         """
+        if len(self.large) == len(self.image):  # a head is not worth copying
+            return fit.resp
         resp = fit.resp.new_zeros((len(self.image), *fit.resp.shape[1:]))
         resp[self.large] = fit.resp
         for index in self.small:
@@ -60,13 +66,16 @@ class Assembly(NamedTuple):
         return resp
 
 
-def assemble(prepared: Prepared, config: Config, *, wall: Images | None = None) -> Assembly:
+def assemble(
+    prepared: Prepared, config: Config, *, wall: Images | None = None, variants: Sequence[Protocol] = ()
+) -> Assembly:
     """What the configuration's method is given of a patient.
 
     Args:
         prepared: the patient, or a part of it.
         config: the method, the protocol, the means.
         wall: the whole patient, with the wall's borders and enhancement where they are known already.
+        variants: other protocols under which the images are wanted, too.
 
     Raises:
         StudyError: ``E_MASK_SMALL``, no image has enough voxels for a fit; ``E_MODEL`` or ``E_MEANS``, the network or
@@ -77,13 +86,17 @@ def assemble(prepared: Prepared, config: Config, *, wall: Images | None = None) 
     regions = getattr(config.method, "finds_regions", False)
     tissues = (config.protocol.visible if regions else config.protocol.components)(sequences)
     channels = [prepared.scan.sequences.index(s) for s in sequences]
-    image, organ = crops.image[:, channels].to(config.device), crops.mask.to(config.device)
+    every = channels == list(range(len(prepared.scan.sequences)))  # a head is not worth copying
+    image, usable, zero = (
+        values if every else values[:, channels] for values in (crops.image, crops.measured, crops.zero)
+    )
+    image, organ, usable = (values.to(config.device) for values in (image, crops.mask, usable))
     known = _known(crops, channels)
     mask = organ if known is None else organ * known.to(organ)
     means = None if config.means is None else config.means.tensor(tissues, sequences)
     if means is None:
         # In slices of a small organ the signatures were chosen with everything inside the mask.
-        seen = None if crops.slices else crops.measured[:, channels].to(config.device)
+        seen = None if crops.slices else usable
         expected = naming.signature_map(image, organ, tissues, sequences, crops.spacing_mm, measured=seen)
         expected = expected if known is None else expected * mask
     else:
@@ -100,16 +113,17 @@ def assemble(prepared: Prepared, config: Config, *, wall: Images | None = None) 
         crops.spacing_mm,
         tuple(crops.slices[int(i)] for i in large) if crops.slices else (),
         means,
-        crops.zero[large][:, channels],
+        zero[chosen],
         seed=config.seed,
-        measured=crops.measured[large][:, channels].to(config.device),
+        measured=usable[chosen],
         organ=None if known is None else organ[chosen],
     )
-    if wall is not None:
-        images = _with_wall_of(images, wall)
-    elif images.slices and (config.presence or config.method.walled):
-        images = images.with_wall()
-    return Assembly(images, large, image, mask)
+    if wall is None and images.slices and (config.presence or config.method.walled):
+        images, *others = images.variants([images.protocol, *variants])  # the borders of all are found at once
+    else:
+        others = images.variants(variants)
+        images = images if wall is None else _with_wall_of(images, wall)
+    return Assembly(images, large, image, mask, tuple(others))
 
 
 def _with_wall_of(images: Images, whole: Images) -> Images:

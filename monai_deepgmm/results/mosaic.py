@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from monai_deepgmm.protocol import Tissue
 from monai_deepgmm.results import uncertainty
 from monai_deepgmm.results.greys import wall, wall_ranges
 from monai_deepgmm.results.segmentation import Segmentation
+from monai_deepgmm.results.tiles import grey_tile, heated, outlined, painted, palette, resized
 
-#: From certain to unsure; the page's legend shows the same ramp.
-UNCERTAINTY_COLORS = ("#10131a", "#3b2a6b", "#a53a7a", "#f08a4b", "#fdf3b5")
-MASK_COLOR = (90, 225, 235)
 YELLOW = "#ffe27a"
-#: Opacity of a tissue over the image: with it, the protocols' colours differ on white and black, and in grey print.
-FILL = 0.55
 PLANE_NAMES = ("sagittal", "coronal", "axial")
 
 _WIDTH_PX = 960  # the mosaic's width, shared by its columns
 _HEIGHT_PX = 1150  # what an A4 sheet holds below a heading at that width
-_HATCH_PX = 7  # between the lines that tell tissues apart in grey print
 _TILE_PX = 260  # a tile's longer side at most
 _MARGIN_MM = 14.0  # shown around the mask
 _MAX_SLICES = 24  # rows at most, evenly spaced
@@ -107,7 +103,7 @@ def preview(segmentation: Segmentation) -> bytes:
 def _png(drawn: Image.Image, tissues: Sequence[Tissue]) -> bytes:
     """One palette for all pictures of a protocol: ten times as fast as looking for the best one."""
     file = io.BytesIO()
-    drawn.quantize(palette=palette(tissues), dither=Image.Dither.NONE).save(file, "PNG", compress_level=4)
+    drawn.quantize(palette=palette(tissues), dither=Image.Dither.NONE).save(file, "PNG", compress_level=2)
     return file.getvalue()
 
 
@@ -131,19 +127,6 @@ def thumbnail(segmentation: Segmentation, side_px: int = 96) -> bytes:
     tile = painted(grey, resized(labels[cut][0], (height, width)), segmentation.tissues)
     drawn.paste(Image.fromarray(tile), ((side_px - width) // 2, (side_px - height) // 2))
     return _png(drawn, segmentation.tissues)
-
-
-def palette(tissues: Sequence[Tissue]) -> Image.Image:
-    """64 greys, the ramp of entropy, and each tissue solid, over greys, and under a hatch."""
-    grey = np.linspace(0, 255, 64)[:, None].repeat(3, axis=1)
-    colors = np.array([_rgb(t.color) for t in tissues] + [MASK_COLOR], dtype=np.float64)
-    steps = max(1, (256 - 64 - 32) // len(colors) - 1)
-    under = np.linspace(0, 255, steps)[:, None, None]
-    mixed = (FILL * colors + (1 - FILL) * under).reshape(-1, 3)
-    content = np.concatenate([grey, _ramp(np.linspace(0, 255, 32)), colors, mixed]).round().astype(np.uint8)
-    held = Image.new("P", (1, 1))
-    held.putpalette(content.tobytes())
-    return held
 
 
 def _rows(block: Block) -> Image.Image:
@@ -223,8 +206,10 @@ def _block(segmentation: Segmentation, slice_axis: int, most: int) -> Block:
     unsure = uncertainty.entropy(chances)
     reference = next(iter(greys))
     panels = [[outlined(g, o) for g, o in zip(tiles, outlines, strict=True)] for tiles in greys.values()]
-    panels.append([hatched(g, n, segmentation.tissues) for g, n in zip(greys[reference], labels, strict=True)])
-    panels.append([_heated(u, g, o, size) for u, g, o in zip(unsure, greys[reference], outlines, strict=True)])
+    panels.append(
+        [painted(g, n, segmentation.tissues, hatch=True) for g, n in zip(greys[reference], labels, strict=True)]
+    )
+    panels.append([heated(u, g, o, size) for u, g, o in zip(unsure, greys[reference], outlines, strict=True)])
     panels[0][0] = _lettered(panels[0][0], turned.edges)
     panels[0][min(1, len(chosen) - 1)] = _scaled(panels[0][min(1, len(chosen) - 1)], scale)
     names = [*segmentation.images, "tissues", "unsure"]
@@ -259,77 +244,6 @@ def shown_box(mask: np.ndarray, row_mm: float, column_mm: float, margin_mm: floa
     return box[0], box[1]
 
 
-def grey_tile(plane: np.ndarray, window: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
-    """(rows, columns) intensities → (height, width, 3) uint8."""
-    low, high = window
-    filled = np.nan_to_num(plane.astype(np.float32), nan=low, posinf=high, neginf=low)
-    grey = np.clip((filled - low) / (high - low), 0, 1) * 255
-    return np.repeat(resized(grey.astype(np.uint8), size, smooth=True)[..., None], 3, axis=2)
-
-
-def resized(plane: np.ndarray, size: tuple[int, int], *, smooth: bool = False) -> np.ndarray:
-    """(rows, columns) → (height, width); labels keep their values, images are interpolated."""
-    method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    picture = Image.fromarray(np.ascontiguousarray(plane, dtype=np.uint8)).resize((size[1], size[0]), method)
-    return np.asarray(picture)
-
-
-def _edges(labels: np.ndarray) -> np.ndarray:
-    """The outermost pixels of every region, on its inner side (height, width)."""
-    padded = np.pad(labels, 1)
-    centre = padded[1:-1, 1:-1]
-    neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-    return np.asarray(np.any([centre != n for n in neighbours], axis=0) & (centre > 0))
-
-
-def outlined(grey: np.ndarray, outline: np.ndarray) -> np.ndarray:
-    """The border of a mask over the image, both (height, width)."""
-    tile = grey.copy()
-    edge = _edges(outline)
-    tile[edge] = (0.3 * tile[edge] + 0.7 * np.array(MASK_COLOR)).astype(np.uint8)
-    return tile
-
-
-def painted(grey: np.ndarray, labels: np.ndarray, tissues: Sequence[Tissue]) -> np.ndarray:
-    """The tissues over the image: see-through inside, solid along their borders."""
-    tile, edge = grey.astype(np.float32), _edges(labels)
-    for tissue in tissues:
-        color = np.array(_rgb(tissue.color), dtype=np.float32)
-        here = labels == tissue.index
-        tile[here] = (1 - FILL) * tile[here] + FILL * color
-        tile[here & edge] = color
-    return tile.astype(np.uint8)
-
-
-def hatched(grey: np.ndarray, labels: np.ndarray, tissues: Sequence[Tissue]) -> np.ndarray:
-    """As ``painted``, with lines whose direction tells the tissue's index, for print without colours."""
-    tile = painted(grey, labels, tissues)
-    y, x = np.indices(labels.shape)
-    lines = (x + y, x - y, np.where(x % _HATCH_PX == 0, 0, y))
-    for tissue in tissues:
-        if kind := (tissue.index - 1) % (len(lines) + 1):
-            tile[(labels == tissue.index) & (lines[kind - 1] % _HATCH_PX == 0) & ~_edges(labels)] //= 2
-    return tile
-
-
-def _heated(unsure: np.ndarray, grey: np.ndarray, outline: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The entropy inside the mask, over a faint image outside."""
-    heat = _ramp(resized((np.clip(unsure, 0, 1) * 255).astype(np.uint8), size))
-    return np.where(outline[..., None] > 0, heat, grey * 0.35).astype(np.uint8)
-
-
-def _ramp(level: np.ndarray) -> np.ndarray:
-    """Entropy from 0 to 255 as colours (…, 3)."""
-    ramp = np.array([_rgb(color) for color in UNCERTAINTY_COLORS], dtype=np.float64)
-    at = np.linspace(0, 255, len(ramp))
-    return np.stack([np.interp(level, at, ramp[:, channel]) for channel in range(3)], axis=-1)
-
-
-def _rgb(color: str) -> tuple[int, int, int]:
-    red, green, blue, *_ = ImageColor.getrgb(color)
-    return red, green, blue
-
-
 def _lettered(tile: np.ndarray, edges: tuple[str, str, str, str]) -> np.ndarray:
     """The patient's directions at the tile's left, right, top and bottom edge."""
     picture = Image.fromarray(tile)
@@ -355,6 +269,7 @@ def _scaled(tile: np.ndarray, px_per_mm: float) -> np.ndarray:
     return np.asarray(picture)
 
 
+@functools.lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 

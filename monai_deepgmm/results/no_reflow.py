@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_fill_holes, label
+
+from monai_deepgmm.methods.enclosure import cores
 
 Mask = NDArray[np.bool_]
 
@@ -30,7 +31,5 @@ def no_reflow(scar: Mask, cavity: Mask, healthy: Mask, image: NDArray[np.floatin
         here, pool, values, out = (np.moveaxis(v, axis, 0)[k] for v in (scar, cavity, image, found))
         half = (dark + float(np.quantile(values[here], 0.75))) / 2
         bright = here & (values > half)
-        holes, count = label(binary_fill_holes(bright | pool) & here & ~bright)
-        sizes = np.bincount(holes.ravel(), minlength=count + 1)
-        out |= np.isin(holes, [h for h in range(1, count + 1) if sizes[h] < bright.sum()])
+        out |= cores(bright, pool, here)
     return found

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from monai_deepgmm.errors import StudyError, UsageError
-from monai_deepgmm.images import COPIES, atomic_files, image_file, itk_file, nifti
+from monai_deepgmm.images import COPIES, atomic_files, image_file, nifti
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
@@ -204,6 +204,8 @@ def write(
     place, name = _fresh(out, study), study.patient
     nifti.write_labels(place / f"{name}_dseg.nii.gz", segmentation.labels, like=segmentation.reference)
     for ending in config.copies:
+        from monai_deepgmm.images import itk_file  # here, as SimpleITK takes 90 MB
+
         itk_file.write_labels(place / f"{name}_dseg.{ending}", segmentation.labels, like=segmentation.reference)
     if config.probabilities:
         maps = place / f"{name}_probseg.nii.gz"

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from monai_deepgmm.errors import CODES
 from monai_deepgmm.results import markup
 from monai_deepgmm.results.markup import as_list, as_map, is_number
-from monai_deepgmm.results.mosaic import UNCERTAINTY_COLORS, omitted
+from monai_deepgmm.results.mosaic import omitted
 from monai_deepgmm.results.review import Review, result_of
 from monai_deepgmm.results.strips import strips
+from monai_deepgmm.results.tiles import UNCERTAINTY_COLORS
 
 #: Columns of the measurements that have a place of their own; others are shown as they come.
 KNOWN = {"patient", "tissue", "voxels", "volume_ml", "mass_g", "percent", "percent_of", "expected_ml"}

@@ -26,6 +26,8 @@ def pictures(study: Study, segmentation: Segmentation) -> dict[str, bytes]:
         with contextlib.suppress(StudyError):  # ``evaluate`` says what is wrong with them
             sequences, like = tuple(segmentation.images), segmentation.reference
             known = labels.read(study, segmentation.protocol, sequences, like=like).labels
-    viewer = sprites.as_json(sprites.sprites(segmentation, known))
-    drawn = (report.preview(segmentation), viewer, mosaic.thumbnail(segmentation))
+    box = segmentation.box(sprites.MARGINS_MM[0])
+    shown = segmentation.cut(box)
+    viewer = sprites.as_json(sprites.sprites(shown, None if known is None else known[box]))
+    drawn = (report.preview(shown), viewer, mosaic.thumbnail(shown))
     return dict(zip(PICTURES, drawn, strict=True))

@@ -9,6 +9,7 @@ from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.region_filter import Region
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit, likeliest
+from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.results import uncertainty
 from monai_deepgmm.results.assembly import Assembly
 
@@ -21,17 +22,15 @@ def filtered(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region
     return fit._replace(resp=resp), regions
 
 
-def variants(images: Images, config: Config) -> list[Images]:
-    """The same task with as many perturbed protocols as the method asks for."""
+def protocols(config: Config) -> list[Protocol]:
+    """As many perturbed protocols as the method asks for."""
     count = getattr(config.method, "perturbations", 0)
-    return images.variants([uncertainty.perturbed(images.protocol, config.seed, number) for number in range(count)])
+    return [uncertainty.perturbed(config.protocol, config.seed, number) for number in range(count)]
 
 
-def volumes_ml(
-    assembly: Assembly, variants: Sequence[Images], fits: Sequence[Fit], config: Config, *, voxel_ml: float
-) -> list[list[float]]:
+def volumes_ml(assembly: Assembly, fits: Sequence[Fit], config: Config, *, voxel_ml: float) -> list[list[float]]:
     """The volumes of each tissue, in ml, that the fits to the variants give."""
-    pairs = zip(fits, variants, strict=True)
+    pairs = zip(fits, assembly.variants, strict=True)
     return [_volumes(assembly, filtered(fit, images, config)[0], voxel_ml) for fit, images in pairs]
 
 

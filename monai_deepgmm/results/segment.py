@@ -60,18 +60,19 @@ def segment(
     probabilities, outcome = _together(first, others, wall, prepared, config)
     elsewhere = np.any([np.zeros_like(prepared.scan.mask), *(other.part.takes for other in others)], axis=0)
     first = first._replace(outcome=outcome)
-    return with_numbers(_on_source_grid(study, prepared, first, probabilities, elsewhere, config, inferer))
+    return with_numbers(_on_source_grid(study, prepared, first, probabilities, elsewhere, config))
 
 
 def with_numbers(segmentation: Segmentation) -> Segmentation:
     """The segmentation with its numbers, and with what speaks against them in its sidecar and warnings."""
-    found = numbers(segmentation)
-    against = plausibility.findings(segmentation, found)
-    warnings = [*segmentation.warnings, *plausibility.about(segmentation, against), *coverage.about(segmentation)]
+    close = segmentation.cropped()
+    found = numbers(close)
+    against = plausibility.findings(close, found)
+    warnings = [*segmentation.warnings, *plausibility.about(close, against), *coverage.about(close)]
     told = {
         "warnings": warnings,
         "plausibility": plausibility.facts(against),
-        "coverage": coverage.facts(segmentation) | {"sequences": segmentation.sidecar.get("coverage")},
+        "coverage": coverage.facts(close) | {"sequences": segmentation.sidecar.get("coverage")},
     }
     sidecar = segmentation.sidecar | told
     return dataclasses.replace(segmentation, measured=found.as_row(), sidecar=sidecar, warnings=tuple(warnings))
@@ -85,12 +86,14 @@ class Solved(NamedTuple):
         assembly: what the method was given.
         outcome: what it found.
         unfiltered: its fit with all regions.
+        refits: the fits to the assembly's variants, with all regions.
     """
 
     part: Part
     assembly: Assembly
     outcome: Outcome
     unfiltered: Fit
+    refits: tuple[Fit, ...]
 
     def probabilities(self, *, filtered: bool = True) -> NDArray[np.float32]:
         """Of the part's tissues, on the scan's grid (K, X, Y, Z)."""
@@ -99,20 +102,26 @@ class Solved(NamedTuple):
 
 
 def _solved(divided: tuple[Part, ...], wall: Images | None, config: Config, inferer: Inferer) -> Iterator[Solved]:
-    """Each part fitted, named and filtered; one that is too small for a fit is left out if it is not the last."""
+    """Each part fitted, named and filtered; one that is too small for a fit is left out if it is not the last.
+
+    The first is fitted under perturbed protocols, too.
+    """
     count = 0
     for number, part in enumerate(divided, 1):
         try:
-            assembly = assemble(part.prepared, config, wall=wall)
+            variants = [] if count else refit.protocols(config)
+            assembly = assemble(part.prepared, config, wall=wall, variants=variants)
         except StudyError as error:
             if error.code != "E_MASK_SMALL" or (number == len(divided) and count == 0):
                 raise
             continue
-        whole, names = named(inferer(assembly.images), assembly.images, config)
+        own, *refits = _solved_all((assembly.images, *assembly.variants), config, inferer)
+        whole, names = named(own, assembly.images, config)
         fit, regions = filtered(whole, assembly.images, config)
         contradictions = name_check.contradictions(fit, assembly.images)
         count += 1
-        yield Solved(part, assembly, Outcome(fit, names, regions, contradictions=contradictions), whole)
+        outcome = Outcome(fit, names, regions, contradictions=contradictions)
+        yield Solved(part, assembly, outcome, whole, tuple(refits))
 
 
 def _together(
@@ -171,7 +180,6 @@ def _on_source_grid(
     probabilities: NDArray[np.float32],
     elsewhere: NDArray[np.bool_],
     config: Config,
-    inferer: Inferer,
 ) -> Segmentation:
     """Labels by Bayes' rule (S §2) on the grid of the scan, and what is to be told of them."""
     scan, assembly, outcome, main = prepared.scan, first.assembly, first.outcome, first.part.prepared
@@ -181,9 +189,10 @@ def _on_source_grid(
     labels = np.zeros(scan.mask.shape, dtype=np.uint8)
     labels[scan.mask] = np.where((inside > 0).any(0), index[likeliest(torch.from_numpy(inside)[None])[0].numpy()], 0)
     outcome = outcome._replace(
-        intervals=_intervals(labels, elsewhere, inside, main, assembly, config, inferer),
+        intervals=_intervals(labels, elsewhere, inside, first, config),
         entropy=float(uncertainty.entropy(inside).mean()),
     )
+    del inside  # of a head it is large
     fields = _fields(outcome.fit, main, assembly)
     warnings = (*scan.warnings, *notes.about(main, assembly, outcome, config))
     scanned = scan.image if prepared.fields is None else scan.image * prepared.fields
@@ -221,22 +230,19 @@ def _intervals(
     labels: NDArray[np.uint8],
     elsewhere: NDArray[np.bool_],
     inside: NDArray[np.float32],
-    prepared: Prepared,
-    assembly: Assembly,
+    first: Solved,
     config: Config,
-    inferer: Inferer,
 ) -> list[uncertainty.Interval]:
     """Where each tissue's volume may lie, from the probabilities of the mask's voxels (K, N).
 
     What another part has labelled, ``elsewhere``, is the same in all refits.
     """
+    assembly, prepared = first.assembly, first.part.prepared
     reference, tissues = prepared.scan.reference, assembly.images.tissues
     volumes, fixed = (
         [int((places == t.index).sum()) * reference.voxel_ml for t in tissues] for places in (labels, labels[elsewhere])
     )
-    variants = refit.variants(assembly.images, config)
-    fits = _solved_all(variants, config, inferer) if variants else []
-    refits = refit.volumes_ml(assembly, variants, fits, config, voxel_ml=reference.voxel_ml)
+    refits = refit.volumes_ml(assembly, first.refits, config, voxel_ml=reference.voxel_ml)
     deviations = uncertainty.standard_deviations(
         volumes,
         inside[..., None, None],
@@ -256,9 +262,10 @@ def _fields(fit: Fit, prepared: Prepared, assembly: Assembly) -> dict[str, NDArr
         return dict(zip(prepared.scan.sequences, prepared.fields, strict=True))
     if fit.mixture.field is None:
         return {}
-    crops = prepared.crops
-    above = torch.zeros(len(crops.image), *fit.mixture.field.shape[1:], dtype=crops.mask.dtype)
-    above[assembly.large] = fit.mixture.field.to(above) - 1
-    fields = crops.restore(above)
-    fields += 1
-    return dict(zip(assembly.images.sequences, fields, strict=True))
+    crops, found = prepared.crops, {}
+    for sequence, field in zip(assembly.images.sequences, torch.split(fit.mixture.field, 1, 1), strict=True):
+        above = torch.zeros(len(crops.image), *field.shape[1:], dtype=crops.mask.dtype)
+        above[assembly.large] = field.to(above) - 1
+        found[sequence] = crops.restore(above)[0]
+        found[sequence] += 1
+    return found

@@ -61,20 +61,29 @@ class Segmentation:
 
     def cropped(self) -> Segmentation:
         """The part that holds the mask, with every slice: all that is measured is the same, and found in less time."""
+        return self.cut(self.box())
+
+    def box(self, margin_mm: float = 0.0) -> tuple[slice, slice, slice]:
+        """Every slice, and in its plane what holds the mask of any slice, with a margin within the image."""
         box = [slice(None)] * 3
         for axis in {0, 1, 2} - {self.slice_axis}:
             inside = np.flatnonzero(self.mask.any(axis=tuple(a for a in range(3) if a != axis)))
-            box[axis] = slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(None)
-        here = tuple(box)
+            margin = int(np.ceil(margin_mm / float(self.reference.spacing_mm[axis])))
+            if len(inside):
+                box[axis] = slice(max(0, int(inside[0]) - margin), int(inside[-1]) + 1 + margin)
+        return box[0], box[1], box[2]
+
+    def cut(self, box: tuple[slice, slice, slice]) -> Segmentation:
+        """A part of the volume; its affine tells where that lies."""
         affine = self.reference.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ [part.start or 0 for part in box]
         return replace(
             self,
-            images={name: image[here] for name, image in self.images.items()},
-            mask=self.mask[here],
-            labels=self.labels[here],
-            probabilities=self.probabilities[:, *here],
-            reference=replace(self.reference, data=self.reference.data[here], affine=affine),
-            fields={name: field[here] for name, field in self.fields.items()},
-            seen={name: seen[here] for name, seen in self.seen.items()},
+            images={name: image[box] for name, image in self.images.items()},
+            mask=self.mask[box],
+            labels=self.labels[box],
+            probabilities=self.probabilities[:, *box],
+            reference=replace(self.reference, data=self.reference.data[box], affine=affine),
+            fields={name: field[box] for name, field in self.fields.items()},
+            seen={name: seen[box] for name, seen in self.seen.items()},
         )

@@ -59,9 +59,11 @@ def entropy(probabilities: Floats) -> NDArray[np.float32]:
 
     It is 0 outside the mask, where all probabilities are.
     """
-    p = probabilities.clip(1e-12, 1)
-    scale = np.log(max(len(probabilities), 2))
-    return np.asarray(-(probabilities * np.log(p)).sum(0) / scale, dtype=np.float32)
+    out = np.zeros(probabilities.shape[1:], dtype=np.float32)
+    for p in probabilities:  # one by one, as those of a head are large
+        out -= p * np.log(p.clip(1e-12, 1))
+    out /= np.log(max(len(probabilities), 2))
+    return out
 
 
 def perturbed(protocol: Protocol, seed: int, number: int) -> Protocol:
@@ -115,7 +117,7 @@ def standard_deviations(
         voxel_ml: v.
         pixel_mm2: a.
     """
-    variance = (probabilities * (1.0 - probabilities)).sum((1, 2, 3), dtype=np.float64)
+    variance = np.array([(p * (1.0 - p)).sum(dtype=np.float64) for p in probabilities])
     variance *= voxel_ml**2 * max(PATCH_MM2 / pixel_mm2, 1.0)
     if len(refits_ml):
         variance += np.square(np.asarray(refits_ml) - np.asarray(volumes_ml)).mean(0)

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import gaussian_filter
+
+from monai_deepgmm.methods.polar import interpolated
 
 #: Rays of a slice, and voxels by which labels are smoothed in the plane.
 RAYS, SMOOTHING = 120, 1.0
@@ -159,12 +161,8 @@ def _sampled(
 ) -> NDArray[np.float64]:
     """The smoothed stack (S, H, W) along the rays (S, A, R)."""
     smooth = gaussian_filter(stack, (0, SMOOTHING, SMOOTHING), truncate=3, mode="constant")
-    places = middles[:, None, None] + offsets
-    index = np.broadcast_to(np.arange(len(stack), dtype=float)[:, None, None], places.shape[:3])
-    found: NDArray[np.float64] = map_coordinates(
-        smooth, [index, places[..., 0], places[..., 1]], np.float64, order=1, mode="constant"
-    )
-    return found
+    places = (middles[:, None, None] + offsets).transpose(0, 3, 1, 2)
+    return np.stack([interpolated(one, at, outside=0.0) for one, at in zip(smooth, places, strict=True)])
 
 
 def summary(rays: Rays, *, at: int | None = None) -> WallSummary:

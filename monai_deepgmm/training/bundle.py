@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -23,6 +24,8 @@ from monai_deepgmm.training import curves, prepare
 from monai_deepgmm.training.handlers import CHECKPOINT, HISTORY, check_fingerprint, read_checkpoint, read_history
 from monai_deepgmm.training.plan import TrainingPlan
 from monai_deepgmm.training.prepare import PreparedCohort
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL, PROVENANCE, MEANS, CURVES = "protocol.yaml", "provenance.json", "means.json", "training.svg"
 #: The configurations of a model's folder; what a training decided is written into the first three and the metadata.
@@ -102,6 +105,8 @@ def begin(
         return
     network = trained_network.tried(prepared.spec)
     _check_folder(place, prepared.fingerprint, resume=resume)
+    if resume and not (place / CHECKPOINT).is_file():
+        logger.warning("--resume: %s holds no checkpoint; the training begins", place)
     if (place / CHECKPOINT).is_file():
         _load_best(place, network)
     for part in ("", "configs", "docs", "models"):

@@ -38,7 +38,7 @@ def stack(scar: Where | None = None, *, level: float = 1.0, noise: float = 0.15,
 
 def found(image: NDArray[np.float64], spacing_mm: tuple[float, float] = (1.0, 1.0)) -> Enhancement | None:
     masks, insides = (np.broadcast_to(m, image.shape) for m in (MASK, INSIDE))
-    return measure(image, masks, insides, spacing_mm, slices=tuple(range(len(image))), threshold=1.0)
+    return measure(image, masks, [insides], spacing_mm, slices=tuple(range(len(image))), threshold=1.0)[0]
 
 
 def task(image: NDArray[np.float64]) -> Images:
@@ -122,7 +122,7 @@ def test_what_shines_in_the_outer_wall_alone_is_no_infarct():
 def test_blood_that_is_not_bright_says_nothing():
     assert found(-stack()) is None
     empty = np.zeros((1, SIDE, SIDE), bool)
-    assert measure(stack()[:1], MASK[None], empty, (1.0, 1.0), slices=(0,), threshold=1.0) is None
+    assert measure(stack()[:1], MASK[None], [empty], (1.0, 1.0), slices=(0,), threshold=1.0) == [None]
 
 
 def test_the_scale_by_hand():

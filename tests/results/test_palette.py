@@ -9,7 +9,7 @@ import pytest
 from PIL import ImageColor
 
 from monai_deepgmm import protocol
-from monai_deepgmm.results.mosaic import FILL
+from monai_deepgmm.results.tiles import FILL
 
 XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]

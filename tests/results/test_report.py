@@ -14,7 +14,7 @@ from pages import LPS, OBLIQUE, failed, hearts, page_of, row_of, write
 from PIL import Image, ImageColor
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.results import markup, measure, mosaic, report
+from monai_deepgmm.results import markup, measure, mosaic, report, tiles
 
 HOSTILE = "<script>alert('owned')</script>\"&"
 
@@ -76,7 +76,7 @@ def test_a_slice_is_not_squashed_when_voxels_are_not_square():
 
 def test_tissues_and_uncertainty_bear_their_colours():
     sure = hearts()
-    picture, light = pixels(report.preview(sure)), mosaic.UNCERTAINTY_COLORS[-1]
+    picture, light = pixels(report.preview(sure)), tiles.UNCERTAINTY_COLORS[-1]
     for tissue in sure.tissues:
         assert near(picture, tissue.color).any() == (tissue.name != "scar")  # no voxel is scar
     assert not near(picture, light).any()

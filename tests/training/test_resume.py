@@ -58,6 +58,7 @@ def test_a_model_is_not_trained_over(patients, trained, copy, capsys, gone, resu
     assert contents(copy) == before
     if len(gone) != 1:
         assert train(patients, copy, "--resume") == 0
+        assert ("no checkpoint; the training begins" in capsys.readouterr().err) == (CHECKPOINT in gone)
         same_training(copy, trained)
 
 
