@@ -3,6 +3,7 @@
 
     python scripts/benchmark.py OUT                      # everything, some minutes
     python scripts/benchmark.py OUT --only em-diag       # one case
+    python scripts/benchmark.py OUT --only svgmm --against REV    # beside the EM of an earlier revision
     python scripts/benchmark.py OUT --write              # and bundle/docs/speed.md from what OUT holds
 
 Each case is a process of its own on one thread, in which its sides take turns, so that what else the machine does hits
@@ -27,6 +28,7 @@ from typing import Any
 import benchmark_peers as peers
 import runner
 from benchmark_cases import CASES, FULL, TINY
+from benchmark_earlier import Earlier
 from runner import Facts
 
 from monai_deepgmm.errors import UsageError
@@ -87,7 +89,12 @@ def prepared(name: str, arguments: argparse.Namespace) -> Any:
     if "pomegranate" not in peers.absent() and name.startswith("em-"):
         importlib.import_module("pomegranate.gmm")  # before anything is timed, as it starts threads
     one_thread()
-    return CASES[name][1](TINY if arguments.tiny else FULL)
+    sides = CASES[name][1](TINY if arguments.tiny else FULL)
+    if arguments.against and sides.asked is not None:
+        side = f"as it was ({arguments.against})"
+        works = {**sides.works, side: Earlier(arguments.against, sides.asked)}
+        return sides._replace(works=works, once=(*sides.once, side))
+    return sides
 
 
 def one_thread() -> None:
@@ -124,12 +131,14 @@ def measured(name: str, arguments: argparse.Namespace) -> Facts:
         StageError: it could not be measured.
     """
     asked = {"case": name, "tiny": arguments.tiny, "repeats": arguments.repeats}
+    asked |= {"against": arguments.against} if arguments.against else {}
     return runner.kept(arguments.OUT / f"{name}.json", asked, lambda: anew(name, arguments))
 
 
 def anew(name: str, arguments: argparse.Namespace) -> Facts:
     """A case now, and when and where it was measured."""
     words = [arguments.OUT, "--repeats", arguments.repeats, *(["--tiny"] if arguments.tiny else [])]
+    words += ["--against", arguments.against] if arguments.against else []
     load = os.getloadavg()[0]
     found = runner.apart(__file__, *words, "--here", name)
     if name in PEAKS:
@@ -222,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("OUT", type=Path, nargs="?", default=Path("benchmark"), help="the folder for the measurements")
     known.add_argument("--only", nargs="+", metavar="CASE", choices=CASES, default=list(CASES), help=", ".join(CASES))
     known.add_argument("--repeats", type=int, default=3, help="runs of each side")
+    known.add_argument("--against", metavar="REV", help="a revision of git: its EM is measured beside ours")
     known.add_argument("--write", action="store_true", help="write speed.md from all that OUT holds")
     known.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     known.add_argument("--here", nargs="+", help=argparse.SUPPRESS)  # how the script calls itself

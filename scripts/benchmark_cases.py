@@ -53,11 +53,13 @@ class Sides(NamedTuple):
         shape: what it is measured on, in words.
         works: each side's name and what is timed; the first is ours.
         once: sides that are run once, because they take long.
+        asked: what ours asks of ``fit_em``, by name, where an earlier revision could be asked the same.
     """
 
     shape: str
     works: Mapping[str, Work]
     once: tuple[str, ...] = ()
+    asked: Mapping[str, Any] | None = None
 
 
 # Phantoms ------------------------------------------------------------------------------------------------------------
@@ -157,23 +159,19 @@ def em(size: Size, covariance: Any, *, spatial: bool = False) -> Sides:
     given = {"tol": TOL, "max_iter": MAX_ITER}
     m = image.shape[1]
     features = 2 * m + 1 if covariance == "diag" else m * (m + 1) // 2 + m + 1
-
-    if spatial:  # as the method does it
-        image = image.double()
+    image = image.double() if spatial else image  # as the method does it
+    asked = {"spatial": spatial, "covariance": covariance, **given}
 
     def fitted(part: slice) -> Any:
-        parts = (image[part], mask[part], start[part])
-        return fit_em(*parts, spatial=spatial, covariance=covariance, **given).diagnostics
+        return fit_em(image[part], mask[part], start[part], **asked).diagnostics
 
     first = float(fitted(slice(FEW)).nll.mean())
 
     def ours() -> Facts:
         known = fitted(slice(None))
+        work = float((known.iterations * where.sum((1, 2))).sum()) / len(voxels)
         found = came(peers.Fitted(float(known.nll.mean()), int(known.iterations.sum())))
-        return {
-            **found,
-            "flop": 4.0 * COMPONENTS * features * float((known.iterations * where.sum((1, 2))).sum()) / len(voxels),
-        }
+        return {**found, "flop": 4.0 * COMPONENTS * features * work}
 
     def came(found: peers.Fitted, count: int = len(voxels)) -> Facts:
         told = f"NLL {found.nll:.4f}, {found.iterations or 'unknown'} iterations"
@@ -196,7 +194,8 @@ def em(size: Size, covariance: Any, *, spatial: bool = False) -> Sides:
     if covariance != "full":
         works["the paper's loops"] = loops
     shape = f"{shown(image.shape)}, {int(mask.sum())} voxels, {COMPONENTS} components; seconds of one slice"
-    return Sides(shape, works, ("the paper's loops", "pomegranate"))
+    once = ("the paper's loops", "pomegranate")
+    return Sides(shape, works, once, {"image": image, "mask": mask, "start": start, **asked})
 
 
 def volume(size: Size) -> Sides:
@@ -225,22 +224,23 @@ def volume(size: Size) -> Sides:
 def pvgmm(size: Size) -> Sides:
     """Partial volume with field and neighbours on the head."""
     from monai_deepgmm.mixture import partial_volume
+    from monai_deepgmm.mixture.fit import likeliest
 
     image, mask, start, truth = head(size)
-    spacing_mm = (size.head_mm,) * 3
-    wanted = truth[truth > 0]
+    inside, spacing_mm = truth > 0, (size.head_mm,) * 3
+
+    def scored(found: Any) -> Facts:
+        return {"came": dice(found[inside], truth[inside], (1, 2, 3))}
 
     def fitted(degree: int) -> Facts:
         # Pairs of tissues of the protocol brain that touch, in its order: GM, WM, CSF.
         model = partial_volume.Model(((2, 0), (0, 1)), degree=degree)
-        resp = partial_volume.fit_partial_volume(image, mask, start, spacing_mm, model).resp[0]
-        return {"came": dice(1 + resp.argmax(0).numpy()[truth > 0], wanted, (1, 2, 3))}
+        resp = partial_volume.fit_partial_volume(image, mask, start, spacing_mm, model).resp
+        return scored(1 + likeliest(resp)[0].numpy())
 
     works: dict[str, Work] = {"field and neighbours": lambda: fitted(2), "without a field": lambda: fitted(0)}
     if "ANTsPy" not in peers.absent():
-        works["Atropos"] = lambda: {
-            "came": dice(peers.atropos(image[0], mask[0, 0], size.head_mm)[truth > 0], wanted, (1, 2, 3))
-        }
+        works["Atropos"] = lambda: scored(peers.atropos(image[0], mask[0, 0], size.head_mm))
     return Sides(f"{int(mask.sum())} voxels × {image.shape[1]}", works, ("without a field", "Atropos"))
 
 
@@ -363,7 +363,7 @@ def deepsvg(size: Size) -> Sides:
         found, epochs = peers.deep_svg(image, mask, start, tol=1e-3, epochs=size.epochs)
         return {"came": f"{agreed(found.numpy())}, {epochs} steps in all, at most {size.epochs}"}
 
-    return Sides(shown(image.shape), {"ours": ours, "the paper's loop": loops}, ("ours", "the paper's loop"))
+    return Sides(shown(image.shape), {"ours": ours, "the paper's loop": loops}, ("the paper's loop",))
 
 
 def network(size: Size) -> Sides:
@@ -373,7 +373,7 @@ def network(size: Size) -> Sides:
     from monai_deepgmm import protocol
     from monai_deepgmm.images import resampling
     from monai_deepgmm.methods import model_spec, trained_network, training_config
-    from monai_deepgmm.networks import UNet, registry
+    from monai_deepgmm.networks import UNet, quick_layers, registry
 
     image, mask, *_ = (part[:6] for part in slices(size))
     wanted, spacing_mm = protocol.load("infarct"), (size.pixel_mm,) * 2
@@ -387,7 +387,7 @@ def network(size: Size) -> Sides:
         size=resampling.around(mask, spacing_mm, 1.0).size,
         training=training_config.TrainingConfig(grid_mm=1.0, covariance="tied"),
     )
-    unet = trained_network.build(spec).eval()
+    unet = quick_layers.quickened(trained_network.build(spec).eval(), training=False)  # as a patient meets it
     plain = registry.fresh(lambda: UNet(2, image.shape[1], COMPONENTS), 0).eval()
 
     def ours() -> Facts:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.mixture import bias_field, statistics
-from monai_deepgmm.mixture.fit import Diagnostics, Fit, chosen, collapsed, joined, stacked
+from monai_deepgmm.mixture.fit import Diagnostics, Fit, chosen, collapsed, fewest, joined, stacked
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture
 from monai_deepgmm.mixture.packing import Packing, packing
 from monai_deepgmm.mixture.steps import Expected, Model, Products, Shaded, reseed
@@ -144,31 +144,32 @@ def _loop(image: Tensor, mask: Tensor, start: Tensor, basis: Tensor | None = Non
     iterations, reseeded = torch.zeros_like(going), torch.zeros_like(going)
     converged = torch.zeros_like(going, dtype=torch.bool)
     trace, ended = [state.expected.nll], list[tuple[Tensor, _State]]()
-    before = mixture
+    before, limit, moved = mixture, fewest(mask, start.shape[1]), torch.zeros_like(converged)
     for turn in range(options.max_iter):
         now, old = state
         updated = steps.maximise(old.resp, now)
-        lost = collapsed(old.resp, steps.mask)
-        if lost.any():
+        moved = torch.zeros_like(moved) if bool(moved.any()) else moved
+        if (lost := old.resp.sum(-1) < limit).any():
             lost &= (reseeded[going] < MAX_RESEEDS)[:, None]
             updated = reseed(steps.image, steps.mask, updated, old.evidence, lost)
-        moved = lost.any(1)
+            moved = lost.any(1)
+            reseeded[going] += moved.long()
         if quick and turn % 2:
             state, free = _leap(steps, (before, now, updated), old.nll, moved)
         else:
             state, free = _State(updated, steps.expect(updated)), ~moved
         before = now
         trace.append(trace[-1].index_copy(0, going, state.expected.nll))
-        iterations[going] += 1
-        reseeded[going] += moved.long()
         done = (old.nll - state.expected.nll < options.tol) & free
         if done.any():
             ended.append((going[done], state.rows(done)))
-            converged[going[done]] = True
+            converged[going[done]], iterations[going[done]] = True, turn + 1
             stay = ~done
             going, state, steps, before = going[stay], state.rows(stay), steps.rows(stay), before.rows(stay)
+            limit, moved = limit[stay], moved[stay]
         if len(going) == 0:
             break
+    iterations[going] = options.max_iter
     ended.append((going, state))
     order = torch.cat([rows for rows, _ in ended]).argsort()
     mixture, resp = stacked([state.mixture for _, state in ended]), torch.cat([s.expected.resp for _, s in ended])

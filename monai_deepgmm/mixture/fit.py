@@ -109,5 +109,9 @@ def collapsed(resp: Tensor, mask: Tensor) -> Tensor:
         resp: ``(B, K, N)``, 0 outside the mask.
         mask: ``(B, 1, N)``.
     """
-    limit = torch.minimum(torch.full_like(mask.sum(-1), MIN_VOXELS), mask.sum(-1) / (4 * resp.shape[1]))
-    return resp.sum(-1) < limit
+    return resp.sum(-1) < fewest(mask, resp.shape[1])
+
+
+def fewest(mask: Tensor, components: int) -> Tensor:
+    """The voxels that a component needs, or it has collapsed: ``(B, 1, N)`` → ``(B, 1)``."""
+    return (mask.sum(-1) / (4 * components)).clamp_max(MIN_VOXELS)

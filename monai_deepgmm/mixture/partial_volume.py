@@ -30,6 +30,7 @@ from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture
 from monai_deepgmm.mixture.lattice import Lattice, Neighbours, interior, on_grid, stride
 from monai_deepgmm.mixture.mixels import Anchor, Observed, State, Step, Stop, nodes
+from monai_deepgmm.mixture.serial import serial
 
 #: A fit has converged when the nodes' responsibilities change by less than this, summed over a voxel, on average.
 TOL = 1e-3
@@ -208,7 +209,8 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
     fractions = mixels.mixing(start.shape[1], settings.model.borders).to(image.device)
     problem = _Problem(image, zero.float(), seen, fractions, settings)
     several = image.shape[1] > 1 and len(settings.model.anchored) > 0
-    found = _margins_first(problem, start) if several else _alone(problem, start)
+    with serial(len(fractions) * settings.model.voxels):
+        found = _margins_first(problem, start) if several else _alone(problem, start)
     resp, last = _everywhere(problem, mask, found)
     state, field = found.state, found.field
     if settings.model.degree and field is None:

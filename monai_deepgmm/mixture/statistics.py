@@ -7,6 +7,7 @@ intensities are standardised first: the subtraction in ``Σ = E[x xᵀ] − μ �
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -93,10 +94,17 @@ def coefficients(mixture: Mixture, like: Statistics) -> Tensor:
         log_det = 2 * cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # (B, K or 1)
         matrix = torch.cholesky_inverse(cholesky).expand(*means.shape, -1)
         i, j = like.pairs
-        quadratic = -matrix[..., i, j] * torch.where(i == j, 0.5, 1.0).to(means)
+        quadratic = matrix[..., i, j] * _halves(n_sequences, means.dtype, means.device)
         linear = (matrix @ means[..., None]).squeeze(-1)
     constant = -0.5 * ((linear * means).sum(-1) + log_det + n_sequences * math.log(2 * math.pi))
     return torch.cat([quadratic, linear, constant[..., None]], -1)
+
+
+@functools.cache
+def _halves(n_sequences: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How often the product of each pair of sequences counts in ``−½ xᵀ P x`` ``(Q,)``."""
+    i, j = torch.triu_indices(n_sequences, n_sequences, device=device)
+    return torch.where(i == j, -0.5, -1.0).to(dtype)
 
 
 def estimate(moments: Tensor, like: Statistics, floor: Tensor) -> Mixture:

@@ -100,16 +100,18 @@ class Products:
         """The E-step. No weight or responsibility is below ``sqrt(tiny)``: subnormal numbers are slow."""
         theta = sufficient.coefficients(mixture, self.statistics)
         least = torch.finfo(theta.dtype).tiny ** 0.5
-        log_weights = mixture.weights.clamp_min(least).log_()
-        if self.model.spatial:
-            joint = torch.baddbmm(log_weights, theta, self.statistics.features)
-        else:
-            theta[..., -1] += log_weights
-            joint = theta @ self.statistics.features
+        if not self.model.spatial:
+            theta[..., -1] += mixture.weights.clamp_min(least).log_()
+        joint = theta @ self.statistics.features
         peak = joint.amax(1, keepdim=True)
         resp = joint.sub_(peak).clamp_min_(math.log(least)).exp_()
+        if self.model.spatial:  # maps weigh the densities themselves: the logarithm of a map takes as long as the rest
+            resp *= mixture.weights.clamp_min(least)
         total = resp.sum(1, keepdim=True)
-        resp *= self.mask / total
+        if self.model.spatial:
+            resp.div_(total).clamp_min_(least).mul_(self.mask)
+        else:
+            resp *= self.mask / total
         evidence = total.log_().add_(peak)
         return Expected(resp, self.log_scale - masked_mean(evidence, self.mask), evidence)
 

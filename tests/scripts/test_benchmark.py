@@ -9,6 +9,7 @@ import benchmark_peers as peers
 import pytest
 import torch
 from benchmark_cases import CASES, TINY, dice
+from benchmark_earlier import Earlier
 from tensors import normal
 
 from monai_deepgmm.networks.gmm_loss import GMMLoss
@@ -98,3 +99,8 @@ def test_what_cannot_be_measured_is_told(tmp_path, monkeypatch, capsys):
     assert benchmark.main([str(tmp_path), "--only", "machine"]) == 2
     assert "left out: machine: no such thing" in capsys.readouterr().err
     assert benchmark.main([str(tmp_path), "--repeats", "0"]) == 2
+
+
+def test_a_revision_that_git_does_not_know_is_told():
+    with pytest.raises(benchmark.runner.StageError, match="no-such-revision"):
+        Earlier("no-such-revision", {"image": torch.zeros(1, 1, 2, 2)})
