@@ -43,13 +43,20 @@ class Contours(NamedTuple):
         centres: in voxels ``(Z, 2)``.
         inner_mm: the endocardium ``(Z, ANGLES)``.
         outer_mm: the epicardium ``(Z, ANGLES)``.
-        fit: of each slice: the mean log-likelihood ratios of each side of each contour, added ``(Z,)``.
+        inner_fit: of each slice: the mean log-likelihood ratios of both sides of the inner contour, added ``(Z,)``.
+        outer_fit: the same of the outer one.
     """
 
     centres: Array
     inner_mm: Array
     outer_mm: Array
-    fit: Array
+    inner_fit: Array
+    outer_fit: Array
+
+    @property
+    def fit(self) -> Array:
+        """Of both ``(Z,)``."""
+        return self.inner_fit + self.outer_fit
 
 
 def around(image: Array, start: Candidate, even: NDArray[np.bool_]) -> Contours:
@@ -61,7 +68,7 @@ def around(image: Array, start: Candidate, even: NDArray[np.bool_]) -> Contours:
         even: of the M sequences, those in which scar and edema look like the rest of the wall.
     """
     inner: Array = np.repeat(start.radii_mm[:, None] * INNER_SCALE + INNER_ADD_MM, polar_grid.ANGLES, 1)
-    first = Contours(start.centres, inner, inner * (1 + WALL_SHARE) + WALL_MM, np.zeros(len(inner)))
+    first = Contours(start.centres, inner, inner * (1 + WALL_SHARE) + WALL_MM, *np.zeros((2, len(inner))))
     return _alternated(image, first, range(ROUNDS), start.spacing_mm, even)
 
 
@@ -74,14 +81,14 @@ def settled(image: Array, start: Candidate, found: Contours, even: NDArray[np.bo
     inner, outer = (np.repeat(c.mean(1, keepdims=True), polar_grid.ANGLES, 1) for c in (found.inner_mm, found.outer_mm))
     round_ones = found._replace(inner_mm=inner, outer_mm=outer)
     more = _alternated(image, round_ones, range(ROUNDS, ROUNDS + MORE_ROUNDS), start.spacing_mm, even)
-    return more._replace(fit=found.fit)
+    return more._replace(inner_fit=found.inner_fit, outer_fit=found.outer_fit)
 
 
 def _alternated(
     image: Array, found: Contours, rounds: Iterable[int], spacing_mm: Array, even: NDArray[np.bool_]
 ) -> Contours:
     """The contours after some rounds, and their fit."""
-    centres, inner, outer, _ = found
+    centres, inner, outer, *_ = found
     image = gaussian_filter(image, (0, *(DENOISE_MM / spacing_mm), 0), truncate=3)
     x, area = polar_grid.sample(image, centres, spacing_mm)
     for number in rounds:
@@ -91,7 +98,7 @@ def _alternated(
             inner, outer = polar_grid.around(inner, shift), polar_grid.around(outer, shift)
             x, area = polar_grid.sample(image, centres, spacing_mm)
         inner, outer = _drawn(x, area, inner, outer, even)
-    return Contours(centres, inner, outer, _fit(x, area, inner, outer, even))
+    return Contours(centres, inner, outer, *_fits(x, area, inner, outer, even))
 
 
 def _drawn(x: Array, area: Array, inner: Array, outer: Array, even: NDArray[np.bool_]) -> tuple[Array, Array]:
@@ -132,7 +139,7 @@ def _smooth(contours: Array) -> Array:
     return smooth
 
 
-def _fit(x: Array, area: Array, inner: Array, outer: Array, even: NDArray[np.bool_]) -> Array:
+def _fits(x: Array, area: Array, inner: Array, outer: Array, even: NDArray[np.bool_]) -> tuple[Array, Array]:
     """How well the contours part blood from wall, and wall from surroundings, in each slice ``(Z,)``."""
     look = densities(x, area, inner, outer, even)
     endo = (look.blood - look.wall).clip(-CLIP, CLIP)
@@ -147,4 +154,4 @@ def _fit(x: Array, area: Array, inner: Array, outer: Array, even: NDArray[np.boo
         found: Array = (ratio * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), 1e-6)
         return found
 
-    return mean(endo, blood) - mean(endo, wall) + mean(epi, wall) - mean(epi, outside)
+    return mean(endo, blood) - mean(endo, wall), mean(epi, wall) - mean(epi, outside)

@@ -30,7 +30,7 @@ class DeepSVGConfig:
         start_steps: gradient steps that bring the network to the start.
         start_weight: how much of the cross-entropy to the start is kept after them.
         steps: gradient steps on the NLL, at most.
-        lr: the learning rate; null: 0.01, and 0.001 (the paper's) for a network that was asked for.
+        lr: the learning rate; null: 0.01 for the small network of slices, else 0.001, the paper's.
         tol: a fit has converged when a step lowers the NLL per voxel by less.
         window: sides of the random windows that a network is fitted to, in voxels; 0 or null: whole images.
         together: one network for all images of a patient instead of one for each.
@@ -38,7 +38,8 @@ class DeepSVGConfig:
         floor: the variance floor, as a fraction of a sequence's variance inside the mask.
         label_rule: posterior (a label is the most probable component of Π·g) or network (of Π alone).
         presence: whether a tissue's regions must meet the protocol's criteria.
-        network: the definition that ``networks.registry.build`` takes; None: ``networks.registry.ONE_IMAGE``.
+        network: the definition that ``networks.registry.build`` takes; None: for slices
+            ``networks.registry.ONE_IMAGE``, for volumes the paper's U-Net with a quarter of its filters.
     """
 
     name: ClassVar[str] = "deepsvg"
@@ -80,7 +81,16 @@ class DeepSVGConfig:
 
     def resolved(self, protocol: Protocol) -> Self:
         """With the learning rate that goes with the network."""
-        return replace(self, lr=(0.01 if self.network is None else 0.001) if self.lr is None else self.lr)
+        return replace(self, lr=self._rate(protocol))
+
+    def _rate(self, protocol: Protocol) -> float:
+        if self.lr is not None:
+            return self.lr
+        return 0.01 if self._small(protocol) else 0.001
+
+    def _small(self, protocol: Protocol) -> bool:
+        """Whether the network is ``ONE_IMAGE``; that of volumes has few filters anyway."""
+        return self.network is None and protocol.unit == "slice"
 
     def solve(self, images: Images, *, device: str = "cpu") -> Fit:
         """Fits a network to each image, with ‖μ − μ_data‖² where means are known (S §4.2)."""
@@ -93,7 +103,7 @@ class DeepSVGConfig:
         dims = image.ndim - 2
         network = functools.partial(
             registry.build,
-            self.network or registry.ONE_IMAGE,
+            registry.ONE_IMAGE if self._small(images.protocol) else self.network,
             spatial_dims=dims,
             in_channels=image.shape[1] + CONTEXT,
             out_channels=start.shape[1],
@@ -115,7 +125,7 @@ class DeepSVGConfig:
                 steps=self.steps,
                 start_steps=self.start_steps,
                 start_weight=self.start_weight,
-                lr=self.resolved(images.protocol).lr or 0.0,
+                lr=self._rate(images.protocol),
                 tol=self.tol,
                 window=window_sides(self.window, dims) if self.window else None,
             ),

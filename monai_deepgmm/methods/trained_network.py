@@ -23,12 +23,12 @@ from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR
 from monai_deepgmm.mixture.packing import packing
 from monai_deepgmm.mixture.steps import Model, Products
 from monai_deepgmm.networks import registry
+from monai_deepgmm.networks.quick_layers import quickened
 from monai_deepgmm.networks.sizes import LARGEST, MULTIPLE
 from monai_deepgmm.networks.weights import read, reason
 
-
 #: Voxels that go through a network together, in images that are that small: coarse levels of single ones are slow.
-AT_ONCE = 1 << 16
+AT_ONCE = 1 << 15
 
 
 def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
@@ -105,7 +105,7 @@ def load(reference: ModelReference, device: str) -> nn.Module:
     except Exception as error:  # whatever a network's class, or a damaged file, makes torch raise
         message = f"{file} cannot be used ({reason(error)})"
         raise StudyError("E_MODEL", message, "Train the model again") from error
-    return network.to(device).eval()
+    return quickened(network.to(device).eval(), training=False)
 
 
 def count(spec: ModelSpec) -> int:
@@ -181,11 +181,11 @@ def weights(
     """
     sizes = [_size(spec, one[None], spacing_mm) for one in mask]
     found: list[Tensor] = []
-    while len(found) < len(image):
-        first = len(found)
-        same = itertools.takewhile(lambda size: size == sizes[first], sizes[first:])
-        part = slice(first, first + min(len(list(same)), max(AT_ONCE // math.prod(sizes[first]), 1)))
-        found += _weights(network, spec, image[part], mask[part], sizes[first], spacing_mm=spacing_mm)
+    for size, run in itertools.groupby(sizes):
+        count, step = len(list(run)), max(AT_ONCE // math.prod(size), 1)
+        bounds = [*range(len(found), len(found) + count, step), len(found) + count]
+        for part in (slice(*pair) for pair in itertools.pairwise(bounds)):
+            found += _weights(network, spec, image[part], mask[part], size, spacing_mm=spacing_mm)
     return torch.stack(found)
 
 

@@ -18,7 +18,17 @@ logger = logging.getLogger(__name__)
 
 #: Words for ``--network``; ``registry.NAMED`` says what they stand for.
 WORDS = (
-    *("unet", "foldedunet", "basicunet", "dynunet", "segresnet", "modifiedunet", "basicunetplusplus", "attentionunet", "unetr"),
+    *(
+        "unet",
+        "foldedunet",
+        "basicunet",
+        "dynunet",
+        "segresnet",
+        "modifiedunet",
+        "basicunetplusplus",
+        "attentionunet",
+        "unetr",
+    ),
     "swinunetr",
 )
 OURS = ("UNet", "FoldedUNet", "ModifiedUNet")

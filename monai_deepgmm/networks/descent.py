@@ -17,6 +17,7 @@ from monai_deepgmm.mixture.bounding_box import Box, around, cut, enclosing, past
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, e_step, nll
 from monai_deepgmm.networks.nll_loss import MixtureNLL, Regulariser, StartCrossEntropy, Term
+from monai_deepgmm.networks.quick_layers import quickened
 from monai_deepgmm.networks.registry import fresh, inferer, logits
 
 #: Sides of an image are cut to multiples of this: a network with five levels halves them four times.
@@ -123,7 +124,7 @@ def _descend(
     # In double precision a network gains nothing and takes twice as long.
     small, inside, begin = (cut(t, box).float() for t in (image, mask, start))
     seen = torch.cat([small, cut(context, box).float()], 1)
-    network = network.to(image.device).train()
+    network = quickened(network.to(image.device).train(), training=True)
     optimizer = torch.optim.AdamW(network.parameters(), descent.lr, weight_decay=descent.weight_decay, fused=True)
     teacher = StartCrossEntropy()
     target = torch.cat([begin, inside], 1)

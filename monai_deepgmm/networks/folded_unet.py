@@ -1,4 +1,4 @@
-"""A U-Net on half the resolution that loses none: each 2×2 block of voxels is one voxel with four times the channels."""
+"""A U-Net on half the resolution that loses none: a block of 2×2 voxels is one voxel with four times the channels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from monai_deepgmm.networks.unet import UNet
 
 #: Filters from the finest level to the coarsest.
 FILTERS = (32, 64, 128)
-#: Voxels of a block along each axis.
-FOLD = 2
 
 
 class FoldedUNet(nn.Module):
@@ -29,29 +27,29 @@ class FoldedUNet(nn.Module):
         self, spatial_dims: int, in_channels: int, out_channels: int, filters: tuple[int, ...] = FILTERS
     ) -> None:
         super().__init__()
-        block = FOLD**spatial_dims
+        block = 2**spatial_dims
         self.unet = UNet(spatial_dims, block * in_channels, block * out_channels, filters)
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, C, *S)`` → logits ``(B, K, *S)``; each side of S a multiple of 2 to the number of levels."""
-        return unfolded(self.unet(folded(image)))
+        out: Tensor = unfolded(self.unet(folded(image)))
+        return out
 
 
 def folded(values: Tensor) -> Tensor:
     """``(B, C, *S)`` → ``(B, C · 2^D, *S / 2)``."""
-    sides = values.shape[2:]
-    if len(sides) == 2:
-        return nn.functional.pixel_unshuffle(values, FOLD)
-    x, y, z = (n // FOLD for n in sides)
-    blocks = values.reshape(values.shape[0], values.shape[1], x, FOLD, y, FOLD, z, FOLD)
-    return blocks.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(values.shape[0], -1, x, y, z)
+    if values.ndim == 4:
+        return nn.functional.pixel_unshuffle(values, 2)
+    # TorchScript, as which networks are exported, unpacks no list.
+    n, x, y, z = values.shape[0], values.shape[2] // 2, values.shape[3] // 2, values.shape[4] // 2
+    blocks = values.reshape([n, values.shape[1], x, 2, y, 2, z, 2]).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return blocks.reshape([n, -1, x, y, z])
 
 
 def unfolded(values: Tensor) -> Tensor:
     """The way back."""
-    sides = values.shape[2:]
-    if len(sides) == 2:
-        return nn.functional.pixel_shuffle(values, FOLD)
-    x, y, z = sides
-    blocks = values.reshape(values.shape[0], -1, FOLD, FOLD, FOLD, x, y, z)
-    return blocks.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(values.shape[0], -1, FOLD * x, FOLD * y, FOLD * z)
+    if values.ndim == 4:
+        return nn.functional.pixel_shuffle(values, 2)
+    n, x, y, z = values.shape[0], values.shape[2], values.shape[3], values.shape[4]
+    blocks = values.reshape([n, -1, 2, 2, 2, x, y, z]).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return blocks.reshape([n, -1, 2 * x, 2 * y, 2 * z])

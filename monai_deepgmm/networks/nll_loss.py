@@ -69,9 +69,7 @@ class MixtureNLL(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             return self.both(*parts(logits, target))[0]
 
-    def both(
-        self, logits: Tensor, image: Tensor, mask: Tensor, seen: Voxels | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def both(self, logits: Tensor, image: Tensor, mask: Tensor, seen: Voxels | None = None) -> tuple[Tensor, Tensor]:
         """The loss, and the NLL of each image ``(B,)``, which is 0 where the mask is empty.
 
         They are differentiable in the logits, once; ``seen`` is what ``voxels`` makes of the image and the mask.

@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 from monai_deepgmm import protocol
 from monai_deepgmm.images.mask import LEAST_CONFIDENCE
 from monai_deepgmm.localisation import annulus, ventricle
+from monai_deepgmm.localisation.contours import Contours
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +80,16 @@ def test_candidates_lie_apart_and_the_best_comes_first(scene):
     middles = [p.centres.mean(0) * SPACING[0] for p in places]
     assert all(np.hypot(*(a - b)) > 5 for i, a in enumerate(middles) for b in middles[:i])
     assert np.hypot(*(middles[0] / SPACING[0] - [70, 58])) < 3
+
+
+def test_a_bright_pool_with_nothing_around_its_wall_comes_behind_a_heart():
+    def rank(score, inner_fit, outer_fit, radius_mm=24.0):
+        place = annulus.Candidate(score, np.zeros((2, 2)), np.full(2, radius_mm), np.ones(2))
+        radii = np.full((2, 72), radius_mm)
+        fits = (np.full(2, inner_fit), np.full(2, outer_fit))
+        return ventricle.rank(place, Contours(place.centres, radii, radii + 10, *fits))
+
+    heart = rank(0.74, 1.93, 1.15)
+    assert rank(0.87, 3.33, 0.37) < heart  # as seen on one patient's late enhancement
+    assert rank(0.87, 9.0, 0.37) < heart
+    assert rank(0.74, 1.93, 1.15, radius_mm=12.0) < heart

@@ -67,6 +67,7 @@ def test_every_named_network_keeps_the_shape_of_a_volume(name):
     """Small ones: what is tried is that the definition is one for three dimensions."""
     tiny = {
         "unet": {"filters": [2, 4]},
+        "foldedunet": {"filters": [2, 4]},
         "modifiedunet": {"filters": [2, 4, 8, 16, 32]},
         "basicunet": {"features": [2, 2, 4, 8, 16, 2]},
         "basicunetplusplus": {"features": [2, 2, 4, 8, 16, 2]},
