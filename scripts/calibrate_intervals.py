@@ -1,11 +1,12 @@
-"""How far a 90 % interval of a volume must reach: measured on phantoms of one seed, checked on phantoms of another.
+"""How far a 90 % interval of a volume must reach: measured on phantoms of two seeds, each checked on the other's.
 
     python scripts/calibrate_intervals.py OUT [--methods anatomy svgmm cohort pvgmm] [--hearts 40] [--brains 24]
 
 Each method segments the same phantoms. What the reference volume has more than the found one, divided by the estimated
-standard deviation, is a number per patient and tissue; an interval reaches from its lower to its upper percentile over
-the first seed's patients. Printed is the share of the second seed's volumes that intervals then hold, and how wide they
-are. ``--write`` puts the reaches into the package. OUT keeps every result: a second run goes on where one stopped.
+standard deviation, is a number per patient and tissue; an interval reaches from its lower to its upper percentile.
+Printed is the share of each seed's volumes that the intervals of the other seed hold, and how wide these are.
+``--write`` puts the reaches over both seeds' patients into the package. OUT keeps every result: a second run goes on
+where one stopped.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ TABLE = Path(monai_deepgmm.results.__file__).parent / "interval_calibration.yaml
 #: Method → the protocol whose phantoms it is calibrated on.
 PROTOCOLS = {"anatomy": "infarct", "svgmm": "infarct", "gmm": "infarct", "cohort": "infarct", "pvgmm": "brain"}
 SEEDS = (100, 200)
-#: Percentiles that hold 90 % of further volumes too: with so few patients, those between are a little too narrow.
-PERCENTILES = (3.5, 96.5)
 
 
 class Volume(NamedTuple):
@@ -69,8 +68,14 @@ def volumes(method: str, seed: int, number: int, out: Path) -> dict[str, list[Vo
 
 
 def reaches(rows: Sequence[Volume]) -> tuple[float, float]:
-    """How far below and above a volume its interval must reach, in standard deviations."""
-    low, high = np.percentile([(r.reference_ml - r.found_ml) / r.sd_ml for r in rows], PERCENTILES)
+    """How far below and above a volume its interval must reach, in standard deviations.
+
+    Between the i-th and the j-th of n values lies a further one with probability (j − i) / (n + 1): of few values, more
+    must be held than of further ones.
+    """
+    outside = (1 - min(uncertainty.LEVEL * (len(rows) + 1) / max(len(rows) - 1, 1), 1)) / 2
+    values = [(r.reference_ml - r.found_ml) / r.sd_ml for r in rows]
+    low, high = np.quantile(values, (outside, 1 - outside))
     return round(float(low), 3), round(float(high), 3)
 
 
@@ -93,15 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="put the reaches into the package")
     arguments = parser.parse_args(argv)
     table = yaml.safe_load(TABLE.read_text(encoding="utf-8")) or {}
-    print("| method | tissue | reach, sd | held on the other seed | median width |\n|---|---|---:|---:|---:|")
+    print("| method | tissue | reach, sd | held on the other seed | median widths |\n|---|---|---:|---:|---:|")
     for method in arguments.methods:
         number = arguments.hearts if PROTOCOLS[method] == "infarct" else arguments.brains
         first, second = (volumes(method, seed, number, arguments.out) for seed in SEEDS)
-        entry, held = {name: reaches(rows) for name, rows in first.items()}, []
+        entry, held = {name: reaches(first[name] + second[name]) for name in first}, []
         for name, reach in entry.items():
-            share, width = checked(second[name], reach)
-            held.append(share)
-            print(f"| `{method}` | {name} | {reach[0]:+.2f} {reach[1]:+.2f} | {share:.0%} | {width:.0%} |", flush=True)
+            ways = ((first[name], second[name]), (second[name], first[name]))
+            shares, widths = zip(*(checked(other, reaches(one)) for one, other in ways), strict=True)
+            held += shares
+            told = (", ".join(f"{value:.0%}" for value in values) for values in (shares, widths))
+            print(f"| `{method}` | {name} | {reach[0]:+.2f} {reach[1]:+.2f} | {' | '.join(told)} |", flush=True)
         print(f"| `{method}` | all | | {np.mean(held):.0%} | |")
         table.setdefault(PROTOCOLS[method], {})[method] = {name: list(reach) for name, reach in entry.items()}
     if arguments.write:

@@ -9,11 +9,13 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import maximum_filter1d
 from torch import Tensor
 
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images.resampling import relative_depth
 from monai_deepgmm.methods.enclosure import cores
+from monai_deepgmm.methods.polar import ANGLES
 from monai_deepgmm.methods.settings import check_choice, check_numbers
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture import map_em
@@ -23,6 +25,9 @@ from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, nll
 from monai_deepgmm.mixture.map_em import DensityModel, SpatialPrior
 from monai_deepgmm.mixture.statistics import Statistics
 from monai_deepgmm.protocol import Protocol, Tissue
+
+#: What lies so many angles away is at the same angle.
+BESIDE = 2
 
 
 @dataclass(frozen=True)
@@ -172,9 +177,10 @@ def enhanced(resp: Tensor, images: Images) -> Tensor:
     """Responsibilities ``(B, K, H, W)`` that know how much of a voxel late enhancement shows to be scar.
 
     Its share of a voxel becomes ``f / M + (1 − 1 / M) w``, f the partial volume that late enhancement shows and w the
-    responsibility of a mixture of M sequences: each sequence has one voice. The wall's other tissues keep their
-    proportions. A dark core that it encloses, alone or with the cavity, is no-reflow and belongs to it, where the core
-    is smaller than what encloses it.
+    responsibility of a mixture of M sequences: each sequence has one voice; in the wall's outer part at most what it is
+    further in, since infarcts begin at the endocardium. The wall's other tissues keep their proportions. A dark core
+    that it encloses, alone or with the cavity, is no-reflow and belongs to it, where the core is smaller than what
+    encloses it.
     """
     found, late = images.enhanced(), images.anatomy().enhancement
     healthy = next((j for j, t in enumerate(images.tissues) if t.level and t.criteria is None), None)
@@ -186,6 +192,7 @@ def enhanced(resp: Tensor, images: Images) -> Tensor:
     fraction = torch.from_numpy(found.fraction)[:, None].to(resp)
     own = resp[:, k : k + 1]
     share = torch.where(wall > 0, own + (fraction - own) / len(images.sequences), own)
+    share = torch.from_numpy(_from_within(share[:, 0].cpu().numpy(), found.inner, images))[:, None].to(resp)
     blended = resp * torch.where(own < 1, (1 - share) / (1 - own).clamp_min(1e-9), 0)
     blended[:, k : k + 1] = share
     blended[:, healthy : healthy + 1] += (images.mask - blended.sum(1, keepdim=True)).clamp_min(0)
@@ -193,6 +200,19 @@ def enhanced(resp: Tensor, images: Images) -> Tensor:
     certain = torch.zeros_like(blended)
     certain[:, k] = 1
     return torch.where(dark, certain, blended)
+
+
+def _from_within(share: NDArray[np.floating], inner: NDArray[np.bool_], images: Images) -> NDArray[np.floating]:
+    """Shares ``(B, H, W)`` of which those in the wall's outer part are no larger than further in at the same angle."""
+    ring = images.border()
+    outer = ((images.mask - ring.inside)[:, 0].cpu().numpy() > 0) & ~inner
+    limited = share.copy()
+    for own, angle, within, beyond in zip(limited, ring.angle, inner, outer, strict=True):
+        most = np.zeros(ANGLES)
+        np.maximum.at(most, angle[within], own[within])
+        most = maximum_filter1d(most, 2 * BESIDE + 1, mode="wrap")
+        own[beyond] = np.minimum(own[beyond], most[angle[beyond]])
+    return limited
 
 
 def _cores(labels: Tensor, tissue: int, inside: Tensor, wall: Tensor) -> NDArray[np.bool_]:

@@ -39,6 +39,8 @@ CLIP = 2.0
 SMOOTHNESS = 0.027
 #: How far the usual border is moved towards that of the neighbouring slices, smoothed over so many angles.
 NEIGHBOURS, ANGULAR_SD = 0.25, 4.0
+#: How far a patient's wall is as thick in each slice (1), and how far it is as large a share of the radius (0).
+SAME_THICKNESS = 0.5
 #: How often the border is sought; and from which time on the wall's bright share is taken from the last border.
 ROUNDS, INFORMED = 5, 2
 
@@ -114,7 +116,9 @@ def rings(
     ``m = (μ / τ² + Σ_i ρ̄_i / σ²) / (1 / τ² + n / σ²)``
 
     of n slices with mean radii ρ̄, τ and σ the anatomy's spread; moved some way (``NEIGHBOURS``) to what was found in
-    the neighbouring slices. The contrast of late enhancement is that of ``LateView``.
+    the neighbouring slices. In a slice whose outer border has the radius R_i, 1 − m and 1 − ρ̄ count ``√(R̄ / R_i)``
+    fold (``SAME_THICKNESS``): towards the apex the heart narrows sooner than its wall. The contrast of late
+    enhancement is that of ``LateView``.
 
     Args:
         image: ``(B, M, H, W)``; any scale.
@@ -135,7 +139,8 @@ def rings(
     cells, rays = np.stack([v.weight for v in views]), np.array([v.ray for v in views])[:, None, None]
     shape = (len(anatomies), len(views), ANGLES)
     means = np.array([a.radius[0] for a in anatomies])[:, None, None]
-    usual = borders = np.broadcast_to(means, shape)
+    thicker = _thicker(views, slices)
+    usual = borders = np.broadcast_to(1 - (1 - means) * thicker, shape)
     shares = np.full(shape, BRIGHT_IN_WALL)
     for number in range(ROUNDS):
         contrast = plain
@@ -145,7 +150,7 @@ def rings(
             contrast = plain + seen.contrast(x, shares)
         gains = np.cumsum(contrast.clip(-CLIP, CLIP) * cells, -1) / rays
         borders = _border(np.broadcast_to(gains, (*shape, RADII)), usual, anatomy.radius[1])
-        usual = _usual(borders, means, anatomy.spread, slices)
+        usual = _usual(borders, means, anatomy.spread, slices, thicker)
     outer, angle = np.stack([v.outer for v in views]), np.stack([v.angle for v in views])
     inside = np.stack([v.within(b) for v, b in zip(views, borders.swapaxes(0, 1), strict=True)], 1)
     return [
@@ -165,7 +170,16 @@ def _border(gain: Array, usual: Array, sd: float) -> Array:
     return ENDS[smoothest(EVIDENCE * gain - penalty, 1 / (2 * (SMOOTHNESS * RADII) ** 2))]
 
 
-def _usual(borders: Array, means: Array, spread: tuple[float, float], slices: tuple[int, ...]) -> Array:
+def _thicker(views: Sequence[PolarView], slices: tuple[int, ...]) -> Array:
+    """How much larger a share of the radius the wall is in each slice of a patient than on average ``(B, 1)``."""
+    size = np.array([v.outer.mean() for v in views])[:, None]
+    if not slices:
+        return np.ones_like(size)
+    more: Array = (size.mean() / np.maximum(size, 1e-9)) ** SAME_THICKNESS
+    return more
+
+
+def _usual(borders: Array, means: Array, spread: tuple[float, float], slices: tuple[int, ...], thicker: Array) -> Array:
     """The usual border of each image ``(V, B, ANGLES)`` after what was found in all of them.
 
     Args:
@@ -173,16 +187,19 @@ def _usual(borders: Array, means: Array, spread: tuple[float, float], slices: tu
         means: those anatomies' usual radius ``(V, 1, 1)``.
         spread: of the usual radius between patients and within one.
         slices: the position of each image along the stack.
+        thicker: from ``_thicker`` ``(B, 1)``.
     """
     if not slices:
         return np.broadcast_to(means, borders.shape)
     between, within = spread
-    total = borders.mean(2).sum(1)[:, None, None] / within**2
+    own = 1 - (1 - borders.mean(2, keepdims=True)) / thicker  # (V, B, 1)
+    total = own.sum(1, keepdims=True) / within**2
     found = (means / between**2 + total) / (1 / between**2 + len(slices) / within**2)
-    usual = np.repeat(np.repeat(found, borders.shape[1], 1), ANGLES, 2)
+    expected = 1 - (1 - found) * thicker  # (V, B, 1)
+    usual = np.repeat(expected, ANGLES, 2)
     for i in range(len(slices)):
         if near := blood_pool_scale.beside(slices, i):
-            moved = (borders[:, near] - found).mean(1)
+            moved = (borders[:, near] - expected[:, near]).mean(1)
             usual[:, i] += NEIGHBOURS * gaussian_filter1d(moved, ANGULAR_SD, mode="wrap")
     return usual
 

@@ -5,7 +5,9 @@ a voxel's brightness is its share of scar (expectation-weighted, JCMR 18:27, ins
 deviations). Whether a place shines more than noise makes it: a local log-likelihood ratio. And whether the patient has
 scar at all, which the wall as a whole tells.
 
-A voxel at one of the wall's borders is partly blood, fat or lung; it counts for less the closer it lies to one.
+An infarct begins at the endocardium and grows outwards, so that the wall's outer third tells nothing by itself: what is
+bright there alone is fat, or the right ventricle. A voxel at one of the wall's borders is partly blood, fat or lung; it
+counts for less the closer it lies to one.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ NOISE_QUANTILE = 0.84
 #: Scar's own level is this quantile of what is brighter than half of it, drawn to the blood pool's as if this share of
 #: the wall had shown it; half of it is at least this bright.
 SCAR_QUANTILE, SCAR_PRIOR, LEAST_HALF = 0.75, 0.1, 0.3
-#: The share of the wall that must show evidence.
+#: Infarcts begin at the endocardium (Reimer and Jennings' wave front): so much of the wall's depth holds one that is
+#: there, up to so many mm. What lies beyond may be fat, or the right ventricle's blood.
+INNER_DEPTH, INNER_MM = 2 / 3, 12.0
+#: The share of the inner wall that must show evidence.
 SHARE_WITH_EVIDENCE = 0.05
 #: Otsu's share of the variance between two classes is this for a single Gaussian; more means that there are two.
 ONE_CLASS = 2 / np.pi
@@ -58,14 +63,16 @@ class Enhancement(NamedTuple):
     Attributes:
         fraction: of each voxel that is scar, 0 to 1 ``(B, H, W)``; 0 outside the wall.
         evidence: the local log-likelihood ratio of faint scar against none ``(B, H, W)``; −∞ outside the wall.
+        inner: the wall's inner two thirds ``(B, H, W)``.
         level: how bright the patient's scar is on the blood pool's scale.
-        found: the log-likelihood ratio that a twentieth of the wall exceeds.
+        found: the log-likelihood ratio that a twentieth of the inner wall exceeds.
         separation: Otsu's share of the variance between two classes of the wall's brightness, 0 to 1.
         present: whether the patient has scar.
     """
 
     fraction: Array
     evidence: Array
+    inner: Mask
     level: float
     found: float
     separation: float
@@ -85,7 +92,7 @@ def measure(
 
     A voxel's evidence is ``ℓ = δ (x − δ/2) / σ²``: x its brightness on the blood pool's scale, δ = ``FAINT``, σ the
     blood's standard deviation on that scale. A patient has scar when ℓ, averaged locally with the wall's median as its
-    healthy level, exceeds the threshold in a twentieth of the wall, or when the wall's brightness falls into two
+    healthy level, exceeds the threshold in a twentieth of the inner wall, or when that one's brightness falls into two
     classes: no single Gaussian has more than 2/π of its variance between two, and classes closer than δ/2 are noise.
 
     Args:
@@ -100,12 +107,12 @@ def measure(
         What was found with each border; None where blood is not brighter than the wall, so that nothing can be said.
     """
     spacing, cavities = np.asarray(spacing_mm, dtype=float), np.stack(insides)
-    weights = _rim_weights(mask, cavities, spacing)
+    weights, inner = _rim(mask, cavities, spacing)
     smooth = Neighbourhood.of(image, weights, BRIGHTNESS_MM, spacing).mean()
     around = Neighbourhood.of(image, weights, EVIDENCE_MM, spacing)
-    each = zip(cavities, weights, smooth, *around, strict=True)
+    each = zip(cavities, inner, weights, smooth, *around, strict=True)
     stack = _Stack(image, mask, slices, threshold)
-    return [_measured(stack, inside, w, level, Neighbourhood(*near)) for inside, w, level, *near in each]
+    return [_measured(stack, inside, i, w, level, Neighbourhood(*near)) for inside, i, w, level, *near in each]
 
 
 class _Stack(NamedTuple):
@@ -117,7 +124,9 @@ class _Stack(NamedTuple):
     threshold: float
 
 
-def _measured(stack: _Stack, inside: Mask, weights: Array, smooth: Array, around: Neighbourhood) -> Enhancement | None:
+def _measured(
+    stack: _Stack, inside: Mask, inner: Mask, weights: Array, smooth: Array, around: Neighbourhood
+) -> Enhancement | None:
     """What one inner border shows, all ``(B, H, W)``: see ``measure``."""
     image, slices = stack.image, stack.slices
     wall = stack.mask & ~inside
@@ -134,11 +143,12 @@ def _measured(stack: _Stack, inside: Mask, weights: Array, smooth: Array, around
     level = _scar_level(brightness[wall])
     # Where half of the wall is as bright as blood, its median is not healthy.
     local, evidence = _evidence(around, (cautious or scale, scale), noise, slices)
-    found = float(quantiles(local[wall], (1 - SHARE_WITH_EVIDENCE,))[0])
-    separation, apart = _separation(brightness[weights > CORE_WEIGHT])
+    found = float(quantiles(local[inner if inner.any() else wall], (1 - SHARE_WITH_EVIDENCE,))[0])
+    separation, apart = _separation(brightness[(weights > CORE_WEIGHT) & inner])
     return Enhancement(
         fraction=np.where(wall, (brightness / level).clip(0, 1), 0),
         evidence=np.where(wall, evidence, -np.inf),
+        inner=inner,
         level=level,
         found=found,
         separation=separation,
@@ -169,8 +179,8 @@ class Neighbourhood(NamedTuple):
         return mean
 
 
-def _rim_weights(mask: Mask, insides: Mask, spacing: Array) -> Array:
-    """What each voxel counts ``(V, B, H, W)``: less towards the borders of the wall, 0 outside it.
+def _rim(mask: Mask, insides: Mask, spacing: Array) -> tuple[Array, Mask]:
+    """What each voxel counts, less towards the borders of the wall, 0 outside it; and the inner wall ``(V, B, H, W)``.
 
     Args:
         mask: ``(B, H, W)``.
@@ -178,10 +188,12 @@ def _rim_weights(mask: Mask, insides: Mask, spacing: Array) -> Array:
         spacing: of H and W.
     """
     half = float(spacing.min()) / 2  # from a voxel's centre to its border
-    outer, inner = (border_distance(place, RIM_MM + half, spacing) for place in (mask, ~insides))
-    outer, inner = (((depth - half) / RIM_MM).clip(RIM_WEIGHT, 1) for depth in (outer, inner))
-    weights: Array = outer * inner * (mask & ~insides)
-    return weights
+    wall = mask & ~insides
+    outwards, inwards = (border_distance(place, INNER_MM + half, spacing) - half for place in (mask, ~insides))
+    outer, inner = ((depth / RIM_MM).clip(RIM_WEIGHT, 1) for depth in (outwards, inwards))
+    weights: Array = outer * inner * wall
+    open_ended = ~insides.any((2, 3), keepdims=True)  # a slice without a cavity has no inner side
+    return weights, wall & (open_ended | ((1 - INNER_DEPTH) * inwards < INNER_DEPTH * outwards))
 
 
 def quantiles(values: Array, shares: tuple[float, ...]) -> list[float]:

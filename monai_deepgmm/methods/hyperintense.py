@@ -4,7 +4,8 @@ A healthy brain has none and a sick one may have a hundredth of its volume, so t
 with them. They are found when the healthy tissues are known, as regions: somewhere far brighter than the brightest
 healthy tissue; as far as half the height above the tissue around them, which is where a blurred border lies; and amid
 that tissue, since bright cortex is not (Schmidt et al. 2012 grow lesions from such seeds). Cortex may be as bright on
-FLAIR as lesions are, but is less so on T2, so that the two together tell more.
+FLAIR as lesions are, but is less so on T2, so that both tell more. Healthy tissue is brighter in some places
+than in others (the brain stem, shading): by how much is taken off first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ from monai_deepgmm.protocol import Hyperintense, Tissue
 SMOOTHING = 0.7
 #: A region has at least so many seeds, grows by so many voxels at most, and is surrounded by so many.
 LEAST_VOXELS, GROWTH, SHELL = 3, 8, 2
+#: The neighbourhood whose healthy tissue says what is usual there: a Gaussian's standard deviation, in mm. What is
+#: healthy lies within so many standard deviations of that tissue, and so many voxels away from what is too bright.
+LOCAL_MM, USUAL, APART = 4.0, 2.0, 2
+#: Where the neighbourhood holds less of it than this share, nothing is known of the place.
+FAR = 1e-3
 #: Median absolute deviations in a standard deviation.
 NORMAL_MAD = 1.4826
 #: A tissue of fewer voxels tells nothing of what is too bright.
@@ -81,6 +87,9 @@ def _regions(resp: Tensor, index: int, images: Images, known: list[Tissue], rule
     out = np.zeros_like(mask)
     if min(reference.sum(), around.sum()) >= ENOUGH:
         height = _heights(images, index, rule, mask, reference)
+        height = _locally(height, around, rule.least, images.spacing_mm)
+        middle, spread = _robust(height[reference])
+        height = (height - middle) / spread
         level = float(np.median(height[around]))
         out = _grown(np.where(mask, height, -np.inf), level, around, reference, rule)
     return torch.from_numpy(out)[None]
@@ -106,6 +115,26 @@ def _heights(images: Images, index: int, rule: Hyperintense, mask: Bools, refere
             total += np.where(seen, np.minimum(height(sequence, both), first + MOST_AHEAD), 0)
             count += seen
     return scaled(total / count, reference)
+
+
+def _locally(height: Singles, around: Bools, least: float, spacing_mm: tuple[float, ...]) -> Singles:
+    """Heights ``(*S)`` of which those of the surrounding tissue nearby, where it is healthy, were taken off.
+
+    Args:
+        height: brightness above the reference.
+        around: where the surrounding tissue is.
+        least: from here on a voxel may belong to a region.
+        spacing_mm: of the axes.
+    """
+    usual, spread = _robust(height[around])
+    cross = generate_binary_structure(height.ndim, 1)
+    healthy = around & (np.abs(height - usual) < USUAL * spread)
+    healthy &= ~binary_dilation(height > least, cross, iterations=APART)
+    sigma = [LOCAL_MM / s for s in spacing_mm]
+    total = gaussian_filter(np.where(healthy, height - usual, 0).astype(np.float32), sigma)
+    weight = gaussian_filter(healthy.astype(np.float32), sigma)
+    local: Singles = height - total / np.maximum(weight, FAR)
+    return local
 
 
 def _measured(images: Images, index: int, sequence: str) -> Bools:

@@ -303,6 +303,21 @@ def test_a_patient_has_a_usual_radius_of_its_own():
     assert (strangers.inner[4] / strangers.outer[4]).mean() == pytest.approx(mean, abs=0.5 / RADII)
 
 
+def test_towards_the_apex_the_heart_narrows_sooner_than_its_wall():
+    """Nothing is seen: the border is where the wall is √(R̄ / R) as large a share of the radius as is usual."""
+    x, y = np.meshgrid(*[np.arange(80) - 39.5] * 2, indexing="ij")
+    radii = np.array([18.0, 24.0, 30.0])
+    masks = torch.from_numpy((np.hypot(x, y) < radii[:, None, None]).astype(float))[:, None]
+    nothing, known = torch.zeros(3, 3, 80, 80, dtype=torch.float64), dataclasses.replace(infarct, enhancement=None)
+    found = find(nothing, masks, slices=(0, 2, 4), known=known)
+    outer = found.outer.mean(1)
+    wall = 1 - (found.inner / found.outer).mean(1)
+    usual = (1 - infarct.radius[0]) * np.sqrt(outer.mean() / outer)
+    np.testing.assert_allclose(wall, usual, atol=0.6 / RADII)
+    strangers = find(nothing, masks, known=known)
+    np.testing.assert_allclose((strangers.inner / strangers.outer).mean(1), infarct.radius[0], atol=0.6 / RADII)
+
+
 def late(
     *, rim_mm: float = 0.0, scar_mm: float = 0.0, half: float = np.pi / 3, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,6 +105,20 @@ def test_a_wall_that_is_mostly_scar_has_scar():
     assert seen.level == pytest.approx(1, rel=0.2)
 
 
+def test_what_shines_in_the_outer_wall_alone_is_no_infarct():
+    """An infarct begins at the endocardium: fat at the epicardium is none, and what goes through the wall is."""
+    rim, through = (R >= 22.5) & (R < WALL) & (np.pi / 2 > TURN), (R >= CAVITY) & (R < WALL) & (np.pi / 2 > TURN)
+    fat, scar = (found(stack(where, level=1.5)) for where in (rim, through))
+    assert np.quantile(fat.evidence[:, rim], 0.5) > 1
+    assert not fat.present
+    assert scar.present
+    assert (scar.inner[0] == (R >= CAVITY) & (R < 22)).mean() > 0.97
+    images = task(stack(rim | ((R >= CAVITY) & (R < WALL) & (np.pi - 0.5 < TURN)), level=1.5)).with_wall()
+    painted = AnatomicalConfig().solve(images).resp[2].argmax(0).numpy() == 2
+    assert painted[rim].mean() < 0.05
+    assert painted[(R >= 22.5) & (R < 24) & (np.pi - 0.3 < TURN)].mean() > 0.9
+
+
 def test_blood_that_is_not_bright_says_nothing():
     assert found(-stack()) is None
     empty = np.zeros((1, SIDE, SIDE), bool)

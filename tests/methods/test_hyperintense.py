@@ -57,6 +57,19 @@ def test_a_healthy_brain_has_none():
     assert not found.diagnostics.collapsed.any()
 
 
+def test_where_healthy_tissue_shines_little_is_taken_for_a_lesion():
+    """FLAIR shines around a place within the white matter: without a look around, 385 voxels are painted."""
+    for lesion in (False, True):
+        images, fit, ball = scene(lesion=lesion, cortex=False)
+        square = (torch.arange(40) - 19.5).square()
+        shine = 4 * torch.exp(-(square[:, None, None] + square[:, None] + square) / (2 * 5.5**2))
+        image = images.image.clone()
+        image[0, 1] += shine
+        found = hyperintense.added(fit, images._replace(image=image, spacing_mm=(2.0, 2.0, 2.0))).resp[0, LESION] > 0.5
+        assert found[~ball].sum() < ball.sum()
+        assert bool((found & ball).sum() > 0.7 * ball.sum()) is lesion
+
+
 def test_without_flair_there_is_no_such_tissue():
     assert [t.name for t in BRAIN.visible(["T1", "T2"])] == ["GM", "WM", "CSF"]
     assert [t.name for t in BRAIN.components(SEQUENCES)] == ["GM", "WM", "CSF"]
