@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -375,31 +377,31 @@ def network(size: Size) -> Sides:
     from monai_deepgmm.methods import model_spec, trained_network, training_config
     from monai_deepgmm.networks import UNet, quick_layers, registry
 
-    image, mask, *_ = (part[:6] for part in slices(size))
-    wanted, spacing_mm = protocol.load("infarct"), (size.pixel_mm,) * 2
+    (image, mask, *_), wanted, mm = (part[:6] for part in slices(size)), protocol.load("infarct"), (size.pixel_mm,) * 2
     spec = model_spec.ModelSpec(
         protocol=wanted.name,
         normalisation=wanted.normalisation,
         sequences=wanted.sequences,
         tissues=tuple(tissue.name for tissue in wanted.visible(wanted.sequences)),
-        network=registry.DEFAULT,
+        network={},
         spatial_dims=2,
-        size=resampling.around(mask, spacing_mm, 1.0).size,
+        size=resampling.around(mask, mm, 1.0).size,
         training=training_config.TrainingConfig(grid_mm=1.0, covariance="tied"),
     )
-    unet = quick_layers.quickened(trained_network.build(spec).eval(), training=False)  # as a patient meets it
     plain = registry.fresh(lambda: UNet(2, image.shape[1], COMPONENTS), 0).eval()
 
-    def ours() -> Facts:
-        fit = trained_network.apply_network(unet, spec, image, mask, spacing_mm=spacing_mm)
-        return {"came": f"seen as {shown(spec.size)}, {fit.resp.shape[1]} tissues"}
+    def ours(name: str) -> Work:
+        own = replace(spec, network=registry.NAMED[name])
+        quick = quick_layers.quickened(trained_network.build(own).eval(), training=False)  # as a patient meets it
+        solve = partial(trained_network.apply_network, quick, own, image, mask, spacing_mm=mm)
+        return lambda: {"came": f"seen as {shown(spec.size)}, {solve().resp.shape[1]} tissues"}
 
     @torch.no_grad()
     def theirs() -> Facts:
-        outputs = [plain(one[None]) for one in image]
-        return {"came": f"{len(outputs)} × {shown(outputs[0].shape[2:])}"}
+        return {"came": f"{len([plain(one[None]) for one in image])} × {shown(image.shape[2:])}"}
 
-    return Sides(shown(image.shape), {"ours": ours, "the paper's U-Net": theirs})
+    each = {"ours": ours("unet"), "ours, foldedunet": ours("foldedunet"), "the paper's U-Net": theirs}
+    return Sides(shown(image.shape), each)
 
 
 def scaling(size: Size) -> Sides:

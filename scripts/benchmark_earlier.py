@@ -49,6 +49,7 @@ class Earlier:
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER, folder / "asked.pt"],
             env=os.environ | {"PYTHONPATH": str(folder)},
+            cwd=folder,  # python -c looks there first
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -19,9 +19,11 @@ from monai_deepgmm.methods.polar import ANGLES
 from monai_deepgmm.methods.settings import check_choice, check_numbers
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture import map_em
+from monai_deepgmm.mixture import statistics as sufficient
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, likeliest
-from monai_deepgmm.mixture.gaussian import m_step, nll
+from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, nll
 from monai_deepgmm.mixture.map_em import DensityModel, SpatialPrior
+from monai_deepgmm.mixture.statistics import Statistics
 from monai_deepgmm.protocol import Protocol, Tissue
 
 #: What lies so many angles away is at the same angle.
@@ -113,9 +115,9 @@ class AnatomicalConfig:
             fits.append(self._in_place(variants, image, place, members))
             resp[:, members], weights[:, members] = fits[-1].resp, fits[-1].mixture.weights
         known = max(fits, key=lambda f: f.resp.shape[1]).diagnostics if fits else None
-        rows = torch.arange(len(image)).chunk(len(variants))
+        rows, seen = torch.arange(len(image)).chunk(len(variants)), _statistics(first)
         return [
-            _on_scale(images, resp[r], weights[r], None if known is None else known.rows(r))
+            _on_scale(images, seen, resp[r], weights[r], None if known is None else known.rows(r))
             for images, r in zip(variants, rows, strict=True)
         ]
 
@@ -145,11 +147,27 @@ def _places(variants: Sequence[Images], mask: Tensor) -> list[tuple[Tensor, list
     return [(inside, within), (mask - inside, around)]
 
 
-def _on_scale(images: Images, resp: Tensor, weights: Tensor, known: Diagnostics | None) -> Fit:
-    """The fit of one variant with what late enhancement shows, its mixture on the image's scale."""
+def _statistics(images: Images) -> Statistics:
+    """Of the images, which are about standardised already."""
+    image, mask = images.image.flatten(2), images.mask.flatten(2).to(images.image)
+    return sufficient.statistics(image, mask, torch.ones_like(image[..., 0]), "full")
+
+
+def _on_scale(images: Images, seen: Statistics, resp: Tensor, weights: Tensor, known: Diagnostics | None) -> Fit:
+    """The fit of one variant with what late enhancement shows, its mixture on the image's scale.
+
+    Args:
+        images: the variant.
+        seen: the statistics of the images.
+        resp: ``(B, K, *S)``, without late enhancement.
+        weights: Π ``(B, K, *S)``.
+        known: how the fit went, or None.
+    """
     if images.protocol.anatomy is not None:
         resp = enhanced(resp, images)
-    mixture = m_step(images.image, resp, images.mask, covariance="full", spatial=True)
+    floor = torch.full_like(seen.centre, VARIANCE_FLOOR)
+    mixture = seen.original(sufficient.estimate(resp.flatten(2) @ seen.features.mT, seen, floor))
+    mixture = mixture._replace(weights=resp)
     if known is None:  # where each place has one tissue, there was nothing to iterate
         known = Diagnostics(nll(images.image, images.mask, mixture))
     return Fit(resp, mixture._replace(weights=weights), known)

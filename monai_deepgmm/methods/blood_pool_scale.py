@@ -55,11 +55,20 @@ def scale(wall: Array, blood: Array, *, pooled: bool = True) -> Scale | None:
         parts = [s or unknown for s in each]
         return Scale(np.concatenate([s.wall for s in parts]), np.concatenate([s.unit for s in parts]))
     unit = blood - wall
-    if np.isnan(unit).all() or not (usual := float(np.nanmedian(unit))) > 0:
+    if not (usual := median(unit)) > 0:
         return None
     own = np.where(np.isnan(unit), usual, unit)
-    level = np.where(np.isnan(wall), np.nanmedian(wall), wall)
+    level = np.where(np.isnan(wall), median(wall), wall)
     return Scale(level, np.maximum(POOLED * usual + (1 - POOLED) * own, LEAST * usual))
+
+
+def median(values: Array) -> float:
+    """Of the few values that are not NaN; NaN where all are. numpy's takes a hundred times as long."""
+    known: list[float] = sorted(value for value in values.tolist() if value == value)
+    middle = len(known) // 2
+    if not known:
+        return float("nan")
+    return known[middle] if len(known) % 2 else (known[middle - 1] + known[middle]) / 2
 
 
 class Sorted(NamedTuple):

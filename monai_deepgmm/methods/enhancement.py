@@ -137,8 +137,8 @@ def _measured(
     scale = _healthy_scale(image, smooth, wall, healthy, blood)
     if scale is None or np.isnan(noise).all():
         return None
-    noise = (noise + np.nanmedian(noise)) / 2
-    noise = np.where(np.isnan(noise), np.nanmedian(noise), noise)
+    noise = (noise + blood_pool_scale.median(noise)) / 2
+    noise = np.where(np.isnan(noise), blood_pool_scale.median(noise), noise)
     brightness = scale(smooth)
     level = _scar_level(brightness[wall])
     # Where half of the wall is as bright as blood, its median is not healthy.

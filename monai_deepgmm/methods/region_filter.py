@@ -8,7 +8,7 @@ tissue. What was seen and decided is kept, for the sidecar.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +85,8 @@ def decide(resp: Tensor, images: Images) -> tuple[Tensor, list[Region]]:
         shown = images.enhanced() if _shines(images, tissues[k].name) else None
         there = shown is None or shown.present
         for i, (labels, around) in enumerate(zip(likely, wall, strict=True)):
-            support = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1] if slices else []
+            beside = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1] if slices else []
+            near = np.mean(beside, axis=0) if beside else None
             parts, _ = label((labels == k) & around)
             reference = _healthy(values[i][(labels == healthy) & around])
             for part, box in enumerate(find_objects(parts), 1):
@@ -95,7 +96,7 @@ def decide(resp: Tensor, images: Images) -> tuple[Tensor, list[Region]]:
                     image=i,
                     voxels=int(np.count_nonzero(where)),
                     size=_diameter(where, images.spacing_mm),
-                    support=_support(where, ring.angle[i][box], support),
+                    support=_support(where, ring.angle[i][box], near),
                     contrast=_contrast(values[i][box][where], reference),
                     evidence=0.0 if shown is None else _shown(shown, (i, *box), where),
                     accepted=False,
@@ -138,19 +139,14 @@ def _diameter(where: NDArray[np.bool_], spacing_mm: tuple[float, ...]) -> float:
     """
     least, room = min(spacing_mm), np.zeros((where.shape[0] + 2, where.shape[1] + 2), dtype=bool)
     room[1:-1, 1:-1] = where
-    within = [where & before & after for before, after in _beside(room, [s == least for s in spacing_mm])]
-    if not np.logical_and.reduce(within).any():  # every voxel has a neighbour outside
-        return least
+    if max(spacing_mm) == least:  # most regions are thin: what is nearest is beside a voxel, or across its corner
+        deep = where & room[:-2, 1:-1] & room[2:, 1:-1] & room[1:-1, :-2] & room[1:-1, 2:]
+        if not deep.any():
+            return least
+        if not (deep & room[:-2, :-2] & room[2:, :-2] & room[:-2, 2:] & room[2:, 2:]).any():
+            return (2 * math.sqrt(2) - 1) * least
     depth = float(distance_transform_edt(room, sampling=spacing_mm).max())
     return 2 * depth - least
-
-
-def _beside(room: NDArray[np.bool_], axes: list[bool]) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """Whether the neighbours along each of some axes are in a region, which has a voxel of room around it."""
-    if axes[0]:
-        yield room[:-2, 1:-1], room[2:, 1:-1]
-    if axes[1]:
-        yield room[1:-1, :-2], room[1:-1, 2:]
 
 
 def _by_angle(tissue: NDArray[np.bool_], wall: NDArray[np.bool_], angle: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -163,11 +159,9 @@ def _by_angle(tissue: NDArray[np.bool_], wall: NDArray[np.bool_], angle: NDArray
     return share
 
 
-def _support(where: NDArray[np.bool_], angle: NDArray[np.int64], neighbours: list[NDArray[np.float64]]) -> float:
-    """The mean share of the tissue in the neighbouring slices, at the angles where the region lies."""
-    if not neighbours:
-        return UNKNOWN_SUPPORT
-    return float(np.mean([share[angle[where]].mean() for share in neighbours]))
+def _support(where: NDArray[np.bool_], angle: NDArray[np.int64], near: NDArray[np.float64] | None) -> float:
+    """The mean share ``(ANGLES,)`` of the tissue in the neighbouring slices, at the angles where the region lies."""
+    return UNKNOWN_SUPPORT if near is None else float(near[angle[where]].mean())
 
 
 def _healthy(values: NDArray[np.floating]) -> tuple[float, float] | None:

@@ -61,6 +61,20 @@ def paste(values: Tensor, box: Box, shape: torch.Size) -> Tensor:
     return cut(values, tuple(slice(-side.start, -side.start + n) for side, n in zip(box, shape, strict=True)))
 
 
+def within(box: Box) -> tuple[slice, ...]:
+    """The box of a batch of images."""
+    return (slice(None), slice(None), *box)
+
+
+def pasted(values: Tensor, box: Box, shape: Sequence[int], outside: float) -> Tensor:
+    """What a box holds ``(1, C, *box)``, in the image ``(1, C, *S)``."""
+    if values.shape[2:] == shape:
+        return values
+    out = values.new_full((*values.shape[:2], *shape), outside)
+    out[within(box)] = values
+    return out
+
+
 def _beyond(side: slice, length: int) -> tuple[int, int]:
     """How far a slice reaches beyond an axis on both sides; negative where it stays within."""
     return -side.start, side.stop - length

@@ -95,11 +95,12 @@ def likeliest(resp: Tensor) -> Tensor:
 
     torch's argmax over an axis that is not the last takes ten times as long.
     """
-    best, found = resp[:, 0].clone(), torch.zeros(resp[:, 0].shape, dtype=torch.long, device=resp.device)
+    kind = torch.uint8 if resp.shape[1] < 256 else torch.long  # a byte is written sooner
+    best, found = resp[:, 0].clone(), torch.zeros(resp[:, 0].shape, dtype=kind, device=resp.device)
     for k in range(1, resp.shape[1]):
         found.masked_fill_(resp[:, k] > best, k)
         torch.maximum(best, resp[:, k], out=best)
-    return found
+    return found.long()
 
 
 def collapsed(resp: Tensor, mask: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ All masks are of one image: ``(1, 1, *S)``.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +39,20 @@ class Lattice:
         return self.inside(values[self.where])
 
 
+class Slab(NamedTuple):
+    """Some of the mask's voxels: those of some rows along the first axis.
+
+    Attributes:
+        rows: those.
+        inside: where the mask is in them ``(R, ...)``.
+        flat: the voxels' indices in the flat image ``(V,)``.
+    """
+
+    rows: slice
+    inside: Tensor
+    flat: Tensor
+
+
 class Neighbours:
     """The average over a voxel's nearest neighbours inside the mask, two along each axis, nearer ones weighing more.
 
@@ -60,6 +76,19 @@ class Neighbours:
             out.narrow(axis, 0, n - 1).add_(values.narrow(axis, 1, n - 1), alpha=weight)
             out.narrow(axis, 1, n - 1).add_(values.narrow(axis, 0, n - 1), alpha=weight)
         return out
+
+
+def slabs(mask: Tensor, voxels: int) -> list[Slab]:
+    """The voxels of a mask ``(1, 1, *S)`` in slabs of about so many."""
+    counts = mask[0, 0].flatten(1).sum(1) if mask.ndim > 3 else mask[0, 0].long()
+    part = ((counts.cumsum(0) - 1).clamp_min(0) // voxels).tolist()
+    row, found = math.prod(mask.shape[3:]), []
+    for number in sorted(set(part)):
+        rows = slice(part.index(number), len(part) - part[::-1].index(number))
+        inside = mask[0, 0, rows]
+        flat = inside.flatten().nonzero()[:, 0] + rows.start * row
+        found.append(Slab(rows, inside, flat))
+    return [slab for slab in found if len(slab.flat)]
 
 
 def stride(mask: Tensor, spacing_mm: Sequence[float], voxels: int) -> tuple[int, ...]:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.mixture import bias_field, mixels
-from monai_deepgmm.mixture.bounding_box import Box, enclosing
+from monai_deepgmm.mixture.bounding_box import enclosing, pasted, within
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture
-from monai_deepgmm.mixture.lattice import Lattice, Neighbours, interior, on_grid, stride
+from monai_deepgmm.mixture.lattice import Lattice, Neighbours, Slab, interior, on_grid, slabs, stride
 from monai_deepgmm.mixture.mixels import Anchor, Observed, State, Step, Stop, nodes
 from monai_deepgmm.mixture.serial import serial
 
@@ -163,7 +163,7 @@ class _Problem(NamedTuple):
         """The voxels of a lattice."""
         return Observed(lattice.voxels(self.image).float() - self.zero[:, None], lattice.voxels(self.seen))
 
-    def at(self, slab: _Slab) -> Observed:
+    def at(self, slab: Slab) -> Observed:
         """The voxels of a slab."""
         values, seen = (part[:, :, slab.rows][:, :, slab.inside] for part in (self.image, self.seen))
         return Observed(values.float() - self.zero[:, None], seen)
@@ -180,20 +180,6 @@ class _Problem(NamedTuple):
         return mixels.step(self.observed(lattice), self.fractions, self.settings.model.pooling, self.settings.floor)
 
 
-class _Slab(NamedTuple):
-    """Some of the mask's voxels: those of some rows along the first axis.
-
-    Attributes:
-        rows: those.
-        inside: where the mask is in them ``(R, ...)``.
-        flat: the voxels' indices in the flat image ``(V,)``.
-    """
-
-    rows: slice
-    inside: Tensor
-    flat: Tensor
-
-
 class _Found(NamedTuple):
     """A fit, and its field on the full grid ``(1, M, *S)`` or None."""
 
@@ -205,7 +191,7 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
     """The fit of one image, as a batch of one; all but ``zero`` ``(M,)`` as in ``_Problem``."""
     full = image.shape[2:]
     box = enclosing(mask)
-    image, mask, seen, start = (values[_at(box)] for values in (image, mask, seen, start))  # nothing is copied
+    image, mask, seen, start = (values[within(box)] for values in (image, mask, seen, start))  # nothing is copied
     fractions = mixels.mixing(start.shape[1], settings.model.borders).to(image.device)
     problem = _Problem(image, zero.float(), seen, fractions, settings)
     several = image.shape[1] > 1 and len(settings.model.anchored) > 0
@@ -216,7 +202,7 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
     if settings.model.degree and field is None:
         field = torch.ones_like(image, dtype=torch.float32)
     pure = state.pure._replace(
-        weights=resp.flatten(2).sum(-1) / mask.sum(), field=None if field is None else _whole(field, box, full, 1.0)
+        weights=resp.flatten(2).sum(-1) / mask.sum(), field=None if field is None else pasted(field, box, full, 1.0)
     )
     diagnostics = Diagnostics(
         nll=last,
@@ -225,21 +211,7 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
         converged=torch.tensor([state.converged]),
         collapsed=collapsed(resp.flatten(2), mask.sum().float().expand(1, 1, 1)),
     )
-    return Fit(_whole(resp, box, full, 0.0), pure, diagnostics)
-
-
-def _at(box: Box) -> tuple[slice, ...]:
-    """The box of a batch of images."""
-    return (slice(None), slice(None), *box)
-
-
-def _whole(values: Tensor, box: Box, shape: torch.Size, outside: float) -> Tensor:
-    """What a box holds ``(1, C, *box)``, in the image ``(1, C, *S)``."""
-    if values.shape[2:] == shape:
-        return values
-    out = values.new_full((*values.shape[:2], *shape), outside)
-    out[_at(box)] = values
-    return out
+    return Fit(pasted(resp, box, full, 0.0), pure, diagnostics)
 
 
 def _alone(problem: _Problem, start: Tensor) -> _Found:
@@ -376,38 +348,25 @@ def _extended(field: Tensor | None, basis: Tensor, lattice: Lattice) -> Tensor:
 def _everywhere(problem: _Problem, mask: Tensor, found: _Found) -> tuple[Tensor, Tensor]:
     """Fractions ``(1, K, *S)`` on the full grid, where neighbours pull, and the NLL without that pull ``(1,)``."""
     fractions, model = problem.fractions, problem.settings.model
-    slabs = _slabs(mask)
-    sizes = [len(slab.flat) for slab in slabs]
+    every = slabs(mask, CHUNK)
+    sizes = [len(slab.flat) for slab in every]
     joint = torch.split(fractions.new_empty(len(fractions), sum(sizes)), sizes, 1)
     outlying = mixels.broad(problem.observed(problem.lattice(model.voxels)))
     last = []
-    for slab, target in zip(slabs, joint, strict=True):
+    for slab, target in zip(every, joint, strict=True):
         target.copy_(_joint(problem, slab, found, outlying))
         last.append(target.logsumexp(0).sum())
     resp = fractions.new_zeros(1, fractions.shape[1], *mask.shape[2:])
     flat, agreed = resp.view(fractions.shape[1], -1), Neighbours(mask, problem.settings.spacing_mm)
     for sweep in range(1 + model.sweeps if model.coupling else 1):
         pull = agreed(resp).flatten(2)[0] if sweep else None
-        for slab, mine in zip(slabs, joint, strict=True):
+        for slab, mine in zip(every, joint, strict=True):
             pulled = mine if pull is None else torch.addmm(mine, fractions, pull[:, slab.flat], alpha=model.coupling)
             flat[:, slab.flat] = fractions.mT @ pulled.softmax(0)
     return resp, -(torch.stack(last).sum() / sum(sizes))[None]
 
 
-def _slabs(mask: Tensor) -> list[_Slab]:
-    """The voxels of a mask ``(1, 1, *S)`` in slabs of about ``CHUNK``."""
-    counts = mask[0, 0].flatten(1).sum(1) if mask.ndim > 3 else mask[0, 0].long()
-    part = ((counts.cumsum(0) - 1).clamp_min(0) // CHUNK).tolist()
-    row, found = math.prod(mask.shape[3:]), []
-    for number in sorted(set(part)):
-        rows = slice(part.index(number), len(part) - part[::-1].index(number))
-        inside = mask[0, 0, rows]
-        flat = inside.flatten().nonzero()[:, 0] + rows.start * row
-        found.append(_Slab(rows, inside, flat))
-    return [slab for slab in found if len(slab.flat)]
-
-
-def _joint(problem: _Problem, slab: _Slab, found: _Found, outlying: Mixture) -> Tensor:
+def _joint(problem: _Problem, slab: Slab, found: _Found, outlying: Mixture) -> Tensor:
     """The logarithm of weight times contaminated density of every node at the voxels of a slab ``(N, V)``."""
     state, observed = found.state, problem.at(slab)
     b = None if found.field is None else found.field.flatten(2)[:, :, slab.flat]

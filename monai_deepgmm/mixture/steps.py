@@ -106,12 +106,11 @@ class Products:
         peak = joint.amax(1, keepdim=True)
         resp = joint.sub_(peak).clamp_min_(math.log(least)).exp_()
         if self.model.spatial:  # maps weigh the densities themselves: the logarithm of a map takes as long as the rest
-            resp *= mixture.weights.clamp_min(least)
-        total = resp.sum(1, keepdim=True)
+            resp *= mixture.weights
+        total = resp.sum(1, keepdim=True).clamp_min_(least)
+        resp *= self.mask / total
         if self.model.spatial:
-            resp.div_(total).clamp_min_(least).mul_(self.mask)
-        else:
-            resp *= self.mask / total
+            torch.maximum(resp, least * self.mask, out=resp)
         evidence = total.log_().add_(peak)
         return Expected(resp, self.log_scale - masked_mean(evidence, self.mask), evidence)
 

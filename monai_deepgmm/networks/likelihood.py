@@ -47,7 +47,7 @@ class Voxels(NamedTuple):
 def voxels(image: Tensor, mask: Tensor, covariance: Covariance, floor: float) -> Voxels:
     """The voxels of images ``(B, M, *S)`` inside masks ``(B, 1, *S)``; the floor is on the images' own scale."""
     box = _box(mask)
-    inside = (cut(mask, box).flatten(2) > 0).to(image.dtype)
+    inside = cut(mask, box).flatten(2).to(image.dtype).clamp_min(0).sign_()
     x = cut(image, box).flatten(2) * inside
     count = inside.sum(-1).clamp_min(1)
     centre = x.sum(-1) / count
@@ -152,10 +152,9 @@ class _Likelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor]:
         given = cut(logits, seen.box).flatten(2)
-        resp, total, log_total = _exponentials(given, torch.empty_like(given))
-        resp /= total
+        resp = given.softmax(1)
         moments = resp @ seen.statistics.features.mT
-        found = KINDS[kind](given, log_total, moments, seen)
+        found = KINDS[kind](given, resp, moments, seen)
         ctx.save_for_backward(resp, found.of_moments, found.of_log_resp)
         ctx.seen, ctx.shape = seen, logits.shape
         ctx.set_materialize_grads(False)
@@ -178,40 +177,39 @@ class _Likelihood(torch.autograd.Function):
         return paste(part, ctx.seen.box, ctx.shape[2:]), None, None
 
 
-def _exponentials(values: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of ``(B, K, N)``, up to a factor of each voxel, in ``out``, their sum ``(B, 1, N)``, and its true log."""
-    peak = values.amax(1, keepdim=True)
-    torch.sub(values, peak, out=out).exp_()
-    total = out.sum(1, keepdim=True)
-    return out, total, total.log().add_(peak)
+def _log_total(values: Tensor, softmax: Tensor) -> Tensor:
+    """The logarithm of the sum of the exponentials of ``(B, K, N)``, whose softmax is known ``(B, 1, N)``."""
+    return values.amax(1, keepdim=True).sub_(softmax.amax(1, keepdim=True).log_())
 
 
-def _nll_v(logits: Tensor, log_total: Tensor, moments: Tensor, seen: Voxels) -> Found:
+def _nll_v(logits: Tensor, resp: Tensor, moments: Tensor, seen: Voxels) -> Found:
     """With Π = w."""
     theta, pullback = coefficients(moments, seen)
     joint = torch.baddbmm(logits, theta, seen.statistics.features)
-    posterior, total, evidence = _exponentials(joint, joint)
-    posterior *= seen.share / total
+    posterior = joint.softmax(1)
+    evidence = _log_total(joint, posterior).sub_(_log_total(logits, resp))
+    posterior *= seen.share
     of_theta = posterior @ seen.statistics.features.mT
-    return Found((evidence.sub_(log_total) * seen.share).sum((1, 2)), pullback(of_theta), posterior)
+    return Found((evidence * seen.share).sum((1, 2)), pullback(of_theta), posterior)
 
 
-def _nll(logits: Tensor, log_total: Tensor, moments: Tensor, seen: Voxels) -> Found:
+def _nll(logits: Tensor, resp: Tensor, moments: Tensor, seen: Voxels) -> Found:
     """With π the mean of w."""
     features = seen.statistics.features
     theta, pullback = coefficients(moments, seen)
     outside = features[:, -1:] == 0
-    log_resp = (logits - log_total).masked_fill_(outside, torch.finfo(logits.dtype).min / 2)
+    log_resp = (logits - _log_total(logits, resp)).masked_fill_(outside, torch.finfo(logits.dtype).min / 2)
     log_weights = log_resp.logsumexp(-1, keepdim=True)
     log_count = features[:, -1:].sum(-1, keepdim=True).clamp_min(1).log()
     joint = torch.cat([theta[..., :-1], theta[..., -1:] + log_weights - log_count], -1) @ features
-    posterior, total, evidence = _exponentials(joint, joint)
-    of_theta = posterior.mul_(seen.share / total) @ features.mT
+    posterior = joint.softmax(1)
+    evidence = _log_total(joint, posterior)
+    of_theta = posterior.mul_(seen.share) @ features.mT
     direct = log_resp.sub_(log_weights).exp_().masked_fill_(outside, 0).mul_(of_theta[..., -1:])
     return Found((evidence * seen.share).sum((1, 2)), pullback(of_theta), direct)
 
 
-def _complete(logits: Tensor, log_total: Tensor, moments: Tensor, seen: Voxels) -> Found:
+def _complete(logits: Tensor, resp: Tensor, moments: Tensor, seen: Voxels) -> Found:
     """With π the mean of w, which also weighs the components' log densities: linear in the moments but for θ and π."""
     theta, pullback = coefficients(moments, seen)
     least = torch.finfo(moments.dtype).tiny
@@ -221,8 +219,7 @@ def _complete(logits: Tensor, log_total: Tensor, moments: Tensor, seen: Voxels) 
     return Found((log_joint * moments / total).sum((1, 2)), (log_joint + pullback(moments)) / total, None)
 
 
-#: Each of them made of the logits ``(B, K, N)``, the logarithm of the sum of their exponentials ``(B, 1, N)``, the
-#: moments and the voxels.
+#: Each of them made of the logits ``(B, K, N)``, their softmax, the moments and the voxels.
 KINDS: Mapping[Kind, Callable[[Tensor, Tensor, Tensor, Voxels], Found]] = {
     "nll_v": _nll_v,
     "nll": _nll,

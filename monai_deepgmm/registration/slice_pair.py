@@ -13,17 +13,19 @@ Bools = NDArray[np.bool_]
 
 #: The grid on which slices are compared, and the standard deviation of the Gaussian before, in mm.
 GRID_MM, SMOOTH_MM = 1.0, 1.0
+#: A slice is looked up less far away than this.
+MOVED_MM = 16.0
 
 
 class SlicePair(NamedTuple):
     """One slice of both, around the mask.
 
     Attributes:
-        where: the grid, in voxels of the slices ``(2, x, y)``.
+        where: the grid, in voxels of ``plane`` ``(2, x, y)``.
         depth_mm: of each place in the organ, negative outside ``(x, y)``.
         fixed: the reference there; NaN beyond the image.
         moving: the other there.
-        plane: the other as a whole, smoothed ``(X, Y)``.
+        plane: the other as far as it may be looked up, smoothed ``(X, Y)``.
         step_mm: of its voxels ``(2,)``.
     """
 
@@ -46,6 +48,8 @@ class SlicePair(NamedTuple):
 
 def pair(fixed: Array, moving: Array, mask: Bools, step_mm: Array, beyond_mm: float) -> SlicePair:
     """A slice of both, each ``(X, Y)`` with the mask, so far around it as is asked for."""
+    near = _box(mask, step_mm, beyond_mm + MOVED_MM + 6 * SMOOTH_MM)  # no more is looked up
+    fixed, moving, mask = fixed[near], moving[near], mask[near]
     depth = distance_transform_edt(mask, sampling=step_mm) - distance_transform_edt(~mask, sampling=step_mm)
     where = _around(mask, step_mm, beyond_mm + 2 * SMOOTH_MM)
     depth, fixed, moving = (
@@ -53,6 +57,13 @@ def pair(fixed: Array, moving: Array, mask: Bools, step_mm: Array, beyond_mm: fl
     )
     inside: Array = map_coordinates(depth, where, order=1, mode="nearest")
     return SlicePair(where, inside, _looked_up(fixed, where), _looked_up(moving, where), moving, step_mm)
+
+
+def _box(mask: Bools, step: Array, beyond_mm: float) -> tuple[slice, slice]:
+    """The box of a mask and what is so near to it."""
+    held, margin = np.argwhere(mask), np.ceil(beyond_mm / step).astype(int)
+    (x, y), (right, up) = np.maximum(held.min(0) - margin, 0).tolist(), (held.max(0) + 1 + margin).tolist()
+    return slice(x, right), slice(y, up)
 
 
 def _around(mask: Bools, step: Array, beyond_mm: float) -> Array:

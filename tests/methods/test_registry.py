@@ -128,9 +128,9 @@ def test_no_setting_is_left_out_above(method):
 @pytest.mark.parametrize("network", [False, True], ids=["anatomy", "network that asks it"])
 @pytest.mark.parametrize("presence", [True, False])
 def test_the_inner_border_is_found_once_for_a_fit(patients, monkeypatch, tmp_path, presence, network):
-    counted, ring = [], endocardium.ring
-    monkeypatch.setattr(endocardium, "ring", lambda *given, **named: counted.append(1) or ring(*given, **named))
-    config = usual("anatomy", presence=presence, perturbations=0)
+    counted, rings = [], endocardium.rings
+    monkeypatch.setattr(endocardium, "rings", lambda *given, **named: counted.append(1) or rings(*given, **named))
+    config = usual("anatomy", presence=presence)  # the refits' borders are found along with the fit's
     if network:
         folder = write(tmp_path / "model", specified(training={"teacher": "anatomy", "label_rule": "both"}))
         config = build(model=folder, settings={"presence": presence})
