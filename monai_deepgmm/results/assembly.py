@@ -134,8 +134,7 @@ def _with_wall_of(images: Images, whole: Images) -> Images:
         inside = ring.inside[index] * images.mask
         ring = ring._replace(inside=inside, angle=ring.angle[index], outer=ring.outer[index], inner=ring.inner[index])
     if late is not None:
-        fraction, evidence, inner = (values[index] for values in (late.fraction, late.evidence, late.inner))
-        late = late._replace(fraction=fraction, evidence=evidence, inner=inner)
+        late = late._replace(fraction=late.fraction[index], evidence=late.evidence[index], inner=late.inner[index])
     return images._replace(ring=ring, enhancement=late)
 
 
