@@ -243,7 +243,7 @@ class Nowhere(Sizes):
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (Sizes(3), r"shape \(1, 3, 64, 64\), expected \(1, 4, 64, 64\)"),
+        (Sizes(3), r"shape \(2, 3, 64, 64\), expected \(2, 4, 64, 64\)"),  # both slices at once
         (Odd(), "64×64 voxels \\(KeyError\\)"),
         (Nowhere(), "not finite"),
     ],
