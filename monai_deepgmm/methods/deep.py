@@ -30,7 +30,7 @@ class DeepSVGConfig:
         start_steps: gradient steps that bring the network to the start.
         start_weight: how much of the cross-entropy to the start is kept after them.
         steps: gradient steps on the NLL, at most.
-        lr: the learning rate; null: 0.004 for the small network of slices, else 0.001, the paper's.
+        lr: the learning rate; null: 0.01 for the small network of slices, else 0.001, the paper's.
         tol: a fit has converged when a step lowers the NLL per voxel by less.
         window: sides of the random windows that a network is fitted to, in voxels; 0 or null: whole images.
         together: one network for all images of a patient instead of one for each.
@@ -86,7 +86,7 @@ class DeepSVGConfig:
     def _rate(self, protocol: Protocol) -> float:
         if self.lr is not None:
             return self.lr
-        return 0.004 if self._small(protocol) else 0.001
+        return 0.01 if self._small(protocol) else 0.001
 
     def _small(self, protocol: Protocol) -> bool:
         """Whether the network is ``ONE_IMAGE``; that of volumes has few filters anyway."""
