@@ -134,7 +134,7 @@ def _with_wall_of(images: Images, whole: Images) -> Images:
         inside = ring.inside[index] * images.mask
         ring = ring._replace(inside=inside, angle=ring.angle[index], outer=ring.outer[index], inner=ring.inner[index])
     if late is not None:
-        late = late._replace(fraction=late.fraction[index], evidence=late.evidence[index])
+        late = late._replace(fraction=late.fraction[index], evidence=late.evidence[index], inner=late.inner[index])
     return images._replace(ring=ring, enhancement=late)
 
 
