@@ -259,3 +259,9 @@ def test_another_anatomy_is_another_protocol():
     one, two = (Config(p, AnatomicalConfig()).as_json() for p in (INFARCT, other))
     assert one["protocol"] == two["protocol"]
     assert one["protocol_sha256"] != two["protocol_sha256"]
+
+
+def test_the_learning_rate_goes_with_the_network():
+    asked = [{}, {"protocol": "brain"}, {"network": "unet"}, {"method": "deepg"}, {"settings": ["lr=0.5"]}]
+    rates = [build(**{"protocol": "infarct", "method": "deepsvg", **each}).method.lr for each in asked]
+    assert rates == [0.01, 0.001, 0.001, 0.001, 0.5]
