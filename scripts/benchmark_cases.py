@@ -355,17 +355,17 @@ def deepsvg(size: Size) -> Sides:
         index = np.array([t.index for t in tissues])
         return dice(np.where(inside, index[found], 0), known, [k for k in index if (known == k).any()])
 
-    def ours() -> Facts:
-        fit = DeepSVGConfig().solve(task)
-        found = agreed(fit.resp.argmax(1)[0].numpy())
-        return {"came": f"{found}, {int(fit.diagnostics.iterations)} steps and the start"}
+    def ours(network: str) -> Facts:
+        fit = DeepSVGConfig(network={"_target_": network}).solve(task)
+        return {"came": f"{agreed(fit.resp.argmax(1)[0].numpy())}, {fit.diagnostics.iterations[0]} steps and the start"}
 
     def loops() -> Facts:
         torch.manual_seed(0)
         found, epochs = peers.deep_svg(image, mask, start, tol=1e-3, epochs=size.epochs)
         return {"came": f"{agreed(found.numpy())}, {epochs} steps in all, at most {size.epochs}"}
 
-    return Sides(shown(image.shape), {"ours": ours, "the paper's loop": loops}, ("the paper's loop",))
+    each = {"ours": lambda: ours("unet"), "ours, foldedunet": lambda: ours("foldedunet"), "the paper's loop": loops}
+    return Sides(shown(image.shape), each, ("the paper's loop",))
 
 
 def network(size: Size) -> Sides:

@@ -22,8 +22,6 @@ from monai_deepgmm.networks.unet import FILTERS
 #: In 3-D, where a voxel of the finest level costs a hundred times as much, a quarter of them.
 FILTERS_3D = tuple(n // 4 for n in FILTERS)
 DEFAULT: Mapping[str, Any] = {"_target_": "monai_deepgmm.networks.UNet"}
-#: What is fitted to one image.
-ONE_IMAGE: Mapping[str, Any] = {"_target_": "monai_deepgmm.networks.FoldedUNet"}
 #: How MONAI's classes call the size of images that a network is made for.
 SIZE = "img_size"
 #: The share of a window that its neighbour covers too; there both count, the less the nearer to their own borders.
@@ -32,7 +30,7 @@ OVERLAP = 0.25
 #: much smaller than their classes' defaults: a cohort without labels is small, and its images are crops.
 NAMED: Mapping[str, Mapping[str, Any]] = {
     "unet": DEFAULT,
-    "foldedunet": ONE_IMAGE,
+    "foldedunet": {"_target_": "monai_deepgmm.networks.FoldedUNet"},
     "basicunet": {"_target_": "monai.networks.nets.BasicUNet"},
     "dynunet": {
         "_target_": "monai.networks.nets.DynUNet",

@@ -262,6 +262,6 @@ def test_another_anatomy_is_another_protocol():
 
 
 def test_the_learning_rate_goes_with_the_network():
-    asked = [{}, {"protocol": "brain"}, {"network": "unet"}, {"method": "deepg"}, {"settings": ["lr=0.5"]}]
+    asked = [{"network": "foldedunet"}, {"protocol": "brain"}, {"network": "unet"}, {}, {"settings": ["lr=0.5"]}]
     rates = [build(**{"protocol": "infarct", "method": "deepsvg", **each}).method.lr for each in asked]
     assert rates == [0.01, 0.001, 0.001, 0.001, 0.5]
