@@ -45,34 +45,26 @@ def around(voxel: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> B
     return tuple(slice(first, first + n) for first, n in zip(firsts, size, strict=True))
 
 
-def cut(values: Tensor, box: Box) -> Tensor:
-    """``(B, C, *S)`` cut to a box, 0 where the box leaves it; with ``paste`` there and back.
+def cut(values: Tensor, box: Box, outside: float = 0.0) -> Tensor:
+    """``(B, C, *S)`` cut to a box, ``outside`` where the box leaves it; with ``paste`` there and back.
 
     Where the box is the whole image, the result is the values themselves.
     """
     pads = [
         pad for side, n in zip(reversed(box), reversed(values.shape[2:]), strict=True) for pad in _beyond(side, int(n))
     ]
-    return functional.pad(values, pads) if any(pads) else values
+    return functional.pad(values, pads, value=outside) if any(pads) else values
 
 
-def paste(values: Tensor, box: Box, shape: torch.Size) -> Tensor:
-    """The way back: ``(B, C, *box)`` into an image of the shape ``*S``, 0 outside the box."""
-    return cut(values, tuple(slice(-side.start, -side.start + n) for side, n in zip(box, shape, strict=True)))
+def paste(values: Tensor, box: Box, shape: torch.Size, outside: float = 0.0) -> Tensor:
+    """The way back: ``(B, C, *box)`` into an image of the shape ``*S``, with ``outside`` around the box."""
+    back = tuple(slice(-side.start, -side.start + n) for side, n in zip(box, shape, strict=True))
+    return cut(values, back, outside)
 
 
 def within(box: Box) -> tuple[slice, ...]:
     """The box of a batch of images."""
     return (slice(None), slice(None), *box)
-
-
-def pasted(values: Tensor, box: Box, shape: Sequence[int], outside: float) -> Tensor:
-    """What a box holds ``(1, C, *box)``, in the image ``(1, C, *S)``."""
-    if values.shape[2:] == shape:
-        return values
-    out = values.new_full((*values.shape[:2], *shape), outside)
-    out[within(box)] = values
-    return out
 
 
 def _beyond(side: slice, length: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.mixture import bias_field, mixels
-from monai_deepgmm.mixture.bounding_box import enclosing, pasted, within
+from monai_deepgmm.mixture.bounding_box import enclosing, paste, within
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture
 from monai_deepgmm.mixture.lattice import Lattice, Neighbours, Slab, interior, on_grid, slabs, stride
@@ -202,7 +202,7 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
     if settings.model.degree and field is None:
         field = torch.ones_like(image, dtype=torch.float32)
     pure = state.pure._replace(
-        weights=resp.flatten(2).sum(-1) / mask.sum(), field=None if field is None else pasted(field, box, full, 1.0)
+        weights=resp.flatten(2).sum(-1) / mask.sum(), field=None if field is None else paste(field, box, full, 1.0)
     )
     diagnostics = Diagnostics(
         nll=last,
@@ -211,7 +211,7 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
         converged=torch.tensor([state.converged]),
         collapsed=collapsed(resp.flatten(2), mask.sum().float().expand(1, 1, 1)),
     )
-    return Fit(pasted(resp, box, full, 0.0), pure, diagnostics)
+    return Fit(paste(resp, box, full), pure, diagnostics)
 
 
 def _alone(problem: _Problem, start: Tensor) -> _Found:

@@ -18,18 +18,8 @@ logger = logging.getLogger(__name__)
 
 #: Words for ``--network``; ``registry.NAMED`` says what they stand for.
 WORDS = (
-    *(
-        "unet",
-        "foldedunet",
-        "basicunet",
-        "dynunet",
-        "segresnet",
-        "modifiedunet",
-        "basicunetplusplus",
-        "attentionunet",
-        "unetr",
-    ),
-    "swinunetr",
+    *("unet", "foldedunet", "basicunet", "dynunet", "segresnet", "modifiedunet", "basicunetplusplus"),
+    *("attentionunet", "unetr", "swinunetr"),
 )
 OURS = ("UNet", "FoldedUNet", "ModifiedUNet")
 #: MONAI's networks that give a class for each voxel; how their names are written in capitals varies there.

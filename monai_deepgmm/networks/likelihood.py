@@ -12,13 +12,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monai_deepgmm.mixture import statistics as sufficient
-from monai_deepgmm.mixture.bounding_box import Box, cut, paste
+from monai_deepgmm.mixture.bounding_box import Box, cut, enclosing, paste
 from monai_deepgmm.mixture.gaussian import Covariance
 from monai_deepgmm.mixture.statistics import Statistics
 
@@ -46,7 +45,7 @@ class Voxels(NamedTuple):
 
 def voxels(image: Tensor, mask: Tensor, covariance: Covariance, floor: float) -> Voxels:
     """The voxels of images ``(B, M, *S)`` inside masks ``(B, 1, *S)``; the floor is on the images' own scale."""
-    box = _box(mask)
+    box = enclosing(mask) if mask.device.type == "cpu" else tuple(slice(0, n) for n in mask.shape[2:])
     inside = cut(mask, box).flatten(2).to(image.dtype).clamp_min(0).sign_()
     x = cut(image, box).flatten(2) * inside
     count = inside.sum(-1).clamp_min(1)
@@ -60,15 +59,6 @@ def voxels(image: Tensor, mask: Tensor, covariance: Covariance, floor: float) ->
     x /= scale[..., None]
     statistics = sufficient.of_standardised(x, inside, covariance)._replace(centre=centre, scale=scale)
     return Voxels(box, inside.div_(count[..., None]), statistics, floor / scale.square())
-
-
-def _box(mask: Tensor) -> Box:
-    if mask.device.type != "cpu":
-        return tuple(slice(0, n) for n in mask.shape[2:])
-    anywhere = (mask.numpy() > 0).any((0, 1))
-    others = (tuple(i for i in range(anywhere.ndim) if i != axis) for axis in range(anywhere.ndim))
-    lines = (np.flatnonzero(np.any(anywhere, axis=axes)) for axes in others)
-    return tuple(slice(int(line[0]), int(line[-1]) + 1) if len(line) else slice(0, 1) for line in lines)
 
 
 # Coefficients --------------------------------------------------------------------------------------------------------
