@@ -2,13 +2,17 @@
 
 A healthy brain has none and a sick one may have a hundredth of its volume, so that no component of a mixture would stay
 with them. They are found when the healthy tissues are known, as regions: somewhere far brighter than the brightest
-healthy tissue; as far as half the height above the tissue around them, which is where a blurred border lies; and amid
-that tissue, since bright cortex is not (Schmidt et al. 2012 grow lesions from such seeds). Cortex may be as bright on
-FLAIR as lesions are, but is less so on T2, so that both tell more. Healthy tissue is brighter in some places
-than in others (the brain stem, shading): by how much is taken off first.
+healthy tissue; as far as half the height above what lies around them, which is where a blurred border lies; and amid
+white matter, since bright cortex is not (Schmidt et al. 2012 grow lesions from such seeds). Cortex may be as bright on
+FLAIR as lesions are, but is less so on T2, so that both tell more; not beside fluid, which is brighter still on T2.
+Healthy tissue is brighter in some places than in others (the brain stem, shading): by how much is taken off first.
+Where there is no cortex nearby, a small region may be less bright.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +28,19 @@ from monai_deepgmm.protocol import Hyperintense, Tissue
 SMOOTHING = 0.7
 #: A region has at least so many seeds, grows by so many voxels at most, and is surrounded by so many.
 LEAST_VOXELS, GROWTH, SHELL = 3, 8, 2
+#: What lies from so many voxels beyond it to so many says how bright its surroundings are; so often is that asked,
+#: since the region grows less for it; of fewer voxels nothing is asked.
+RING, ROUNDS, RING_VOXELS = (2, 4), 2, 10
+#: A region and its ring lie so close to the seeds, in voxels.
+MARGIN = GROWTH + RING[1] + SHELL
+#: The neighbourhood that may be white matter alone (a Gaussian's standard deviation, in mm): there, a seed and the
+#: border are lower by this share of how far white matter lies below the reference, but a seed is no lower than a border
+#: amid the reference.
+AMID_MM, LOWER = 3.0, 0.4
+#: Only a small region may lack brighter seeds (a ball of 3 mm): what its voxels share with white matter dims it.
+SMALL_MM3 = 113.0
+#: The surrounding tissue is at least this share of all that surrounds a region, fluid included.
+LEAST_INSIDE = 0.45
 #: The neighbourhood whose healthy tissue says what is usual there: a Gaussian's standard deviation, in mm. What is
 #: healthy lies within so many standard deviations of that tissue, and so many voxels away from what is too bright.
 LOCAL_MM, USUAL, APART = 4.0, 2.0, 2
@@ -35,6 +52,8 @@ NORMAL_MAD = 1.4826
 ENOUGH = 100
 #: By how much more a further sequence may count than the first: fluid is bright on T2, and no lesion.
 MOST_AHEAD = 1.0
+#: The same so near to any other tissue, in mm, such as fluid.
+BESIDE_MM, AHEAD_BESIDE = 2.2, 0.5
 
 Bools = NDArray[np.bool_]
 Singles = NDArray[np.float32]
@@ -76,26 +95,43 @@ def _named(tissues: list[Tissue], name: str) -> Tissue:
     return next(t for t in tissues if t.name == name)
 
 
+class _Places(NamedTuple):
+    """Where the healthy tissues of one image are, each ``(*S)``.
+
+    Attributes:
+        around: the tissue that a region lies in.
+        reference: the tissue that it is brighter than.
+        other: any other.
+    """
+
+    around: Bools
+    reference: Bools
+    other: Bools
+
+    def within(self, box: tuple[slice, ...]) -> _Places:
+        """The same in a box."""
+        return _Places(*(where[box] for where in self))
+
+
 def _regions(resp: Tensor, index: int, images: Images, known: list[Tissue], rule: Hyperintense) -> Tensor:
     """Where one image has regions of the tissue ``(1, *S)``, as 0 and 1."""
     mask = images.mask[index, 0].cpu().numpy() > 0
     seen = mask & _measured(images, index, rule.sequence)
     labels = likeliest(resp[None])[0].cpu().numpy()
     names = [t.name for t in known]
-    reference = seen & (labels == names.index(rule.brighter_than))
-    around = seen & (labels == names.index(rule.inside))
+    around, reference = (labels == names.index(name) for name in (rule.inside, rule.brighter_than))
+    places = _Places(seen & around, seen & reference, mask & ~around & ~reference)
     out = np.zeros_like(mask)
-    if min(reference.sum(), around.sum()) >= ENOUGH:
-        height = _heights(images, index, rule, mask, reference)
-        height = _locally(height, around, rule.least, images.spacing_mm)
-        middle, spread = _robust(height[reference])
-        height = (height - middle) / spread
-        level = float(np.median(height[around]))
-        out = _grown(np.where(mask, height, -np.inf), level, around, reference, rule)
+    if min(places.reference.sum(), places.around.sum()) >= ENOUGH:
+        height = _heights(images, index, rule, mask, places)
+        height = _locally(height, places.around, rule.least, images.spacing_mm)
+        middle, spread = _robust(height[places.reference])
+        height = np.where(mask, (height - middle) / spread, -np.inf)
+        out = _grown(height, places, rule, images.spacing_mm)
     return torch.from_numpy(out)[None]
 
 
-def _heights(images: Images, index: int, rule: Hyperintense, mask: Bools, reference: Bools) -> Singles:
+def _heights(images: Images, index: int, rule: Hyperintense, mask: Bools, places: _Places) -> Singles:
     """Brightness above the reference, in its robust standard deviations, on average over sequences ``(*S)``."""
 
     def scaled(values: Singles, where: Bools) -> Singles:
@@ -107,14 +143,28 @@ def _heights(images: Images, index: int, rule: Hyperintense, mask: Bools, refere
         image = images.image[index, images.sequences.index(sequence)].cpu().numpy()
         return scaled(_smoothed(image, mask, images.spacing_mm), where)
 
+    reference = places.reference
     first = height(rule.sequence, reference)
+    further = [s for s in rule.also if s in images.sequences]
+    if not further:
+        return first
+    ahead = np.where(_near(places.other, images.spacing_mm), AHEAD_BESIDE, MOST_AHEAD).astype(np.float32)
     total, count = first.copy(), np.ones_like(first)
-    for sequence in (s for s in rule.also if s in images.sequences):
+    for sequence in further:
         seen = _measured(images, index, sequence)
         if (both := reference & seen).sum() >= ENOUGH:
-            total += np.where(seen, np.minimum(height(sequence, both), first + MOST_AHEAD), 0)
+            total += np.where(seen, np.minimum(height(sequence, both), first + ahead), 0)
             count += seen
     return scaled(total / count, reference)
+
+
+def _near(where: Bools, spacing_mm: tuple[float, ...]) -> Bools:
+    """What lies within ``BESIDE_MM`` of some voxels ``(*S)``."""
+    reach = [int(BESIDE_MM // s) for s in spacing_mm]
+    axes = np.meshgrid(*(np.arange(-n, n + 1) * s for n, s in zip(reach, spacing_mm, strict=True)), indexing="ij")
+    ball = sum(axis**2 for axis in axes) <= BESIDE_MM**2
+    near: Bools = binary_dilation(where, ball)
+    return near
 
 
 def _locally(height: Singles, around: Bools, least: float, spacing_mm: tuple[float, ...]) -> Singles:
@@ -145,32 +195,73 @@ def _measured(images: Images, index: int, sequence: str) -> Bools:
     return where
 
 
-def _grown(height: Singles, level: float, around: Bools, beside: Bools, rule: Hyperintense) -> Bools:
+def _grown(height: Singles, places: _Places, rule: Hyperintense, spacing_mm: tuple[float, ...]) -> Bools:
     """The regions that meet the rule.
 
     Args:
         height: brightness above the reference, in its standard deviations ``(*S)``; -inf outside the mask.
-        level: that of the surrounding tissue, on average.
-        around: where the surrounding tissue is.
-        beside: where the reference is.
+        places: where the healthy tissues are.
         rule: what a region must show.
+        spacing_mm: of the axes.
     """
     found = np.zeros(height.shape, bool)
-    cross = generate_binary_structure(height.ndim, 1)
-    candidate = height > rule.least
-    parts, _ = label(height > rule.seed, structure=np.ones((3,) * height.ndim))
+    level = float(np.median(height[places.around]))
+    lower = max(LOWER * min(level, 0.0), rule.least - rule.seed) * _purity(places, spacing_mm)
+    bright = height > rule.seed + lower
+    parts, _ = label(bright, structure=np.ones((3,) * height.ndim))
     for number, box in enumerate(find_objects(parts), 1):
-        wide = tuple(slice(max(0, s.start - GROWTH - SHELL), s.stop + GROWTH + SHELL) for s in box)
+        wide = tuple(slice(max(0, s.start - MARGIN), s.stop + MARGIN) for s in box)
         seeds = parts[wide] == number
         if seeds.sum() < LEAST_VOXELS:
             continue
-        half = max(rule.least, (level + float(np.median(height[wide][seeds]))) / 2)
-        region = binary_dilation(seeds, cross, iterations=GROWTH, mask=height[wide] > half)
-        shell = binary_dilation(region, cross, iterations=SHELL) & ~candidate[wide]
-        inside, other = (around[wide] & shell).sum(), (beside[wide] & shell).sum()
-        if inside >= rule.share * (inside + other):
+        here, near = height[wide], places.within(wide)
+        least = rule.least + float(np.median(lower[wide][seeds]))
+        region = _region(here, seeds, (near.around | near.reference) & ~bright[wide], level, least)
+        small = region.sum() * math.prod(spacing_mm) <= SMALL_MM3
+        sure = small or (here[seeds] > rule.seed).sum() >= LEAST_VOXELS
+        if sure and _amid(region, here > rule.least, near, rule.share):
             found[wide] |= region
     return found
+
+
+def _purity(places: _Places, spacing_mm: tuple[float, ...]) -> Singles:
+    """The share of the surrounding tissue in what it and the reference have nearby ``(*S)``."""
+    sigma = [AMID_MM / s for s in spacing_mm]
+    around, reference = (gaussian_filter(where.astype(np.float32), sigma) for where in places[:2])
+    share: Singles = around / np.maximum(around + reference, FAR)
+    return share
+
+
+def _region(height: Singles, seeds: Bools, healthy: Bools, level: float, least: float) -> Bools:
+    """The region of some seeds, as far as half the height between theirs and that of its surroundings ``(*S)``.
+
+    Args:
+        height: brightness above the reference; -inf outside the mask.
+        seeds: where it begins.
+        healthy: what may tell how bright the surroundings are.
+        level: how bright they are on average elsewhere.
+        least: the border lies no lower.
+    """
+    cross = generate_binary_structure(height.ndim, 1)
+    core = float(np.median(height[seeds]))
+    half = max(least, (level + core) / 2)
+    region: Bools = binary_dilation(seeds, cross, iterations=GROWTH, mask=height > half)
+    for _ in range(ROUNDS):
+        inner, outer = (binary_dilation(region, cross, iterations=n) for n in RING)
+        ring = outer & ~inner & healthy
+        if ring.sum() < RING_VOXELS:
+            break
+        half = max(least, (float(np.median(height[ring])) + core) / 2)
+        region = binary_dilation(seeds & (height > half), cross, iterations=GROWTH, mask=height > half)
+    return region
+
+
+def _amid(region: Bools, candidate: Bools, places: _Places, share: float) -> bool:
+    """Whether enough of what surrounds a region is the tissue that it should lie in."""
+    cross = generate_binary_structure(region.ndim, 1)
+    shell = binary_dilation(region, cross, iterations=SHELL) & ~candidate
+    inside, reference, other = ((where & shell).sum() for where in places)
+    return bool(inside >= max(share * (inside + reference), LEAST_INSIDE * (inside + reference + other)))
 
 
 def _smoothed(image: NDArray[np.floating], mask: Bools, spacing_mm: tuple[float, ...]) -> Singles:

@@ -15,7 +15,9 @@ SEQUENCES = ("T1", "FLAIR")
 LESION = 3
 
 
-def scene(*, lesion: bool = True, cortex: bool = True) -> tuple[Images, Fit, torch.Tensor]:
+def scene(
+    *, lesion: bool = True, cortex: bool = True, level: float = 16.0, radius_mm: float = 3.2
+) -> tuple[Images, Fit, torch.Tensor]:
     """White matter within grey matter within fluid; a ball in the white matter and a bright patch of the grey."""
     n = 40
     line = torch.arange(n) - (n - 1) / 2
@@ -23,10 +25,10 @@ def scene(*, lesion: bool = True, cortex: bool = True) -> tuple[Images, Fit, tor
     radius = (x.square() + y.square() + z.square()).sqrt()
     labels = torch.where(radius < 12, 1, torch.where(radius < 15, 0, 2))  # GM, WM, CSF
     mask = (radius < 18).double()[None, None]
-    ball = ((x - 4).square() + y.square() + z.square()).sqrt() < 3.2
+    ball = ((x - 4).square() + y.square() + z.square()).sqrt() < radius_mm
     patch = ((x + 13.5).square() + y.square() + z.square()).sqrt() < 2.5
     flair = torch.tensor([10.0, 8.0, 2.0])[labels]
-    flair = torch.where(ball & torch.tensor(lesion), 16.0, flair)
+    flair = torch.where(ball & torch.tensor(lesion), level, flair)
     flair = torch.where(patch & torch.tensor(cortex), 16.0, flair)
     generator = torch.Generator().manual_seed(0)
     flair = flair + 0.8 * torch.randn(flair.shape, generator=generator)
@@ -68,6 +70,25 @@ def test_where_healthy_tissue_shines_little_is_taken_for_a_lesion():
         found = hyperintense.added(fit, images._replace(image=image, spacing_mm=(2.0, 2.0, 2.0))).resp[0, LESION] > 0.5
         assert found[~ball].sum() < ball.sum()
         assert bool((found & ball).sum() > 0.7 * ball.sum()) is lesion
+
+
+def test_a_small_lesion_may_be_dim_where_no_cortex_is_near():
+    """On average it is 2.2 standard deviations brighter than grey matter, and blurred into white matter."""
+    images, fit, ball = scene(level=10.8, radius_mm=2.2, cortex=False)
+    lesion = hyperintense.added(fit, images).resp[0, LESION] > 0.5
+    assert (lesion & ball).sum() > 0.5 * ball.sum()
+    assert not (lesion & ~ball).any()
+
+
+def test_a_border_lies_halfway_between_a_lesion_and_its_own_surroundings():
+    """Around the lesion, white matter is as bright as grey matter, which is not taken off altogether."""
+    images, fit, ball = scene(cortex=False, level=14.0)
+    line = torch.arange(40) - 19.5
+    around = ((line[:, None, None] - 4).square() + line[:, None].square() + line.square()).sqrt() < 8
+    image = images.image.clone()
+    image[0, 1] += 2.2 * (around & ~ball & (fit.resp[0, 1] > 0.5))
+    lesion = hyperintense.added(fit, images._replace(image=image)).resp[0, LESION] > 0.5
+    assert 2 * (lesion & ball).sum() / (lesion.sum() + ball.sum()) > 0.9
 
 
 def test_without_flair_there_is_no_such_tissue():
