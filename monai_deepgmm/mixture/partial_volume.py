@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from monai_deepgmm.mixture import bias_field, mixels
+from monai_deepgmm.mixture import bias_field, mixels, slice_gain
 from monai_deepgmm.mixture.bounding_box import enclosing, paste, within
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture
@@ -193,6 +193,9 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
     box = enclosing(mask)
     image, mask, seen, start = (values[within(box)] for values in (image, mask, seen, start))  # nothing is copied
     fractions = mixels.mixing(start.shape[1], settings.model.borders).to(image.device)
+    gain = slice_gain.alternating(image, zero, seen) if settings.model.degree else None
+    if gain is not None:
+        image = (image - _spread(zero, image)) / gain + _spread(zero, image)
     problem = _Problem(image, zero.float(), seen, fractions, settings)
     several = image.shape[1] > 1 and len(settings.model.anchored) > 0
     with serial(len(fractions) * settings.model.voxels):
@@ -201,6 +204,8 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
     state, field = found.state, found.field
     if settings.model.degree and field is None:
         field = torch.ones_like(image, dtype=torch.float32)
+    if gain is not None and field is not None:
+        field = field * gain
     pure = state.pure._replace(
         weights=resp.flatten(2).sum(-1) / mask.sum(), field=None if field is None else paste(field, box, full, 1.0)
     )
@@ -212,6 +217,11 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
         collapsed=collapsed(resp.flatten(2), mask.sum().float().expand(1, 1, 1)),
     )
     return Fit(paste(resp, box, full), pure, diagnostics)
+
+
+def _spread(zero: Tensor, image: Tensor) -> Tensor:
+    """A number of each sequence ``(M,)`` → ``(1, M, 1, …)``, as an image has axes."""
+    return zero.to(image).reshape(1, -1, *[1] * (image.ndim - 2))
 
 
 def _alone(problem: _Problem, start: Tensor) -> _Found:
