@@ -33,6 +33,8 @@ Labels = NDArray[np.uint8]
 GM, WM, CSF = 1, 2, 3
 TISSUES = {"GM": GM, "WM": WM}
 SEED = 0
+#: A warning that every brain of one sequence has.
+USUAL = "W_MISSING"
 
 
 class Head(NamedTuple):
@@ -364,7 +366,7 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Facts]]]) -> list[str]:
         ]
         for name in heads[0]:
             each = [facts[name] for facts in heads]
-            codes = Counter(code for facts in each for code in facts["codes"])
+            codes = Counter(code for facts in each for code in facts["codes"] if code != USUAL)
             told = ", ".join(f"{code} {n}" for code, n in sorted(codes.items()))
             dice = [f"{runner.mean(facts['dice'][t] for facts in each):.3f}" for t in TISSUES]
             lines.append(f"| {name} | {' | '.join(dice)} | {runner.mean(f['grey'] for f in each):.0%} | {told} |")
