@@ -1,8 +1,8 @@
 """What a worse scan costs: Dice on hearts that are made worse in the ways of other scanners and other hands.
 
-``python scripts/measure_degraded_hearts.py DIR OUT [--patients N] [--only WORDS]`` makes each labelled heart of DIR worse
-in each way, segments it with the default method in the reader's mask, looks for the mask without it, and prints one
-table. What is done is kept in OUT for as long as files and code are the same, so that the same command goes on.
+``python scripts/measure_degraded_hearts.py DIR OUT [--patients N] [--only WORDS]`` makes each labelled heart of DIR
+worse in each way, segments it with the default method in the reader's mask, looks for the mask without it, and prints
+one table. What is done is kept in OUT for as long as files and code are the same, so that the same command goes on.
 """
 
 from __future__ import annotations
