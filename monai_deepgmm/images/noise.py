@@ -50,9 +50,9 @@ class Noise(NamedTuple):
 def examine(image: NDArray[Any], mask: Bools, pixel_mm: tuple[float, float]) -> Noise:
     """How noisy a sequence is inside the mask, as the median over slices.
 
-    ``n = 1.48 median |c ∗ x|``, c being the outer product of ``(1, −2, 1)`` with itself, over 6: edges and shading hardly
-    count, and white noise keeps its standard deviation (Immerkær 1996). ``s² = σ² − n²`` with σ half of what lies between the quantiles of
-    16 and 84 %. A Gaussian of σ_p pixels leaves ``n / (2 √π σ_p)`` of white noise.
+    ``n = 1.48 median |c ∗ x|`` with c the outer product of ``(1, −2, 1)`` with itself, over 6: edges and shading hardly
+    count, and white noise keeps its standard deviation (Immerkær 1996). ``s² = σ² − n²``, σ being half of what lies
+    between the quantiles of 16 and 84 %. A Gaussian of σ_p pixels leaves ``n / (2 √π σ_p)`` of white noise.
 
     Args:
         image: ``(B, H, W)``.
