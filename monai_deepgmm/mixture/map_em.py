@@ -179,7 +179,8 @@ class _Task(NamedTuple):
             seen = boxes.pack(Smoother(boxed, spatial.denoise_mm, spacing_mm)(boxes.spread(seen)))
         location = None if prior.location is None else _centred(voxels.pack(prior.location.to(image)), inside)
         means = prior.means.to(image).expand(len(image), -1, -1)
-        found, around = sufficient.of_standardised(seen, inside, "full"), Smoother(boxed, spatial.sigma_mm, spacing_mm)
+        found = sufficient.of_centred(seen, inside, torch.ones_like(means[:, 0]), "full")
+        around = Smoother(boxed, spatial.sigma_mm, spacing_mm)
         reach = torch.where(inside > 0, boxes.pack(around.reach), 1)
         return cls(voxels, boxes, found, around, reach, means, location)
 

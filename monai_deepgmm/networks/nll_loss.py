@@ -77,7 +77,7 @@ class MixtureNLL(nn.Module):
         seen = seen or self.voxels(image, mask)
         values, found = likelihood(logits, seen, "nll_v" if self.spatial else "nll")
         mixture = None
-        if not (found[..., -1] > 0).all():
+        if not found.detach()[..., -1].amin() > 0:
             # The mean of a component without any voxel is 0 on the image's own scale, where no subtraction cancels.
             log_resp = logits.log_softmax(1)
             mixture = m_step(image, log_resp.exp(), mask, covariance=self.covariance, floor=self.floor)
