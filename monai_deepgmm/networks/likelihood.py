@@ -115,7 +115,7 @@ def _factors(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, 
 # Functions of the logits ---------------------------------------------------------------------------------------------
 
 
-def likelihood(logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor]:
+def likelihood(logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     """What each image costs under the mixture of an M-step from w = softmax(logits), per voxel.
 
     Computed from log w where the components are summed out, so that one far behind still has a gradient.
@@ -126,10 +126,10 @@ def likelihood(logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor
         kind: nll_v (S §2.1), nll (S eq. 2), or complete, the expected complete-data NLL (M eq. 3.2, with the constant).
 
     Returns:
-        The values ``(B,)`` and the moments of the M-step ``(B, K, F)``. With nll and nll_v every component must have a
-        share above 0: else the values are not to be used.
+        The values ``(B,)``, their mean, and the moments of the M-step ``(B, K, F)``. With nll and nll_v every component
+        must have a share above 0: else the values are not to be used.
     """
-    found: tuple[Tensor, Tensor] = _Likelihood.apply(logits, seen, kind)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor, Tensor] = _Likelihood.apply(logits, seen, kind)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -174,22 +174,25 @@ class _Likelihood(torch.autograd.Function):
     """See ``likelihood``."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
         output = Output.of(logits, seen.box)
         moments = torch.bmm(output.resp, seen.statistics.features.mT)
         found = KINDS[kind](output, moments, seen)
         ctx.save_for_backward(output.resp, found.of_moments, found.of_log_resp)
         ctx.seen, ctx.shape = seen, logits.shape
         ctx.set_materialize_grads(False)
-        return seen.statistics.scale.log().sum(1) - found.values, moments
+        values = seen.statistics.scale.log().sum(1).sub_(found.values)
+        return values, values.mean(), moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_values: Tensor | None, of_moments: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(
+        ctx: Any, of_values: Tensor | None, of_mean: Tensor | None, of_moments: Tensor | None
+    ) -> tuple[Tensor, None, None]:
         resp, through, direct = ctx.saved_tensors
-        if of_values is None:
-            of_values = resp.new_zeros(len(resp))
-        back = -of_values[:, None, None]
+        back = resp.new_zeros(()) if of_mean is None else of_mean / -len(resp)
+        if of_values is not None:
+            back = back - of_values[:, None, None]
         gradient = through * back if of_moments is None else through * back + of_moments
         with torch.autocast(resp.device.type, enabled=False):
             of_log = torch.bmm(gradient, ctx.seen.statistics.features).mul_(resp)
