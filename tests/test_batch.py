@@ -91,7 +91,7 @@ def in_a_process(argv: list[str], *, lingers_at: str | None = None) -> multiproc
     With a patient to linger at, it is still there when the signal comes, however quick the machine.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["monai_deepgmm.cli", "monai_deepgmm.batch"])
+    context.set_forkserver_preload(["monai_deepgmm.cli", "monai_deepgmm.quick_start"])
     process = context.Process(target=_exit_with, args=(argv, lingers_at))
     process.start()
     return process
