@@ -32,9 +32,9 @@ class Scale(NamedTuple):
     unit: Array
 
     def __call__(self, image: Array) -> Array:
-        """Intensities ``(B, ...)`` on the scale."""
-        shape = (-1, *[1] * (image.ndim - 1))
-        scaled: Array = (image - self.wall.reshape(shape)) / self.unit.reshape(shape)
+        """Intensities ``(B, ...)`` on the scale, in their own precision."""
+        wall, unit = (part.reshape(-1, *[1] * (image.ndim - 1)).astype(image.dtype) for part in (self.wall, self.unit))
+        scaled: Array = (image - wall) / unit
         return scaled
 
 
