@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import benchmark_peers as peers
-from benchmark_children import counted_children
+from benchmark_children import as_installed, counted_children
 from runner import Facts
 
 #: What is timed; it says what came of it: ``came`` in words, ``objective`` where the sides must agree on one.
@@ -284,14 +284,14 @@ def command(size: Size) -> Sides:
     """The command itself, started anew: its CPU seconds, imports included."""
     from monai_deepgmm.phantom import heart
 
-    folder = Path(tempfile.mkdtemp())
-    few, many = size.hearts
-    for number in sorted({1, few, many}):
+    folder, (few, many) = Path(tempfile.mkdtemp()), size.hearts
+    for number in {1, few, many}:
         heart.write_cohort(folder / str(number), number, seed=0)
 
     def run(*words: str) -> Facts:
+        typed = [sys.executable, "-m", "monai_deepgmm", *words]
         with counted_children() as used:
-            done = subprocess.run([sys.executable, "-m", "monai_deepgmm", *words], capture_output=True, check=True)
+            done = subprocess.run(typed, env=as_installed(), capture_output=True, check=True)
         return {"came": f"exit code {done.returncode}", **used}
 
     def segment(number: int, jobs: int) -> Facts:
