@@ -176,7 +176,7 @@ def experiment(options: argparse.Namespace, who: Split) -> Experiment:
         for m in ("gmm", "svgmm")
         for name, setting in by_shape[m]
     ]
-    alone += [segmented(options, m, who.everyone, "--method", m) for m in ("deepg", "deepsvg")]
+    alone += [segmented(options, m, who.everyone, "--method", m, "--network", "unet") for m in ("deepg", "deepsvg")]
     known = ("--method", "svgmm", "--means", str(mu), "--set")
     informed = (segmented(options, name, who.test, *known, how, needs=(mu,)) for name, how in by_shape["svgmm_mu"])
     networks: dict[str, Stage] = {}
