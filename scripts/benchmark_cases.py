@@ -400,7 +400,7 @@ def network(size: Size) -> Sides:
     def theirs() -> Facts:
         return {"came": f"{len([plain(one[None]) for one in image])} × {shown(image.shape[2:])}"}
 
-    each = {"ours": ours("unet"), "ours, foldedunet": ours("foldedunet"), "the paper's U-Net": theirs}
+    each = {"ours": ours("quickunet"), "ours, unet": ours("unet"), "the paper's U-Net": theirs}
     return Sides(shown(image.shape), each)
 
 

@@ -162,7 +162,7 @@ def trained(
     folder = options.out / "models" / name
     command = ("train", str(options.data), str(folder), *LAYOUT, "--method", "deepsvg", "--seed", str(seed), "--resume")
     few = () if epochs is None else ("--epochs", str(epochs))
-    command += ("--set", "teacher=signature", *more, *few, "--patients", *who.train)
+    command += ("--network", "unet", "--set", "teacher=signature", *more, *few, "--patients", *who.train)
     return Stage(f"train_{name}", command, needs, folder / WEIGHTS)
 
 

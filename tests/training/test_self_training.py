@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.filterwarnings(QUIET), pytest.mark.usefixtures("tiny",
 def tiny():
     """Two epochs of a network that is made in no time; three patients of two slices are two steps in each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "DEFAULT", TINY)
+        patch.setitem(plan.DEFAULTS, "slice", TINY)
         patch.setattr("monai_deepgmm.training.prepare.EPOCHS", (2, 2))
         yield
 
