@@ -355,8 +355,8 @@ def deepsvg(size: Size) -> Sides:
         index = np.array([t.index for t in tissues])
         return dice(np.where(inside, index[found], 0), known, [k for k in index if (known == k).any()])
 
-    def ours(network: str) -> Facts:
-        fit = DeepSVGConfig(network={"_target_": network}).solve(task)
+    def ours(**given: Any) -> Facts:
+        fit = DeepSVGConfig(**given).solve(task)
         return {"came": f"{agreed(fit.resp.argmax(1)[0].numpy())}, {fit.diagnostics.iterations[0]} steps and the start"}
 
     def loops() -> Facts:
@@ -364,7 +364,7 @@ def deepsvg(size: Size) -> Sides:
         found, epochs = peers.deep_svg(image, mask, start, tol=1e-3, epochs=size.epochs)
         return {"came": f"{agreed(found.numpy())}, {epochs} steps in all, at most {size.epochs}"}
 
-    each = {"ours": lambda: ours("unet"), "ours, foldedunet": lambda: ours("foldedunet"), "the paper's loop": loops}
+    each = {"ours": ours, "ours, unet": lambda: ours(network={"_target_": "unet"}), "the paper's loop": loops}
     return Sides(shown(image.shape), each, ("the paper's loop",))
 
 
@@ -400,7 +400,7 @@ def network(size: Size) -> Sides:
     def theirs() -> Facts:
         return {"came": f"{len([plain(one[None]) for one in image])} × {shown(image.shape[2:])}"}
 
-    each = {"ours": ours("unet"), "ours, foldedunet": ours("foldedunet"), "the paper's U-Net": theirs}
+    each = {"ours": ours("quickunet"), "ours, unet": ours("unet"), "the paper's U-Net": theirs}
     return Sides(shown(image.shape), each)
 
 
