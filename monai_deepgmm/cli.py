@@ -267,7 +267,7 @@ def _add_train(parsers: Any) -> None:
     group.add_argument("--method", choices=["deepg", "deepsvg"], help="the mixture; deepsvg, or what --loss says")
     losses = ["nll", "nll_v", "gmm", "gmm_tv", "gmm_bias"]
     group.add_argument("--loss", choices=losses, help="the loss; that of the method, or with --labels gmm_tv")
-    group.add_argument("--network", metavar="NETWORK", help="a name, a class, or a file; the paper's U-Net")
+    group.add_argument("--network", metavar="NETWORK", help="a name, a class, or a file; quickunet for slices")
     _add_trust(group)
     group.add_argument("--means", metavar="FILE", help="known class means, or the word cohort to estimate them from it")
     labels = "learn from these patients' labels too: all, ids, a file of ids, or a share such as 1/4 drawn by --seed"

@@ -60,7 +60,7 @@ def scan(arguments: argparse.Namespace) -> int:
 
 def segment(arguments: argparse.Namespace) -> int:
     """Segments every patient."""
-    from monai_deepgmm import batch
+    from monai_deepgmm.quick_start import batch
 
     if arguments.redo:
         _only_redone(arguments)
@@ -80,7 +80,7 @@ def segment(arguments: argparse.Namespace) -> int:
             print(f"{terminal.shown(row['patient'])}\t{row['status']}\t{terminal.shown(detail)}")
         return _exit_code(sum(row["status"] == "failed" for row in rows), len(rows))
     with terminal.progress_bar(len(batch.select(found, options))) as bar:
-        code = batch.run(found, arguments.out, config, options, progress=lambda row: bar.update())
+        code: int = batch.run(found, arguments.out, config, options, progress=lambda row: bar.update())
     logger.log(logging.INFO if code == OK else logging.WARNING, "%s", terminal.closing_line(arguments.out, code))
     return code
 

@@ -128,7 +128,7 @@ def _context() -> BaseContext:
     Forking a process that runs torch's threads can hang.
     """
     if "forkserver" in multiprocessing.get_all_start_methods():
-        forkserver.set_forkserver_preload(["monai_deepgmm.batch"])
+        forkserver.set_forkserver_preload(["monai_deepgmm.quick_start"])
         with suppress(OSError):  # no place for its socket: a system's paths may be too long, or its disk know none
             forkserver.ensure_running()
             return multiprocessing.get_context("forkserver")

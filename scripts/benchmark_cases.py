@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import benchmark_peers as peers
-from benchmark_children import counted_children
+from benchmark_children import as_installed, counted_children
 from runner import Facts
 
 #: What is timed; it says what came of it: ``came`` in words, ``objective`` where the sides must agree on one.
@@ -284,14 +284,14 @@ def command(size: Size) -> Sides:
     """The command itself, started anew: its CPU seconds, imports included."""
     from monai_deepgmm.phantom import heart
 
-    folder = Path(tempfile.mkdtemp())
-    few, many = size.hearts
-    for number in sorted({1, few, many}):
+    folder, (few, many) = Path(tempfile.mkdtemp()), size.hearts
+    for number in {1, few, many}:
         heart.write_cohort(folder / str(number), number, seed=0)
 
     def run(*words: str) -> Facts:
+        typed = [sys.executable, "-m", "monai_deepgmm", *words]
         with counted_children() as used:
-            done = subprocess.run([sys.executable, "-m", "monai_deepgmm", *words], capture_output=True, check=True)
+            done = subprocess.run(typed, env=as_installed(), capture_output=True, check=True)
         return {"came": f"exit code {done.returncode}", **used}
 
     def segment(number: int, jobs: int) -> Facts:
@@ -355,8 +355,8 @@ def deepsvg(size: Size) -> Sides:
         index = np.array([t.index for t in tissues])
         return dice(np.where(inside, index[found], 0), known, [k for k in index if (known == k).any()])
 
-    def ours(network: str) -> Facts:
-        fit = DeepSVGConfig(network={"_target_": network}).solve(task)
+    def ours(**given: Any) -> Facts:
+        fit = DeepSVGConfig(**given).solve(task)
         return {"came": f"{agreed(fit.resp.argmax(1)[0].numpy())}, {fit.diagnostics.iterations[0]} steps and the start"}
 
     def loops() -> Facts:
@@ -364,7 +364,7 @@ def deepsvg(size: Size) -> Sides:
         found, epochs = peers.deep_svg(image, mask, start, tol=1e-3, epochs=size.epochs)
         return {"came": f"{agreed(found.numpy())}, {epochs} steps in all, at most {size.epochs}"}
 
-    each = {"ours": lambda: ours("unet"), "ours, foldedunet": lambda: ours("foldedunet"), "the paper's loop": loops}
+    each = {"ours": ours, "ours, unet": lambda: ours(network={"_target_": "unet"}), "the paper's loop": loops}
     return Sides(shown(image.shape), each, ("the paper's loop",))
 
 
@@ -400,7 +400,7 @@ def network(size: Size) -> Sides:
     def theirs() -> Facts:
         return {"came": f"{len([plain(one[None]) for one in image])} × {shown(image.shape[2:])}"}
 
-    each = {"ours": ours("unet"), "ours, foldedunet": ours("foldedunet"), "the paper's U-Net": theirs}
+    each = {"ours": ours("quickunet"), "ours, unet": ours("unet"), "the paper's U-Net": theirs}
     return Sides(shown(image.shape), each)
 
 

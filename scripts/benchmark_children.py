@@ -28,3 +28,8 @@ def counted_children() -> Iterator[dict[str, float]]:
             os.waitpid(-1, 0)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found["spent"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def as_installed() -> dict[str, str]:
+    """The environment with bytecode kept, as where the package is installed; a side's first, untimed run makes it."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}

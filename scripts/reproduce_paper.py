@@ -162,7 +162,7 @@ def trained(
     folder = options.out / "models" / name
     command = ("train", str(options.data), str(folder), *LAYOUT, "--method", "deepsvg", "--seed", str(seed), "--resume")
     few = () if epochs is None else ("--epochs", str(epochs))
-    command += ("--set", "teacher=signature", *more, *few, "--patients", *who.train)
+    command += ("--network", "unet", "--set", "teacher=signature", *more, *few, "--patients", *who.train)
     return Stage(f"train_{name}", command, needs, folder / WEIGHTS)
 
 
@@ -176,7 +176,7 @@ def experiment(options: argparse.Namespace, who: Split) -> Experiment:
         for m in ("gmm", "svgmm")
         for name, setting in by_shape[m]
     ]
-    alone += [segmented(options, m, who.everyone, "--method", m) for m in ("deepg", "deepsvg")]
+    alone += [segmented(options, m, who.everyone, "--method", m, "--network", "unet") for m in ("deepg", "deepsvg")]
     known = ("--method", "svgmm", "--means", str(mu), "--set")
     informed = (segmented(options, name, who.test, *known, how, needs=(mu,)) for name, how in by_shape["svgmm_mu"])
     networks: dict[str, Stage] = {}

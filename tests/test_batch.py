@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -21,7 +23,7 @@ import pytest
 import torch
 from outcomes import row
 
-from monai_deepgmm import batch, cli, protocol
+from monai_deepgmm import batch, cli, protocol, quick_start
 from monai_deepgmm.cli import main
 from monai_deepgmm.images import atomic_files
 from monai_deepgmm.methods.config import build
@@ -91,7 +93,7 @@ def in_a_process(argv: list[str], *, lingers_at: str | None = None) -> multiproc
     With a patient to linger at, it is still there when the signal comes, however quick the machine.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["monai_deepgmm.cli", "monai_deepgmm.batch"])
+    context.set_forkserver_preload(["monai_deepgmm.cli", "monai_deepgmm.quick_start"])
     process = context.Process(target=_exit_with, args=(argv, lingers_at))
     process.start()
     return process
@@ -400,3 +402,17 @@ def test_a_disk_that_is_really_full(source, expected, small_disk, capfd):
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
     assert main(arguments(source, out)) == 1
     assert left(out) == expected
+
+
+def test_what_a_process_begins_with_is_imported_uncollected_once_and_collected_afterwards(monkeypatch):
+    """Whether garbage is looked for while everything is imported, where it is there already, and afterwards."""
+    imported = sys.modules["monai_deepgmm.batch"]
+    seen = []
+    monkeypatch.setattr(importlib, "import_module", lambda name: seen.append((name, gc.isenabled())) or imported)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    for there in (True, False):
+        if not there:
+            monkeypatch.delitem(sys.modules, "monai_deepgmm.batch")
+        assert quick_start._imported() is imported
+    assert seen == [("monai_deepgmm.batch", True), ("monai_deepgmm.batch", False)]
+    assert gc.isenabled()

@@ -179,7 +179,7 @@ def test_a_setting_that_a_method_lacks_is_refused_with_those_that_it_has(cohort,
     said = refused(capsys, "segment", cohort, tmp_path / "out", *options)
     kind = TrainingConfig if method == "cohort" else method_class(method)
     own = [f.name for f in dataclasses.fields(kind) if f.metadata.get("set", True)]
-    own = [*(name for name in own if name != "preprocessing"), "n4"]
+    own = [*(name for name in own if name != "preprocessing"), "n4", "smooth_noise"]
     assert f"--set {setting.partition('=')[0]}: no such setting of " in said
     assert set(own) <= set(re.findall(r"\w+", said.partition("it has ")[2]))
     assert not (tmp_path / "out").exists()
@@ -197,7 +197,7 @@ def test_every_setting_is_explained_with_its_default_and_unit(method, capsys):
     fields = [f.name for f in dataclasses.fields(own) if f.metadata.get("set", True) and f.name != "preprocessing"]
     fields += [f"{outer}.{f.name}" for outer, kind in nested.items() for f in dataclasses.fields(kind)]
     fields = [name for name in fields if name.rpartition(".")[2] not in ("frame", "max_voxels", "align")]
-    assert sorted(told) == sorted([*fields, *(["n4"] if method != "cohort" else [])])
+    assert sorted(told) == sorted([*fields, *(["n4", "smooth_noise"] if method != "cohort" else [])])
     for name, lines in told.items():
         default, words = lines.split("\n")
         assert len(words.split()) > 1, name

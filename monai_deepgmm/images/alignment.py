@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,6 @@ from monai_deepgmm.images.grid import Placed
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.registration import Align, in_plane
-from monai_deepgmm.registration.in_plane import Shift
 
 Mask = NDArray[np.bool_]
 
@@ -60,30 +60,29 @@ def bring_together(
     if align == "off" or len(sources) < 2 or not (by_slice or align == "rigid"):
         return Aligned(dict(placed))
     (first, reference), *others = sources.items()
-    fixed, move = _finite(placed[first]), _slices if by_slice else _whole
+    fixed = _finite(placed[first])
+    move = partial(_slices, _planes(fixed, mask, reference)) if by_slice else partial(_whole, fixed, mask)
     out, facts, notes = {first: placed[first]}, {}, []
     for sequence, source in others:
         there = dataclasses.replace(source, affine=reference.affine) if placed[sequence].taken else source
-        moved = move(fixed, placed[sequence], there, mask, reference)
+        moved = move(placed[sequence], there, reference)
         out[sequence], facts[sequence] = moved.placed, {"moved": bool(moved.how), **moved.facts}
         notes += [f"W_ALIGNED: {sequence} was moved to {first} {moved.how}; check it on the page"] if moved.how else []
     return Aligned(out, {"rule": align, "reference": first, "sequences": facts}, tuple(notes))
 
 
-def in_plane_shifts(
-    fixed: NDArray[Any], moving: NDArray[Any], mask: Mask, spacing_mm: tuple[float, float, float]
-) -> dict[int, Shift]:
-    """Slice → how a sequence lies beside the reference in its plane; all arrays (X, Y, Z) on the reference's grid."""
-    axis = grid.slice_axis(spacing_mm)
-    planes = (np.moveaxis(fixed, axis, 2), np.moveaxis(moving, axis, 2), np.moveaxis(mask, axis, 2))
-    return in_plane.shifts(*planes, np.delete(spacing_mm, axis).tolist())
-
-
-def _slices(fixed: NDArray[Any], before: Placed, source: Volume, mask: Mask, reference: Volume) -> _Moved:
-    """The sequence with each slice that gains moved in its plane; the others stay as they are."""
-    found = in_plane_shifts(fixed, _finite(before), mask, reference.spacing_mm)
-    chosen = in_plane.kept(found)
+def _planes(fixed: NDArray[Any], mask: Mask, reference: Volume) -> in_plane.Reference:
+    """The slices of the reference, ready for the other sequences."""
     axis = grid.slice_axis(reference.spacing_mm)
+    spacing_mm = np.delete(reference.spacing_mm, axis).tolist()
+    return in_plane.Reference(np.moveaxis(fixed, axis, 2), np.moveaxis(mask, axis, 2), spacing_mm)
+
+
+def _slices(planes: in_plane.Reference, before: Placed, source: Volume, reference: Volume) -> _Moved:
+    """The sequence with each slice that gains moved in its plane; the others stay as they are."""
+    axis = grid.slice_axis(reference.spacing_mm)
+    found = planes.shifts(np.moveaxis(_finite(before), axis, 2))
+    chosen = in_plane.kept(found)
     plane = reference.affine[:3, :3] / reference.spacing_mm
     away = {z: np.delete(plane, axis, 1) @ np.array(shift.mm) for z, shift in found.items()}  # mm, RAS
     data, inside = before.data.copy(), before.inside.copy()
@@ -109,7 +108,7 @@ def _slices(fixed: NDArray[Any], before: Placed, source: Volume, mask: Mask, ref
     return _Moved(before._replace(data=data, inside=inside), {"slices": told}, how)
 
 
-def _whole(fixed: NDArray[Any], before: Placed, source: Volume, mask: Mask, reference: Volume) -> _Moved:
+def _whole(fixed: NDArray[Any], mask: Mask, before: Placed, source: Volume, reference: Volume) -> _Moved:
     """The whole sequence after one rigid movement, if that gains."""
     from monai_deepgmm.registration import whole_stack  # here, as SimpleITK takes 90 MB
 

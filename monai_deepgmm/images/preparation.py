@@ -1,4 +1,4 @@
-"""One way in: a study loaded, checked, freed of shading, cropped and normalised, whoever asks for it.
+"""One way in: a study loaded, checked, freed of shading and noise, cropped and normalised, whoever asks for it.
 
 The steps are transforms of MONAI's kind (one dictionary in, one out), so that a bundle's configuration can hold, change
 and extend them. Each reads and writes ``scan`` or ``crops``.
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from monai_deepgmm.images import cropping, loading
+from monai_deepgmm.images import cropping, loading, noise
 from monai_deepgmm.images.cropping import Crops
+from monai_deepgmm.images.grid import slice_axis
 from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.n4 import field as n4_field
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
@@ -118,12 +119,38 @@ class CorrectShadingd:
         return {**data, "scan": dataclasses.replace(patient, image=patient.image / fields), "fields": fields}
 
 
+class SmoothNoised:
+    """Smooths each sequence of ``scan`` that is much noisier than what it shows, slice by slice; says so (W_NOISE)."""
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """``scan`` → ``scan``."""
+        patient: Scan = data["scan"]
+        spacing_mm = patient.reference.spacing_mm
+        axis = slice_axis(spacing_mm)
+        across, down = (s for a, s in enumerate(spacing_mm) if a != axis)
+        mask = np.moveaxis(patient.mask, axis, 0)
+        image, warnings = patient.image, list(patient.warnings)
+        inputs = {name: dict(facts) for name, facts in patient.inputs.items()}
+        for channel, sequence in enumerate(patient.sequences):
+            stack = np.moveaxis(patient.image[channel], axis, 0)
+            found = noise.examine(stack, mask, (across, down))
+            inputs[sequence]["noise"] = {key: round(value, 4) for key, value in found._asdict().items()}
+            if found.smoothing_mm > 0:
+                image = image.copy() if image is patient.image else image
+                quiet = noise.smoothed(stack, mask, (across, down), found.smoothing_mm)
+                image[channel] = np.moveaxis(quiet, 0, axis)
+                warnings.append(f"W_NOISE: {sequence} {found}")
+        changed = dataclasses.replace(patient, image=image, warnings=tuple(warnings), inputs=inputs)
+        return {**data, "scan": changed}
+
+
 def steps(
     protocol: Protocol,
     *,
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
     n4: bool = False,
+    smooth_noise: bool = True,
     align: Align = "off",
 ) -> tuple[Step, ...]:
     """What happens to every study, on the command line and in the bundle alike: load, align, check, crop, normalise.
@@ -133,10 +160,12 @@ def steps(
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: a larger image is refused before it is read.
         n4: whether N4 takes the shading off.
+        smooth_noise: whether noisy stacks of slices are smoothed.
         align: how sequences are brought together.
     """
-    shading: tuple[Step, ...] = (CorrectShadingd(),) if n4 else ()
-    return (LoadStudyd(protocol, frame=frame, max_voxels=max_voxels, align=align), *shading, Cropd(protocol))
+    between: list[Step] = [CorrectShadingd()] if n4 else []
+    between += [SmoothNoised()] if smooth_noise and protocol.unit == "slice" else []
+    return (LoadStudyd(protocol, frame=frame, max_voxels=max_voxels, align=align), *between, Cropd(protocol))
 
 
 def preprocessing(
@@ -145,11 +174,13 @@ def preprocessing(
     frame: int | None = None,
     max_voxels: int = DEFAULT_MAX_VOXELS,
     n4: bool = False,
+    smooth_noise: bool = True,
     align: Align = "off",
 ) -> Compose:
     """``steps`` as MONAI's transforms, for a bundle's configuration."""
     from monai.transforms import Compose, Transform  # here, as importing monai takes seconds
 
-    for kind in (LoadStudyd, CorrectShadingd, Cropd):
+    for kind in (LoadStudyd, CorrectShadingd, SmoothNoised, Cropd):
         Transform.register(kind)
-    return Compose(steps(protocol, frame=frame, max_voxels=max_voxels, n4=n4, align=align))
+    made = steps(protocol, frame=frame, max_voxels=max_voxels, n4=n4, smooth_noise=smooth_noise, align=align)
+    return Compose(made)

@@ -23,6 +23,7 @@ class Preprocessing:
 
     Attributes:
         n4: whether SimpleITK's N4 takes the shading off before anything else; then no field is fitted.
+        smooth_noise: whether a sequence that is much noisier than what it shows is smoothed first, in stacks of slices.
         frame: which frame of a 4-D file, counted from 0.
         max_voxels: larger images are refused.
         align: what lies beside the reference: slices of hearts, moved where that gains (auto), also whole volumes of
@@ -30,6 +31,7 @@ class Preprocessing:
     """
 
     n4: bool = False
+    smooth_noise: bool = True
     frame: int | None = field(default=None, metadata={"set": False})
     max_voxels: int = field(default=DEFAULT_MAX_VOXELS, metadata={"set": False})
     align: Align = field(default="auto", metadata={"set": False})
@@ -38,12 +40,13 @@ class Preprocessing:
         """Refuses what makes no sense.
 
         Raises:
-            UsageError: n4 is neither true nor false, or align is none of its choices.
+            UsageError: n4 or smooth_noise is neither true nor false, or align is none of its choices.
         """
         if self.align not in ALIGN:
             raise UsageError(f"--align {self.align}: choose {', '.join(ALIGN)}")
-        if not isinstance(self.n4, bool):
-            raise UsageError(f"n4: {self.n4!r} is unknown; choose one of true, false")
+        for key, value in (("n4", self.n4), ("smooth_noise", self.smooth_noise)):
+            if not isinstance(value, bool):
+                raise UsageError(f"{key}: {value!r} is unknown; choose one of true, false")
 
     def normalisation(self, protocol: Protocol) -> str:
         """A name that tells two scales of intensity apart; means and networks are used only with their own."""

@@ -25,10 +25,10 @@ def smoothest(gain: Array, weight: float) -> NDArray[np.int64]:
     Returns:
         ``(..., A)`` indices of R.
     """
-    tables = gain.reshape(-1, *gain.shape[-2:]).astype(float)
+    tables = gain.reshape(-1, *gain.shape[-2:])
     n_angles, half = tables.shape[1], tables.shape[1] // 2
     through = _met(np.concatenate([tables, tables], 1), half, weight)[1]
-    fixed = np.where(np.arange(tables.shape[2]) == through[:, None], 0, -np.inf)[:, None]
+    fixed = np.where(np.arange(tables.shape[2]) == through[:, None], 0, -np.inf)[:, None].astype(tables.dtype)
     turn = np.roll(tables, -half, axis=1)
     turn = np.concatenate([turn[:, :1] + fixed, turn[:, 1:], fixed], 1)
     path = _traced(*_met(turn, half, weight), weight)  # the shorter side is filled up at its end
@@ -44,10 +44,14 @@ def _met(gain: Array, at: int, weight: float) -> tuple[Array, NDArray[np.int64]]
         the first ones; and where the best paths cross ``(N,)``.
     """
     count, length, n_radii = gain.shape
-    both = np.zeros((max(at + 1, length - at), n_radii, 2 * count))  # radii are shifted against each other as rows
+    both = np.zeros(
+        (max(at + 1, length - at), n_radii, 2 * count), dtype=gain.dtype
+    )  # radii are shifted against each other as rows
     both[-at - 1 :, :, :count] = gain[:, : at + 1].transpose(1, 2, 0)
     both[at - length :, :, count:] = gain[:, at:][:, ::-1].transpose(1, 2, 0)
-    best = np.full((len(both), n_radii + 2 * MAX_STEP, 2 * count), -np.inf)  # beyond the radii nothing is possible
+    best = np.full(
+        (len(both), n_radii + 2 * MAX_STEP, 2 * count), -np.inf, dtype=gain.dtype
+    )  # beyond the radii nothing is possible
     here, shifted = best[:, MAX_STEP : MAX_STEP + n_radii], np.empty_like(both[0])
     here[0] = both[0]
     for angle in range(1, len(best)):
@@ -56,7 +60,7 @@ def _met(gain: Array, at: int, weight: float) -> tuple[Array, NDArray[np.int64]]
         for step in range(1, MAX_STEP + 1):
             low, high = MAX_STEP - step, MAX_STEP + step
             np.maximum(before[low : low + n_radii], before[high : high + n_radii], out=shifted)
-            shifted -= weight * step**2
+            shifted -= gain.dtype.type(weight * step**2)
             np.maximum(now, shifted, out=now)
         now += both[angle]
     return best, (here[-1, :, :count] + here[-1, :, count:] - gain[:, at].T).argmax(0)

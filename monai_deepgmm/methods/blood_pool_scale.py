@@ -32,9 +32,9 @@ class Scale(NamedTuple):
     unit: Array
 
     def __call__(self, image: Array) -> Array:
-        """Intensities ``(B, ...)`` on the scale."""
-        shape = (-1, *[1] * (image.ndim - 1))
-        scaled: Array = (image - self.wall.reshape(shape)) / self.unit.reshape(shape)
+        """Intensities ``(B, ...)`` on the scale, in their own precision."""
+        wall, unit = (part.reshape(-1, *[1] * (image.ndim - 1)).astype(image.dtype) for part in (self.wall, self.unit))
+        scaled: Array = (image - wall) / unit
         return scaled
 
 
@@ -92,8 +92,10 @@ class Sorted(NamedTuple):
 
     def quantile(self, place: NDArray[np.bool_], share: float) -> Array:
         """The weighted quantile of each row's values in places ``(..., B, N)`` → ``(..., B)``; NaN: nothing weighs."""
-        rows = np.arange(len(self.order))
-        reached = np.cumsum(self.weights * place[..., rows[:, None], self.order], axis=-1)
+        rows, (count, length) = np.arange(len(self.order)), self.order.shape
+        # One index for rows and values: two take several times as long.
+        found = place.reshape(*place.shape[:-2], count * length).take(self.order + length * rows[:, None], axis=-1)
+        reached = np.cumsum(self.weights * found, axis=-1)
         index = (reached < share * reached[..., -1:]).sum(-1)
         return np.where(reached[..., -1] > 0, self.values[rows, index], np.nan)
 

@@ -22,7 +22,8 @@ class CohortConfig:
 
     Attributes:
         training: how the network is trained.
-        network: the definition that ``networks.registry.build`` takes; None: the paper's U-Net.
+        network: the definition that ``networks.registry.build`` takes; None: the paper's U-Net, with which its
+            intervals were calibrated.
         model: the trained network; None until there is one.
     """
 

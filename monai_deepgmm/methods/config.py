@@ -105,7 +105,9 @@ class Config:
             "method": self.method.name,
             "settings": {name: getattr(self.method, name) for name in sorted(plain)}
             | ({} if training is None else {"training": training.decisive().as_json()}),
-            "preprocessing": {key: getattr(self.preprocessing, key) for key in ("n4", "frame", "align")},
+            "preprocessing": {
+                key: getattr(self.preprocessing, key) for key in ("n4", "smooth_noise", "frame", "align")
+            },
             "model": None if self.model is None else self.model.as_json(),
             "means": None if self.means is None else dataclasses.asdict(self.means),
             "seed": self.seed,

@@ -59,6 +59,10 @@ HEALTHY_QUANTILE, BRIGHT_SOFTNESS = 0.33, 0.12
 CAVITY_MARGIN, WALL_END = 0.03, 0.97
 
 
+#: Polar cells are worked on in single precision.
+SINGLE = np.float32
+
+
 class Ring(NamedTuple):
     """The two borders of the wall, for each of B images.
 
@@ -131,12 +135,12 @@ def rings(
     """
     anatomy = anatomies[0]
     views = [polar.view(m, np.array(spacing_mm)) for m in mask[:, 0].cpu().numpy() > 0]
-    standard = standardise(image, mask).cpu().numpy().astype(float)
-    weights = np.array([anatomy.contrast.get(s, 0.0) for s in sequences])
+    standard = standardise(image, mask).cpu().numpy().astype(SINGLE)
+    weights = np.array([anatomy.contrast.get(s, 0.0) for s in sequences], dtype=SINGLE)
     plain = _sampled(views, np.tensordot(standard, weights, (1, 0)))
     late = anatomy.enhancement.sequence if anatomy.enhancement else None
     seen = LateView(_sampled(views, standard[:, sequences.index(late)]), views, slices) if late in sequences else None
-    cells, rays = np.stack([v.weight for v in views]), np.array([v.ray for v in views])[:, None, None]
+    cells = np.stack([v.weight / v.ray for v in views]).astype(SINGLE)
     shape = (len(anatomies), len(views), ANGLES)
     means = np.array([a.radius[0] for a in anatomies])[:, None, None]
     thicker = _thicker(views, slices)
@@ -148,7 +152,7 @@ def rings(
             x = seen.on_scale(borders)
             shares = seen.bright_share(x, borders) if number >= INFORMED else shares
             contrast = plain + seen.contrast(x, shares)
-        gains = np.cumsum(contrast.clip(-CLIP, CLIP) * cells, -1) / rays
+        gains = np.cumsum(contrast.clip(-CLIP, CLIP) * cells, -1)
         borders = _border(np.broadcast_to(gains, (*shape, RADII)), usual, anatomy.radius[1])
         usual = _usual(borders, means, anatomy.spread, slices, thicker)
     outer, angle = np.stack([v.outer for v in views]), np.stack([v.angle for v in views])
@@ -161,12 +165,12 @@ def rings(
 
 def _sampled(views: Sequence[PolarView], images: Array) -> Array:
     """Images ``(B, H, W)`` in polar cells ``(B, ANGLES, RADII)``."""
-    return np.stack([v.sample(i) for v, i in zip(views, images, strict=True)])
+    return np.stack([v.sample(i) for v, i in zip(views, images, strict=True)]).astype(images.dtype)
 
 
 def _border(gain: Array, usual: Array, sd: float) -> Array:
     """The inner border's relative radius at each angle ``(..., ANGLES)``."""
-    penalty = ((ENDS - usual[..., None]) / sd) ** 2 / 2
+    penalty = (((ENDS - usual[..., None]) / sd) ** 2 / 2).astype(gain.dtype)
     return ENDS[smoothest(EVIDENCE * gain - penalty, 1 / (2 * (SMOOTHNESS * RADII) ** 2))]
 
 
@@ -215,7 +219,7 @@ class LateView:
 
     def __init__(self, image: Array, views: Sequence[PolarView], slices: tuple[int, ...]) -> None:
         self.image, self.slices = image, slices
-        self.weights = np.stack([v.weight for v in views])
+        self.weights = np.stack([v.weight for v in views]).astype(SINGLE)
         # A cell that the mask only touches holds what lies outside.
         full = np.where(self.weights > self.weights.max((1, 2), keepdims=True) * 1e-3, self.weights, 0)
         self.sorted = blood_pool_scale.Sorted.of(image.reshape(len(image), -1), full.reshape(len(image), -1))
@@ -245,7 +249,7 @@ class LateView:
             shares: b ``(V, B, ANGLES)``.
         """
         dark, bright, scar = _normal(x, 0, TISSUE_SD), _normal(x, 1, TISSUE_SD), _normal(x, 1, SCAR_SD)
-        b = shares[..., None]
+        b = shares[..., None].astype(x.dtype)
         cavity, wall = (1 - DARK_IN_CAVITY) * bright + DARK_IN_CAVITY * dark, (1 - b) * dark + b * scar
         ratio: Array = ENHANCEMENT_WEIGHT * np.log((cavity + 1e-3) / (wall + 1e-3))
         return np.where(np.isnan(ratio), 0.0, ratio)  # a slice without a scale of its own says nothing

@@ -189,7 +189,12 @@ def _rim(mask: Mask, insides: Mask, spacing: Array) -> tuple[Array, Mask]:
     """
     half = float(spacing.min()) / 2  # from a voxel's centre to its border
     wall = mask & ~insides
-    outwards, inwards = (border_distance(place, INNER_MM + half, spacing) - half for place in (mask, ~insides))
+    # The nearest voxel outside of a mask lies beside it: no more than its box and what is around it is looked at.
+    held = [np.flatnonzero(mask.any((0, other))) for other in (2, 1)]
+    rows, columns = (slice(max(at[0] - 1, 0), at[-1] + 2) if len(at) else slice(None) for at in held)
+    outwards, inwards = np.full(mask.shape, -half, np.float32), np.full(insides.shape, -half, np.float32)
+    for depth, place in ((outwards, mask), (inwards, ~insides)):
+        depth[..., rows, columns] = border_distance(place[..., rows, columns], INNER_MM + half, spacing) - half
     outer, inner = ((depth / RIM_MM).clip(RIM_WEIGHT, 1) for depth in (outwards, inwards))
     weights: Array = outer * inner * wall
     open_ended = ~insides.any((2, 3), keepdims=True)  # a slice without a cavity has no inner side
@@ -266,11 +271,12 @@ def _evidence(
             shares[i] *= 1 - NEIGHBOURS
             shares[i, near] = NEIGHBOURS / len(near)
     total, weight = (values.reshape(len(slices), -1) for values in around)
-    root = np.sqrt(np.maximum(shares @ weight, 1e-9))
+    root = np.sqrt(np.maximum(shares.astype(weight.dtype) @ weight, 1e-9))
     found = []
     for scale in scales:
         factor = FAINT * scale.unit / np.maximum(noise, 1e-9) ** 2
-        bright = shares * factor @ total - shares * (factor * (scale.wall + scale.unit * FAINT / 2)) @ weight
+        offset = factor * (scale.wall + scale.unit * FAINT / 2)
+        bright = (shares * factor).astype(total.dtype) @ total - (shares * offset).astype(total.dtype) @ weight
         found.append((bright / root).reshape(around.total.shape))
     return tuple(found)
 

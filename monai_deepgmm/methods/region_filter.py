@@ -55,7 +55,42 @@ class Region(NamedTuple):
     accepted: bool
 
 
-def decide(resp: Tensor, images: Images) -> tuple[Tensor, list[Region]]:
+class _Seen(NamedTuple):
+    """What the regions of a tissue in one image are weighed by.
+
+    Attributes:
+        tissue: its name.
+        image: the index of the image.
+        values: of the sequence that shows the tissue ``(H, W)``.
+        angle: the index of each voxel's angle ``(H, W)``.
+        near: the tissue's share in the neighbouring slices ``(ANGLES,)``; None: there are none.
+        healthy: mean and standard deviation of the healthy wall, if known.
+        shown: what late enhancement shows of the tissue, if anything.
+    """
+
+    tissue: str
+    image: int
+    values: NDArray[np.floating]
+    angle: NDArray[np.int64]
+    near: NDArray[np.float64] | None
+    healthy: tuple[float, float] | None
+    shown: Enhancement | None
+
+    def region(self, box: tuple[slice, ...], where: NDArray[np.bool_], size: float) -> Region:
+        """A region of a size within a box of the image, not yet accepted."""
+        return Region(
+            tissue=self.tissue,
+            image=self.image,
+            voxels=int(np.count_nonzero(where)),
+            size=size,
+            support=_support(where, self.angle[box], self.near),
+            contrast=_contrast(self.values[box][where], self.healthy),
+            evidence=0.0 if self.shown is None else _shown(self.shown, (self.image, *box), where),
+            accepted=False,
+        )
+
+
+def decide(resp: Tensor, images: Images, *, told: bool = True) -> tuple[Tensor, list[Region]]:
     """Takes from each tissue the regions that do not meet its criteria.
 
     Tissues are decided from the last to the first, and a region that is not accepted goes to those still to be decided
@@ -65,9 +100,10 @@ def decide(resp: Tensor, images: Images) -> tuple[Tensor, list[Region]]:
     Args:
         resp: responsibilities ``(B, K, H, W)``, sum 1 inside the mask.
         images: with the wall's borders.
+        told: whether every region is described; else only those are that could be accepted.
 
     Returns:
-        Responsibilities with 0 where a tissue is not accepted, which sum to 1 again, and every region.
+        Responsibilities with 0 where a tissue is not accepted, which sum to 1 again, and the regions.
     """
     ring, tissues, sequences, slices = images.border(), images.tissues, images.sequences, images.slices
     mask, found = images.mask[:, 0].cpu().numpy() > 0, resp.detach().cpu().numpy().copy()
@@ -88,22 +124,16 @@ def decide(resp: Tensor, images: Images) -> tuple[Tensor, list[Region]]:
             beside = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1] if slices else []
             near = np.mean(beside, axis=0) if beside else None
             parts, _ = label((labels == k) & around)
-            reference = _healthy(values[i][(labels == healthy) & around])
+            healthy_wall = _healthy(values[i][(labels == healthy) & around])
+            seen = _Seen(tissues[k].name, i, values[i], ring.angle[i], near, healthy_wall, shown)
             for part, box in enumerate(find_objects(parts), 1):
-                where = parts[box] == part
-                region = Region(
-                    tissue=tissues[k].name,
-                    image=i,
-                    voxels=int(np.count_nonzero(where)),
-                    size=_diameter(where, images.spacing_mm),
-                    support=_support(where, ring.angle[i][box], near),
-                    contrast=_contrast(values[i][box][where], reference),
-                    evidence=0.0 if shown is None else _shown(shown, (i, *box), where),
-                    accepted=False,
-                )
-                region = region._replace(accepted=there and accepted(region, criteria))
-                regions.append(region)
-                if not region.accepted:
+                where, stands = parts[box] == part, False
+                size = _diameter(where, images.spacing_mm)
+                if told or (there and size >= criteria.size):
+                    region = seen.region(box, where, size)
+                    stands = there and accepted(region, criteria)
+                    regions.append(region._replace(accepted=stands))
+                if not stands:
                     for j in gone:
                         found[(i, j, *box)][where] = 0
     total = found.sum(1)

@@ -121,7 +121,7 @@ class Images(NamedTuple):
         if late is None or late.sequence not in self.sequences or not self.slices or late.tissue not in names:
             return [None] * len(rings)
         return enhancement.measure(
-            self.image[:, self.sequences.index(late.sequence)].cpu().numpy().astype(float),
+            self.image[:, self.sequences.index(late.sequence)].float().cpu().numpy(),
             self.mask[:, 0].cpu().numpy() > 0,
             [ring.inside[:, 0].cpu().numpy() > 0 for ring in rings],
             self.spacing_mm,

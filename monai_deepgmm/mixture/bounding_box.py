@@ -22,10 +22,10 @@ def enclosing(mask: Tensor, *, margin: int = 0, multiple: int = 1) -> Box:
     Returns:
         A slice of each axis of ``*S``; its start may be negative and its stop beyond the end.
     """
-    sides = []
-    for axis in range(mask.ndim - 2):
-        others = tuple(i for i in range(mask.ndim) if i != axis + 2)
-        inside = torch.nonzero(mask.sum(others)).flatten().tolist() or [0]
+    sides, found = [], mask.amax((0, 1))
+    for axis in range(found.ndim):
+        along = found.movedim(axis, 0).reshape(found.shape[axis], -1).amax(1)
+        inside = torch.nonzero(along > 0).flatten().tolist() or [0]
         low, high = inside[0], inside[-1] + 1
         side = -(-(high - low + 2 * margin) // multiple) * multiple
         first = (low + high - side) // 2

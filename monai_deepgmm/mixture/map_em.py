@@ -132,13 +132,14 @@ def fit_map_em(
     trace, ended = [state.nll], list[tuple[Tensor, _State]]()
     while len(trace) <= max_iter and len(going):
         new = _State.of(task.maximised(state, prior), task, spatial.temper, model)
-        change[going] = masked_mean((new.resp - state.resp).abs().mean(1, keepdim=True), task.inside)
+        change[going] = masked_mean((new.resp - state.resp).abs_().mean(1, keepdim=True), task.inside)
         iterations[going] += 1
         state = new
         trace.append(trace[-1].index_copy(0, going, state.nll))
         if (done := change[going] < tol).any():  # an image that has converged leaves the others alone
-            ended.append((going[done], state.rows(done)))
-            going, state, task = going[~done], state.rows(~done), task.rows(~done)
+            over, left = done.nonzero().flatten(), (~done).nonzero().flatten()
+            ended.append((going[over], state.rows(over)))
+            going, state, task = going[left], state.rows(left), task.rows(left)
     ended.append((going, state))
     order = torch.cat([rows for rows, _ in ended]).argsort()
     resp = torch.cat([one.resp for _, one in ended])[order]
@@ -179,7 +180,8 @@ class _Task(NamedTuple):
             seen = boxes.pack(Smoother(boxed, spatial.denoise_mm, spacing_mm)(boxes.spread(seen)))
         location = None if prior.location is None else _centred(voxels.pack(prior.location.to(image)), inside)
         means = prior.means.to(image).expand(len(image), -1, -1)
-        found, around = sufficient.of_standardised(seen, inside, "full"), Smoother(boxed, spatial.sigma_mm, spacing_mm)
+        found = sufficient.of_centred(seen, inside, torch.ones_like(means[:, 0]), "full")
+        around = Smoother(boxed, spatial.sigma_mm, spacing_mm)
         reach = torch.where(inside > 0, boxes.pack(around.reach), 1)
         return cls(voxels, boxes, found, around, reach, means, location)
 
@@ -229,8 +231,9 @@ class _Task(NamedTuple):
         """The smooth Π ``(B, K, N)``; they sum to 1, so that the last is what the others leave."""
         maps = torch.empty_like(resp)
         free = maps[:, :-1]
-        free[:] = self.boxes.pack(self.neighbourhood.blur(self.boxes.spread(resp[:, :-1]))).div_(self.reach)
-        maps[:, -1:] = self.inside - free.sum(1, keepdim=True)
+        around = self.neighbourhood.blur(self.boxes.spread(resp[:, :-1]))
+        torch.div(self.boxes.pack(around, clean=False), self.reach, out=free)  # what fills up counts nowhere
+        torch.sub(self.inside, free.sum(1, keepdim=True), out=maps[:, -1:])
         return maps
 
 

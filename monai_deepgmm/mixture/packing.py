@@ -36,21 +36,26 @@ class Packing(NamedTuple):
         """Those of all images so many times over."""
         return self._replace(inside=self.inside.repeat(times, 1, 1), where=self.where.repeat(times, 1))
 
-    def pack(self, values: Tensor) -> Tensor:
-        """``(B, C, *S)`` → ``(B, C, N)``; what fills up is 0, so that it is always finite."""
+    def pack(self, values: Tensor, *, clean: bool = True) -> Tensor:
+        """``(B, C, *S)`` → ``(B, C, N)``.
+
+        Args:
+            values: the images.
+            clean: what fills up is 0, so that it is always finite; else it is some voxel's.
+        """
         if self.whole:
             return values.flatten(2)
         index = self.where.clamp_max(self.size - 1)[:, None].expand(-1, values.shape[1], -1)
         found = values.flatten(2).gather(2, index)
-        return torch.where(self.inside > 0, found, 0)
+        return torch.where(self.inside > 0, found, 0) if clean else found
 
     def spread(self, values: Tensor, outside: float = 0.0) -> Tensor:
-        """The way back: ``(B, C, N)`` → ``(B, C, *S)``."""
+        """The way back: ``(B, C, N)`` → ``(B, C, *S)``, whose images do not lie close together in memory."""
         if self.whole:
             return values.reshape(*values.shape[:2], *self.shape)
         full = values.new_full((*values.shape[:2], self.size + 1), outside)
         full.scatter_(2, self.where[:, None].expand_as(values), values)
-        return full[..., :-1].reshape(*values.shape[:2], *self.shape)
+        return torch.unflatten(full[..., :-1], 2, self.shape)
 
     def boxes(self) -> Packing:
         """The same voxels in boxes of one size, of which each lies around those of its image."""

@@ -61,19 +61,27 @@ def statistics(image: Tensor, mask: Tensor, scale: Tensor, covariance: Covarianc
     centre = (image * mask).sum(-1) / mask.sum(-1).clamp_min(1)
     if covariance == "spherical":
         scale = scale.amax(1, keepdim=True).expand_as(scale)
-    found = of_standardised((image - centre[..., None]) / scale[..., None] * mask, mask, covariance)
-    return found._replace(centre=centre, scale=scale)
+    return of_centred((image - centre[..., None]) * mask, mask, scale, covariance)._replace(centre=centre)
 
 
-def of_standardised(x: Tensor, mask: Tensor, covariance: Covariance) -> Statistics:
-    """The sufficient statistics of intensities ``(B, M, N)`` that lie around 0 already, 0 outside the mask."""
-    one = torch.arange(x.shape[1], device=x.device)
+def of_centred(x: Tensor, mask: Tensor, scale: Tensor, covariance: Covariance) -> Statistics:
+    """The sufficient statistics of intensities ``(B, M, N)`` around 0, 0 outside the mask, when divided by a scale."""
     matrix = covariance in ("full", "tied")
-    i, j = torch.triu_indices(len(one), len(one), device=x.device) if matrix else (one, one)
-    squares = x[:, i] * x[:, j] if matrix else x.square()
-    features = torch.cat([squares, x, mask.to(x.dtype)], 1)
-    nowhere = x.new_zeros(x.shape[:2])
-    return Statistics(features, nowhere, nowhere + 1, covariance, (i, j))
+    i, j = pairs = _pairs(x.shape[1], matrix, x.device)
+    features = x.new_empty(len(x), len(i) + x.shape[1] + 1, x.shape[2])
+    squares, linear = features[:, : len(i)], features[:, len(i) : -1]
+    torch.div(x, scale[..., None], out=linear)
+    torch.mul(*((linear[:, i], linear[:, j]) if matrix else (linear, linear)), out=squares)
+    features[:, -1:] = mask
+    return Statistics(features, torch.zeros_like(scale), scale, covariance, pairs)
+
+
+@functools.cache
+def _pairs(n_sequences: int, matrix: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The sequences whose products are the quadratic features: all pairs, or each with itself; two of ``(Q,)``."""
+    each = torch.arange(n_sequences, device=device)
+    i, j = torch.triu_indices(n_sequences, n_sequences, device=device) if matrix else (each, each)
+    return i, j
 
 
 def coefficients(mixture: Mixture, like: Statistics) -> Tensor:

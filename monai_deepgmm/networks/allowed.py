@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 #: Words for ``--network``; ``registry.NAMED`` says what they stand for.
 WORDS = (
-    *("unet", "foldedunet", "basicunet", "dynunet", "segresnet", "modifiedunet", "basicunetplusplus"),
+    *("unet", "quickunet", "foldedunet", "basicunet", "dynunet", "segresnet", "modifiedunet", "basicunetplusplus"),
     *("attentionunet", "unetr", "swinunetr"),
 )
 OURS = ("UNet", "FoldedUNet", "ModifiedUNet")

@@ -149,7 +149,7 @@ class GMMLoss(nn.Module):
         product serves both.
         """
         seen = voxels(image, mask, self.covariance, VARIANCE_FLOOR)
-        values, found = likelihood(logits, seen, "complete")
+        values, _, found = likelihood(logits, seen, "complete")
         constant = 0.5 * image.shape[1] * math.log(2 * math.pi) * (mask.flatten(1).sum(1) > 0).to(values)
         return values - constant, lambda: seen.statistics.original(estimate(found, seen.statistics, seen.floor))
 

@@ -8,6 +8,7 @@ The gradients are those of the logits; the image and the mask are data, and noth
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monai_deepgmm.mixture import statistics as sufficient
-from monai_deepgmm.mixture.bounding_box import Box, cut, enclosing, paste
+from monai_deepgmm.mixture.bounding_box import Box, enclosing, within
 from monai_deepgmm.mixture.gaussian import Covariance
 from monai_deepgmm.mixture.statistics import Statistics
 
@@ -46,19 +47,18 @@ class Voxels(NamedTuple):
 def voxels(image: Tensor, mask: Tensor, covariance: Covariance, floor: float) -> Voxels:
     """The voxels of images ``(B, M, *S)`` inside masks ``(B, 1, *S)``; the floor is on the images' own scale."""
     box = enclosing(mask) if mask.device.type == "cpu" else tuple(slice(0, n) for n in mask.shape[2:])
-    inside = cut(mask, box).flatten(2).to(image.dtype).clamp_min(0).sign_()
-    x = cut(image, box).flatten(2) * inside
-    count = inside.sum(-1).clamp_min(1)
+    inside = mask[within(box)].to(image.dtype).ceil().clamp_(0, 1)  # one of parts of voxels, too; sign takes long
+    x, inside = (image[within(box)] * inside).flatten(2), inside.flatten(2)
+    count = inside.sum(-1).clamp_min_(1)
     centre = x.sum(-1) / count
-    x.sub_(centre[..., None]).mul_(inside)
-    deviation = torch.linalg.vector_norm(x, dim=-1) / count.sqrt()
+    x.addcmul_(centre[..., None], inside, value=-1)
+    deviation = torch.linalg.vector_norm(x, dim=-1).div_(count.sqrt())
     # Of equal values the computed mean is off by a few roundings, so their deviation is seldom exactly zero.
-    scale = torch.where(deviation > 16 * torch.finfo(x.dtype).eps * centre.abs(), deviation, 1.0)
+    scale = deviation.masked_fill_(deviation <= centre.abs().mul_(16 * torch.finfo(x.dtype).eps), 1)
     if covariance == "spherical":
         scale = scale.amax(1, keepdim=True).expand_as(scale)
-    x /= scale[..., None]
-    statistics = sufficient.of_standardised(x, inside, covariance)._replace(centre=centre, scale=scale)
-    return Voxels(box, inside.div_(count[..., None]), statistics, floor / scale.square())
+    statistics = sufficient.of_centred(x, inside, scale, covariance)._replace(centre=centre)
+    return Voxels(box, inside.div_(count[..., None]), statistics, (scale * scale).reciprocal_().mul_(floor))
 
 
 # Coefficients --------------------------------------------------------------------------------------------------------
@@ -85,26 +85,37 @@ def _diagonal(moments: Tensor, floor: Tensor) -> Coefficients:
     count = moments[..., -1:].clamp_min(torch.finfo(moments.dtype).tiny ** 0.5)
     expected = moments[..., :-1] / count  # E[x²], E[x]
     square, mean = expected[..., :m], expected[..., m:]
-    variance = square - mean * mean
-    precision = 1 / (variance.clamp_min(0) + floor[:, None])
+    variance = square.addcmul(mean, mean, value=-1)
+    precision = variance.clamp_min(0).add_(floor[:, None]).reciprocal_()
     linear = mean * precision
-    constant = (linear * mean - precision.log()).sum(-1, keepdim=True).add_(m * math.log(2 * math.pi)).mul_(-0.5)
+    constant = precision.log().addcmul_(linear, mean, value=-1).sum(-1, keepdim=True)
+    factors, offsets = _factors(m, moments.dtype, moments.device)
 
     def pullback(gradient: Tensor) -> Tensor:
         quadratic, slope, offset = gradient[..., :m], gradient[..., m:-1], gradient[..., -1:]
-        of_precision = slope * mean - 0.5 * (quadratic + offset * (mean * mean - 1 / precision))
-        of_square = -of_precision * precision * precision * (variance >= 0)
-        of_mean = (slope - offset * mean) * precision - 2 * of_square * mean
-        both = torch.cat([of_square, of_mean], -1) / count
-        return torch.cat([both, -(both * expected).sum(-1, keepdim=True)], -1)
+        away = slope.addcmul(offset, mean, value=-1)
+        spread = quadratic.addcmul(slope + away, mean, value=-1)
+        twice_of_square = spread.mul_(precision).sub_(offset).mul_(precision).masked_fill_(variance < 0, 0)
+        of_mean = away.mul_(precision).addcmul_(twice_of_square, mean, value=-1)
+        both = torch.cat([twice_of_square * 0.5, of_mean], -1).div_(count)
+        return torch.cat([both, (both * expected).sum(-1, keepdim=True).neg_()], -1)
 
-    return torch.cat([-0.5 * precision, linear, constant], -1), pullback
+    return torch.addcmul(offsets, torch.cat([precision, linear, constant], -1), factors), pullback
+
+
+@functools.cache
+def _factors(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What ``(1/σ², μ/σ², Σ log 1/σ² − μ²/σ²)`` of m sequences are multiplied by to be θ, and what is added."""
+    factors, offsets = torch.ones(2, 2 * m + 1, dtype=torch.float64)
+    factors[:m], factors[-1] = -0.5, 0.5
+    offsets[:-1], offsets[-1] = 0, -0.5 * m * math.log(2 * math.pi)
+    return factors.to(device, dtype), offsets.to(device, dtype)
 
 
 # Functions of the logits ---------------------------------------------------------------------------------------------
 
 
-def likelihood(logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor]:
+def likelihood(logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     """What each image costs under the mixture of an M-step from w = softmax(logits), per voxel.
 
     Computed from log w where the components are summed out, so that one far behind still has a gradient.
@@ -115,10 +126,10 @@ def likelihood(logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor
         kind: nll_v (S §2.1), nll (S eq. 2), or complete, the expected complete-data NLL (M eq. 3.2, with the constant).
 
     Returns:
-        The values ``(B,)`` and the moments of the M-step ``(B, K, F)``. With nll and nll_v every component must have a
-        share above 0: else the values are not to be used.
+        The values ``(B,)``, their mean, and the moments of the M-step ``(B, K, F)``. With nll and nll_v every component
+        must have a share above 0: else the values are not to be used.
     """
-    found: tuple[Tensor, Tensor] = _Likelihood.apply(logits, seen, kind)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor, Tensor] = _Likelihood.apply(logits, seen, kind)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -136,70 +147,99 @@ class Found(NamedTuple):
     of_log_resp: Tensor | None
 
 
+class Output(NamedTuple):
+    """What a network says of the voxels of the box.
+
+    Attributes:
+        logits: less the highest of each voxel ``(B, K, N)``.
+        total: the sum of their exponentials ``(B, 1, N)``.
+        resp: w ``(B, K, N)``.
+    """
+
+    logits: Tensor
+    total: Tensor
+    resp: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, box: Box) -> Output:
+        """That of ``(B, K, *S)``; in steps of its own a softmax over few components takes half as long."""
+        given = logits[within(box)]
+        given = (given - given.amax(1, keepdim=True)).flatten(2)
+        resp = given.exp()
+        total = resp.sum(1, keepdim=True)
+        return cls(given, total, resp.div_(total))
+
+
 class _Likelihood(torch.autograd.Function):
     """See ``likelihood``."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor]:
-        given = cut(logits, seen.box).flatten(2)
-        resp = given.softmax(1)
-        moments = resp @ seen.statistics.features.mT
-        found = KINDS[kind](given, resp, moments, seen)
-        ctx.save_for_backward(resp, found.of_moments, found.of_log_resp)
+    def forward(ctx: Any, logits: Tensor, seen: Voxels, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+        output = Output.of(logits, seen.box)
+        moments = torch.bmm(output.resp, seen.statistics.features.mT)
+        found = KINDS[kind](output, moments, seen)
+        ctx.save_for_backward(output.resp, found.of_moments, found.of_log_resp)
         ctx.seen, ctx.shape = seen, logits.shape
         ctx.set_materialize_grads(False)
-        return seen.statistics.scale.log().sum(1) - found.values, moments
+        values = seen.statistics.scale.log().sum(1).sub_(found.values)
+        return values, values.mean(), moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_values: Tensor | None, of_moments: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(
+        ctx: Any, of_values: Tensor | None, of_mean: Tensor | None, of_moments: Tensor | None
+    ) -> tuple[Tensor, None, None]:
         resp, through, direct = ctx.saved_tensors
-        if of_values is None:
-            of_values = resp.new_zeros(len(resp))
-        back = -of_values[:, None, None]
+        back = resp.new_zeros(()) if of_mean is None else of_mean / -len(resp)
+        if of_values is not None:
+            back = back - of_values[:, None, None]
         gradient = through * back if of_moments is None else through * back + of_moments
         with torch.autocast(resp.device.type, enabled=False):
-            of_log = (gradient @ ctx.seen.statistics.features).mul_(resp)
+            of_log = torch.bmm(gradient, ctx.seen.statistics.features).mul_(resp)
         if direct is not None:
             of_log.addcmul_(direct, back)
         of_log.addcmul_(resp, of_log.sum(1, keepdim=True), value=-1)  # from log w to the logits
-        part = of_log.view(*of_log.shape[:2], *(side.stop - side.start for side in ctx.seen.box))
-        return paste(part, ctx.seen.box, ctx.shape[2:]), None, None
+        found = resp.new_zeros(ctx.shape)
+        part = found[within(ctx.seen.box)]
+        part.copy_(of_log.view(part.shape))
+        return found, None, None
 
 
-def _log_total(values: Tensor, softmax: Tensor) -> Tensor:
-    """The logarithm of the sum of the exponentials of ``(B, K, N)``, whose softmax is known ``(B, 1, N)``."""
-    return values.amax(1, keepdim=True).sub_(softmax.amax(1, keepdim=True).log_())
+def _posterior(joint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of log joint densities ``(B, K, N)``, which are overwritten: exponentials, their sum, and what was taken off."""
+    highest = joint.amax(1, keepdim=True)
+    ratio = joint.sub_(highest).exp_()
+    return ratio, ratio.sum(1, keepdim=True), highest
 
 
-def _nll_v(logits: Tensor, resp: Tensor, moments: Tensor, seen: Voxels) -> Found:
+def _nll_v(output: Output, moments: Tensor, seen: Voxels) -> Found:
     """With Π = w."""
+    features = seen.statistics.features
     theta, pullback = coefficients(moments, seen)
-    joint = torch.baddbmm(logits, theta, seen.statistics.features)
-    posterior = joint.softmax(1)
-    evidence = _log_total(joint, posterior).sub_(_log_total(logits, resp))
-    posterior *= seen.share
-    of_theta = posterior @ seen.statistics.features.mT
-    return Found((evidence * seen.share).sum((1, 2)), pullback(of_theta), posterior)
+    posterior, total, highest = _posterior(torch.bmm(theta, features).add_(output.logits))
+    posterior *= seen.share / total
+    evidence = total.div_(output.total).log_().add_(highest)
+    of_theta = torch.bmm(posterior, features.mT)
+    return Found(torch.bmm(evidence, seen.share.mT).flatten(), pullback(of_theta), posterior)
 
 
-def _nll(logits: Tensor, resp: Tensor, moments: Tensor, seen: Voxels) -> Found:
+def _nll(output: Output, moments: Tensor, seen: Voxels) -> Found:
     """With π the mean of w."""
     features = seen.statistics.features
     theta, pullback = coefficients(moments, seen)
     outside = features[:, -1:] == 0
-    log_resp = (logits - _log_total(logits, resp)).masked_fill_(outside, torch.finfo(logits.dtype).min / 2)
+    log_resp = (output.logits - output.total.log()).masked_fill_(outside, torch.finfo(moments.dtype).min / 2)
     log_weights = log_resp.logsumexp(-1, keepdim=True)
     log_count = features[:, -1:].sum(-1, keepdim=True).clamp_min(1).log()
-    joint = torch.cat([theta[..., :-1], theta[..., -1:] + log_weights - log_count], -1) @ features
-    posterior = joint.softmax(1)
-    evidence = _log_total(joint, posterior)
-    of_theta = posterior.mul_(seen.share) @ features.mT
+    log_joint = torch.cat([theta[..., :-1], theta[..., -1:] + log_weights - log_count], -1)
+    posterior, total, highest = _posterior(torch.bmm(log_joint, features))
+    posterior *= seen.share / total
+    of_theta = torch.bmm(posterior, features.mT)
     direct = log_resp.sub_(log_weights).exp_().masked_fill_(outside, 0).mul_(of_theta[..., -1:])
-    return Found((evidence * seen.share).sum((1, 2)), pullback(of_theta), direct)
+    return Found(torch.bmm(total.log_().add_(highest), seen.share.mT).flatten(), pullback(of_theta), direct)
 
 
-def _complete(logits: Tensor, resp: Tensor, moments: Tensor, seen: Voxels) -> Found:
+def _complete(output: Output, moments: Tensor, seen: Voxels) -> Found:
     """With π the mean of w, which also weighs the components' log densities: linear in the moments but for θ and π."""
     theta, pullback = coefficients(moments, seen)
     least = torch.finfo(moments.dtype).tiny
@@ -209,8 +249,8 @@ def _complete(logits: Tensor, resp: Tensor, moments: Tensor, seen: Voxels) -> Fo
     return Found((log_joint * moments / total).sum((1, 2)), (log_joint + pullback(moments)) / total, None)
 
 
-#: Each of them made of the logits ``(B, K, N)``, their softmax, the moments and the voxels.
-KINDS: Mapping[Kind, Callable[[Tensor, Tensor, Tensor, Voxels], Found]] = {
+#: Each of them made of the output, the moments and the voxels.
+KINDS: Mapping[Kind, Callable[[Output, Tensor, Voxels], Found]] = {
     "nll_v": _nll_v,
     "nll": _nll,
     "complete": _complete,

@@ -75,14 +75,14 @@ class MixtureNLL(nn.Module):
         They are differentiable in the logits, once; ``seen`` is what ``voxels`` makes of the image and the mask.
         """
         seen = seen or self.voxels(image, mask)
-        values, found = likelihood(logits, seen, "nll_v" if self.spatial else "nll")
+        values, loss, found = likelihood(logits, seen, "nll_v" if self.spatial else "nll")
         mixture = None
-        if not (found[..., -1] > 0).all():
+        if not found.detach()[..., -1].amin() > 0:
             # The mean of a component without any voxel is 0 on the image's own scale, where no subtraction cancels.
             log_resp = logits.log_softmax(1)
             mixture = m_step(image, log_resp.exp(), mask, covariance=self.covariance, floor=self.floor)
             values = nll(image, mask, mixture, log_resp if self.spatial else log_shares(log_resp, mask))
-        loss = values.mean()
+            loss = values.mean()
         if self.terms:
             resp = logits.softmax(1)
             mixture = mixture or seen.statistics.original(estimate(found, seen.statistics, seen.floor))

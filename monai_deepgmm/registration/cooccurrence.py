@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy import fft
 from scipy.ndimage import gaussian_filter1d
+from torch import Tensor
+
+from monai_deepgmm.registration import correlation
 
 Array = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -39,7 +42,11 @@ def borders(values: Array, count: int) -> Array:
 
 def levels(values: Array, between: Array) -> Ints:
     """The level of each value, from 0; −1 where there is none (NaN)."""
-    found: Ints = np.where(np.isfinite(values), np.searchsorted(between, values, side="right"), -1)
+    limits = between.astype(values.dtype)
+    limits = np.where(limits < between, np.nextafter(limits, np.inf, dtype=values.dtype), limits)
+    found = np.where(np.isfinite(values), np.int8(0), np.int8(-1))
+    for limit in limits:  # so few that a search would take longer
+        found += values >= limit
     return found
 
 
@@ -78,12 +85,18 @@ def usual(each: Sequence[Array]) -> list[Array]:
     return [_log_ratio(total - (1 - OWN) * own) for own in each]
 
 
-def agreement(kind: Ints, level: Ints, usual: Array, reach: int) -> Array:
+def spectra(level: Ints, reach: int) -> Tensor:
+    """What ``agreement`` needs of the levels of the slice that moves, for shifts of up to so many voxels."""
+    each = torch.arange(LEVELS, dtype=torch.int8)[:, None, None]
+    return correlation.turned((torch.from_numpy(level.astype(np.int8)) == each).float(), reach)
+
+
+def agreement(kind: Ints, seen: Tensor, usual: Array, reach: int) -> Array:
     """The mean log ratio at each shift from ``−reach`` to ``reach`` along both axes.
 
     Args:
         kind: of the places of the slice that stays ``(x, y)``.
-        level: of the other's, on the same grid.
+        seen: ``spectra`` of the other's levels, on the same grid.
         usual: ``(KINDS, LEVELS)``.
         reach: in voxels of the grid.
 
@@ -91,14 +104,12 @@ def agreement(kind: Ints, level: Ints, usual: Array, reach: int) -> Array:
         ``(2 · reach + 1, 2 · reach + 1)``, as ``edges.agreement`` has them; what would come from beyond the image
         counts nothing.
     """
-    size = [fft.next_fast_len(n + reach, real=True) for n in kind.shape]
-    both: Any = 0
-    for one in range(LEVELS):
-        worth = np.where(kind >= 0, usual[kind, one], 0).astype(np.float32)
-        both = both + fft.rfft2(worth, size).conj() * fft.rfft2((level == one).astype(np.float32), size)
-    chosen = np.ix_(*(np.arange(-reach, reach + 1) % n for n in size))
-    found: Array = fft.irfft2(both, size)[chosen] / max(int((kind >= 0).sum()), 1)
-    return found
+    table = torch.zeros(LEVELS, KINDS + 1)  # the last is worth nothing, and of places of no kind
+    table[:, :KINDS] = torch.from_numpy(usual.T)
+    index = torch.from_numpy(np.where(kind >= 0, kind, KINDS).ravel())
+    worth = table.index_select(1, index).view(LEVELS, *kind.shape)
+    found = correlation.correlated(correlation.spectra(worth, reach), seen, kind.shape, reach)
+    return found / max(int((kind >= 0).sum()), 1)
 
 
 def _log_ratio(found: Array) -> Array:

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft
+from torch import Tensor
+
+from monai_deepgmm.registration import correlation
 
 Array = NDArray[np.floating[Any]]
 
@@ -43,31 +45,44 @@ def of(image: Array, weight: Array) -> Edges:
     return Edges(x * x * scale, x * y * scale, y * y * scale, (square * scale) ** 2)
 
 
-def agreement(fixed: Edges, moving: Edges, weight: Array, reach: int) -> Array:
+class Still(NamedTuple):
+    """The edges of the slice that stays, ready for many that move.
+
+    Attributes:
+        spectra: of the weighted edges ``(3, ...)`` and of the weights ``(1, ...)``.
+        own: the weighted sum of their strength.
+        shape: of the slice ``(x, y)``.
+        reach: in voxels of the grid.
+    """
+
+    spectra: tuple[Tensor, Tensor]
+    own: float
+    shape: tuple[int, ...]
+    reach: int
+
+    @classmethod
+    def of(cls, fixed: Edges, weight: Array, reach: int) -> Still:
+        """Those of a slice, with the weight of each place ``(x, y)``."""
+        parts = correlation.spectra([fixed.xx * weight, 2 * fixed.xy * weight, fixed.yy * weight, weight], reach)
+        return cls((parts[:3], parts[3:]), float((weight * fixed.strength).sum()), weight.shape, reach)
+
+
+def agreement(still: Still, moving: Tensor) -> Array:
     """How well the edges agree at each shift from ``−reach`` to ``reach`` along both axes.
 
     Args:
-        fixed: of the slice that stays.
-        moving: of the other, on the same grid ``(x, y)``.
-        weight: of the places of the slice that stays ``(x, y)``.
-        reach: in voxels of the grid.
+        still: of the slice that stays.
+        moving: ``correlation.turned`` spectra of the edges of the other, on the same grid.
 
     Returns:
-        ``(2 · reach + 1, 2 · reach + 1)``; at ``[reach + i, reach + j]`` what lies at ``x`` in ``fixed`` is compared
-        with what lies at ``x + (i, j)`` in ``moving``.
+        ``(2 · reach + 1, 2 · reach + 1)``; at ``[reach + i, reach + j]`` what lies at ``x`` in the one is compared with
+        what lies at ``x + (i, j)`` in the other.
     """
-    size = [fft.next_fast_len(n + reach, real=True) for n in weight.shape]
-
-    def spectrum(values: Array) -> NDArray[np.complexfloating[Any, Any]]:
-        found: NDArray[np.complexfloating[Any, Any]] = fft.rfft2(values.astype(np.float32), size)
-        return found
-
-    parts = ((fixed.xx, moving.xx), (2 * fixed.xy, moving.xy), (fixed.yy, moving.yy))
-    both = fft.irfft2(sum(spectrum(a * weight).conj() * spectrum(b) for a, b in parts), size)
-    other = fft.irfft2(spectrum(weight).conj() * spectrum(moving.strength), size)
-    own = float((weight * fixed.strength).sum())
-    chosen = np.ix_(*(np.arange(-reach, reach + 1) % n for n in size))
-    found: Array = both[chosen] / np.sqrt(np.maximum(own * other[chosen], 1e-12))
+    given = (still.shape, still.reach)
+    both, other = (
+        correlation.correlated(*each, *given) for each in zip(still.spectra, (moving[:3], moving[3:]), strict=True)
+    )
+    found: Array = both / np.sqrt(np.maximum(still.own * other, 1e-12))
     return found
 
 

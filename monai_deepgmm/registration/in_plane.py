@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from monai_deepgmm.registration import cooccurrence, edges, slice_pair
-from monai_deepgmm.registration.slice_pair import GRID_MM, SlicePair
+from monai_deepgmm.registration import cooccurrence, correlation, edges
+from monai_deepgmm.registration.slice_pair import GRID_MM, Moving, Still
 
 Array = NDArray[np.floating[Any]]
 Bools = NDArray[np.bool_]
@@ -28,6 +28,8 @@ AROUND_MM, OUTSIDE_MM, INSIDE_MM = 10.0, 4.0, 2.0
 #: Where it counts what lies on what: the mask and so much around it, in mm; its weight beside edges; how often slices
 #: are put where they agree best, and counted again.
 FAR_MM, WEIGHT, ROUNDS = 40.0, 1.2, 2
+#: What of the grid is near enough for edges.
+NEAR = (slice(round((FAR_MM - AROUND_MM) / GRID_MM), -round((FAR_MM - AROUND_MM) / GRID_MM)),) * 2
 #: So far around a shift agreement is averaged (standard deviation, in mm): places of organs that move are not sharper.
 AVERAGED_MM = 1.0
 #: A slice is moved if its agreement gains so much; or if its sequence gains so much in all slices together and the
@@ -56,23 +58,58 @@ class Shift(NamedTuple):
         return self.after - self.before
 
 
-def shifts(fixed: Array, moving: Array, mask: Bools, spacing_mm: Sequence[float]) -> dict[int, Shift]:
-    """The shift of each slice of a sequence.
+class Reference:
+    """The slices of the reference that hold the mask, ready for several sequences.
 
     Args:
         fixed: the reference ``(X, Y, Z)``, slices along the last axis.
-        moving: the sequence, on the same grid.
         mask: of the organ, as it lies in the reference.
         spacing_mm: of X and Y.
-
-    Returns:
-        Slice → shift, for the slices that hold the mask and show something.
     """
-    step, beyond = np.asarray(spacing_mm, float), FAR_MM + REACH_MM
-    held = np.flatnonzero(mask.any((0, 1))).tolist()
-    pairs = {z: slice_pair.pair(fixed[..., z], moving[..., z], mask[..., z], step, beyond) for z in held}
-    pairs = {z: pair for z, pair in pairs.items() if pair.comparable}
-    return {z: _best(fit) for z, fit in zip(pairs, _fits(list(pairs.values())), strict=True)}
+
+    def __init__(self, fixed: Array, mask: Bools, spacing_mm: Sequence[float]) -> None:
+        step, beyond = np.asarray(spacing_mm, float), FAR_MM + REACH_MM
+        held = np.flatnonzero(mask.any((0, 1))).tolist()
+        self.slices = {z: _Slice.of(Still.of(fixed[..., z], mask[..., z], step, beyond)) for z in held}
+
+    def shifts(self, moving: Array) -> dict[int, Shift]:
+        """The shift of each slice of a sequence on the same grid, ``(X, Y, Z)``.
+
+        Returns:
+            Slice → shift, for the slices that hold the mask and show something.
+        """
+        pairs = {z: (one, Moving.of(one.still, moving[..., z])) for z, one in self.slices.items()}
+        pairs = {z: pair for z, pair in pairs.items() if pair[1].comparable}
+        return {z: _best(fit) for z, fit in zip(pairs, _fits(list(pairs.values())), strict=True)}
+
+
+class _Slice(NamedTuple):
+    """What of a slice of the reference is the same for all sequences.
+
+    Attributes:
+        still: the slice.
+        region: where it counts what lies on what ``(x, y)``.
+        kind: of each place ``(x, y)``.
+        weight: of each place beside edges ``(x', y')``.
+        edges: its own, and those of the outline.
+    """
+
+    still: Still
+    region: Bools
+    kind: NDArray[np.integer[Any]]
+    weight: Array
+    edges: tuple[edges.Still, edges.Still]
+
+    @classmethod
+    def of(cls, still: Still) -> _Slice:
+        region, depth = still.depth_mm > -FAR_MM, still.depth_mm[NEAR]
+        around = (depth > -AROUND_MM).astype(np.float32)
+        outline = ((depth > -OUTSIDE_MM) & (depth < INSIDE_MM)).astype(np.float32)
+        own = (
+            edges.Still.of(edges.of(np.nan_to_num(still.values[NEAR]), around), around, REACH),
+            edges.Still.of(edges.of(depth, outline), outline, REACH),
+        )
+        return cls(still, region, cooccurrence.kinds(still.depth_mm, still.values, region), around, own)
 
 
 def kept(found: dict[int, Shift]) -> dict[int, Shift]:
@@ -90,19 +127,19 @@ def _best(fit: Array) -> Shift:
     return Shift((x, y), float(fit[REACH, REACH]), after)
 
 
-def _fits(pairs: Sequence[SlicePair]) -> list[Array]:
+def _fits(pairs: Sequence[tuple[_Slice, Moving]]) -> list[Array]:
     """How well the slices of one sequence agree with the reference's, by shift."""
-    by_edges = [_by_edges(pair) for pair in pairs]
-    regions = [pair.depth_mm > -FAR_MM for pair in pairs]
-    kinds = [cooccurrence.kinds(p.depth_mm, p.fixed, region) for p, region in zip(pairs, regions, strict=True)]
-    borders = [cooccurrence.borders(p.moving[r], cooccurrence.LEVELS) for p, r in zip(pairs, regions, strict=True)]
-    levels = [cooccurrence.levels(p.moving, b) for p, b in zip(pairs, borders, strict=True)]
+    by_edges = [_by_edges(*pair) for pair in pairs]
+    borders = [cooccurrence.borders(moving.values[one.region], cooccurrence.LEVELS) for one, moving in pairs]
+    levels = [cooccurrence.levels(moving.values, b) for (_, moving), b in zip(pairs, borders, strict=True)]
+    spectra = [cooccurrence.spectra(level, REACH) for level in levels]
+    kinds = [one.kind for one, _ in pairs]
     fits = by_edges
     for _ in range(ROUNDS):
-        there = [p.shifted(np.array(_best(fit).mm)) for p, fit in zip(pairs, fits, strict=True)]
+        there = [moving.shifted(np.array(_best(fit).mm)) for (_, moving), fit in zip(pairs, fits, strict=True)]
         lying = [cooccurrence.levels(values, b) for values, b in zip(there, borders, strict=True)]
         usual = cooccurrence.usual([cooccurrence.counts(k, level) for k, level in zip(kinds, lying, strict=True)])
-        found = [cooccurrence.agreement(*one, REACH) for one in zip(kinds, levels, usual, strict=True)]
+        found = [cooccurrence.agreement(*one, REACH) for one in zip(kinds, spectra, usual, strict=True)]
         fits = [
             gaussian_filter(edge + WEIGHT * one, AVERAGED_MM / GRID_MM)
             for edge, one in zip(by_edges, found, strict=True)
@@ -110,13 +147,8 @@ def _fits(pairs: Sequence[SlicePair]) -> list[Array]:
     return fits
 
 
-def _by_edges(pair: SlicePair) -> Array:
+def _by_edges(one: _Slice, moving: Moving) -> Array:
     """How well edges agree, with the reference's and with the outline."""
-    cut = round((FAR_MM - AROUND_MM) / GRID_MM)
-    near = np.s_[cut:-cut, cut:-cut]
-    depth, fixed, moving = pair.depth_mm[near], np.nan_to_num(pair.fixed[near]), np.nan_to_num(pair.moving[near])
-    around = (depth > -AROUND_MM).astype(np.float32)
-    outline = ((depth > -OUTSIDE_MM) & (depth < INSIDE_MM)).astype(np.float32)
-    other = edges.of(moving, around)
-    with_reference = edges.agreement(edges.of(fixed, around), other, around, REACH)
-    return with_reference + edges.agreement(edges.of(depth, outline), other, outline, REACH)
+    other = correlation.turned(edges.of(np.nan_to_num(moving.values[NEAR]), one.weight), REACH)
+    with_reference, with_outline = (edges.agreement(own, other) for own in one.edges)
+    return with_reference + with_outline

@@ -14,11 +14,11 @@ from monai_deepgmm.results import uncertainty
 from monai_deepgmm.results.assembly import Assembly
 
 
-def filtered(fit: Fit, images: Images, config: Config) -> tuple[Fit, list[Region]]:
-    """The fit without the regions that do not meet the protocol's criteria, and all regions."""
+def filtered(fit: Fit, images: Images, config: Config, *, told: bool = True) -> tuple[Fit, list[Region]]:
+    """The fit without the regions that do not meet the protocol's criteria, and all regions, if they are to be told."""
     if not (config.presence and images.slices):
         return fit, []
-    resp, regions = region_filter.decide(fit.resp, images)
+    resp, regions = region_filter.decide(fit.resp, images, told=told)
     return fit._replace(resp=resp), regions
 
 
@@ -31,7 +31,7 @@ def protocols(config: Config) -> list[Protocol]:
 def volumes_ml(assembly: Assembly, fits: Sequence[Fit], config: Config, *, voxel_ml: float) -> list[list[float]]:
     """The volumes of each tissue, in ml, that the fits to the variants give."""
     pairs = zip(fits, assembly.variants, strict=True)
-    return [_volumes(assembly, filtered(fit, images, config)[0], voxel_ml) for fit, images in pairs]
+    return [_volumes(assembly, filtered(fit, images, config, told=False)[0], voxel_ml) for fit, images in pairs]
 
 
 def _volumes(assembly: Assembly, fit: Fit, voxel_ml: float) -> list[float]:

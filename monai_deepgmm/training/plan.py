@@ -23,10 +23,13 @@ from monai_deepgmm.methods.training_config import ALPHA, BETA, GAMMA, LOSSES, ME
 from monai_deepgmm.networks.definition import network_definition
 from monai_deepgmm.networks.gmm_loss import GMMLoss, TotalLoss
 from monai_deepgmm.networks.nll_loss import MixtureNLL, Staged, Term
-from monai_deepgmm.networks.registry import DEFAULT
+from monai_deepgmm.networks.registry import DEFAULT, QUICK
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.registration import Align
 from monai_deepgmm.training import label_split
+
+#: The network where none is asked for, by the protocol's unit.
+DEFAULTS: dict[str, Mapping[str, Any]] = {"slice": QUICK, "volume": DEFAULT}
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ def plan(
         method: deepg or deepsvg; None: what the loss says, or else deepsvg.
         loss: nll_v (deepsvg), or nll, gmm, gmm_tv, gmm_bias (deepg); None: the method's own, or with labels
             ``WITH_LABELS``.
-        network: what ``network_definition`` takes; None: the paper's U-Net.
+        network: what ``network_definition`` takes; None: quickunet for slices, the paper's U-Net for
+            volumes.
         means: a file written by ``deepgmm means``, or "cohort".
         labels: what ``label_split.asked`` takes; None: no label is read.
         epochs: how many.
@@ -134,7 +138,7 @@ def plan(
     return TrainingPlan(
         protocol=found,
         training=training,
-        network=dict(definition or DEFAULT),
+        network=dict(definition or DEFAULTS[found.unit]),
         means=known,
         labels=words,
         epochs=epochs,

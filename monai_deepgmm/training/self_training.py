@@ -44,6 +44,7 @@ def train_on_pseudo_labels(cohort: Cohort, out: Path, config: Config) -> Config:
         UsageError: the model's folder holds another training.
         StudyError: ``E_DISK`` or ``E_WRITE``.
     """
+    from monai_deepgmm.networks import registry
     from monai_deepgmm.training import bundle  # MONAI's engine takes seconds to import
 
     method = config.method
@@ -55,7 +56,7 @@ def train_on_pseudo_labels(cohort: Cohort, out: Path, config: Config) -> Config:
         "model_dir": str(folder),
         "protocol": config.protocol,
         # As text: the configuration's parser would make a network of the mapping.
-        "network": None if method.network is None else json.dumps(dict(method.network)),
+        "network": json.dumps(dict(method.network or registry.DEFAULT)),
         "method": training.method,
         "loss": training.loss,
         "set": {key: value for key, value in training.as_json().items() if key not in ("method", "loss")},

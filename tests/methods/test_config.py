@@ -261,7 +261,14 @@ def test_another_anatomy_is_another_protocol():
     assert one["protocol_sha256"] != two["protocol_sha256"]
 
 
-def test_the_learning_rate_goes_with_the_network():
-    asked = [{"network": "foldedunet"}, {"protocol": "brain"}, {"network": "unet"}, {}, {"settings": ["lr=0.5"]}]
-    rates = [build(**{"protocol": "infarct", "method": "deepsvg", **each}).method.lr for each in asked]
-    assert rates == [0.01, 0.001, 0.001, 0.001, 0.5]
+def test_the_learning_rate_and_the_starts_weight_go_with_the_network():
+    def asked(method="deepsvg", **given):
+        found = build(**{"protocol": "infarct", "method": method, **given}).method
+        return (found.network or {}).get("_target_"), found.lr, found.start_weight
+
+    quick, paper = ("quickunet", 0.01, 1.0), (None, 0.001, 0.3)
+    assert asked() == asked(network="quickunet") == quick
+    assert asked(protocol="brain") == asked("deepg") == paper  # volumes, and one weight per image
+    assert asked(network="unet") == ("unet", *paper[1:])
+    assert asked(network="foldedunet") == ("foldedunet", *quick[1:])
+    assert asked(settings=["lr=0.5", "start_weight=0"]) == ("quickunet", 0.5, 0)

@@ -254,12 +254,16 @@ def test_edema_that_scar_leaves_joins_the_edema_beside_it():
         assert region.accepted * region.voxels == count
 
 
-def test_each_region_is_decided_alone():
-    large, small = disc(17, 0, 5), disc(-17, 0, 2)
-    resp, regions = run(labels(scar=large | small), of=tissues(scar=RegionCriteria(6.0, 0.0, {}, "LGE")))
+def test_each_region_is_decided_alone_told_of_or_not():
+    large, small, of = disc(17, 0, 5), disc(-17, 0, 2), tissues(scar=RegionCriteria(6.0, 0.0, {}, "LGE"))
+    resp, regions = run(labels(scar=large | small), of=of)
     found = resp.argmax(1)[0].numpy()
     assert (found[large] == SCAR).all()
     assert (found[small] == EDEMA).all()
+    drawn, mask = soft(labels(scar=large | small))
+    untold, rest = decide(drawn, given(drawn, mask, of=of), told=False)
+    assert torch.equal(untold, resp)
+    assert [r for r in regions if r.size >= 6 or r.tissue != "scar"] == rest != regions
     assert sorted((r.voxels, r.accepted) for r in only(regions, "scar")) == [(small.sum(), False), (large.sum(), True)]
 
 

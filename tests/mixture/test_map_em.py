@@ -132,7 +132,7 @@ def test_the_maps_are_the_smoothed_responsibilities(shape):
 
 
 def density_of(x: Tensor, dof: float | None, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    seen = statistics.of_standardised(x, torch.ones_like(x[:, :1]), "full")
+    seen = statistics.of_centred(x, torch.ones_like(x[:, :1]), torch.ones_like(x[..., 0]), "full")
     return map_em._density(seen, Mixture(torch.ones(1, 1), mean[None, None], covariance[None, None]), dof)
 
 

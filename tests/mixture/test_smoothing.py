@@ -11,10 +11,15 @@ from scipy.ndimage import gaussian_filter
 from tensors import cube, each_dtype, each_mask_dtype, normal
 from torch import Tensor
 
-from monai_deepgmm.mixture.smoothing import TRUNCATE, smooth
+from monai_deepgmm.mixture.smoothing import BLOCK, TRUNCATE, smooth
 
-SHAPES = [((17, 23), (1.0, 1.0)), ((17, 23), (0.7, 1.9)), ((9, 12, 7), (1.2, 0.8, 3.0))]
-each_shape = pytest.mark.parametrize(("shape", "spacing_mm"), SHAPES, ids=["2d", "anisotropic", "3d"])
+SHAPES = [
+    ((17, 23), (1.0, 1.0)),
+    ((17, 23), (0.7, 1.9)),
+    ((9, 12, 7), (1.2, 0.8, 3.0)),
+    ((2 * BLOCK + 3, BLOCK + 1), (1.0, 0.9)),
+]
+each_shape = pytest.mark.parametrize(("shape", "spacing_mm"), SHAPES, ids=["2d", "anisotropic", "3d", "long"])
 
 
 def scene(shape: tuple[int, ...] = (17, 23), *, batch: int = 2) -> tuple[Tensor, Tensor]:

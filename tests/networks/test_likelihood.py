@@ -40,12 +40,13 @@ def test_values_and_gradients_are_those_of_the_plain_formulas(kind, covariance, 
         leaf = logits.clone().requires_grad_()
         if fast:
             seen = voxels(image, mask, covariance, FLOOR)
-            values, moments = likelihood(leaf, seen, kind)
+            values, mean, moments = likelihood(leaf, seen, kind)
             means = seen.statistics.original(sufficient.estimate(moments, seen.statistics, seen.floor)).means
         else:
             values, means = plain(kind, leaf, image, mask, covariance)
-        # Both ways in which a loss uses them, with another weight for each image.
-        (values * torch.tensor([1.0, -2.5]) + (means - 39).square().sum((1, 2))).sum().backward()
+            mean = values.mean()
+        # All ways in which a loss uses them, with another weight for each image.
+        (mean + values * torch.tensor([1.0, -2.5]) + (means - 39).square().sum((1, 2))).sum().backward()
         found.append((values.detach(), leaf.grad))
     for mine, wanted in zip(*found, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-8, atol=1e-9)
@@ -68,7 +69,7 @@ def test_the_coefficients_of_variances_by_hand_are_those_of_autograd_also_where_
 @each_kind
 def test_a_gradient_of_the_gradient_is_refused(kind):
     logits, image, mask = scene()
-    values, _ = likelihood(logits.requires_grad_(), voxels(image, mask, "diag", FLOOR), kind)
+    values, *_ = likelihood(logits.requires_grad_(), voxels(image, mask, "diag", FLOOR), kind)
     (gradient,) = torch.autograd.grad(values.square().sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

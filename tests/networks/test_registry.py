@@ -67,7 +67,7 @@ def test_every_named_network_keeps_the_shape_of_a_volume(name):
     """Small ones: what is tried is that the definition is one for three dimensions."""
     tiny = {
         "unet": {"filters": [2, 4]},
-        "foldedunet": {"filters": [2, 4]},
+        **{key: {"filters": [2, 4]} for key in ("quickunet", "foldedunet")},
         "modifiedunet": {"filters": [2, 4, 8, 16, 32]},
         "basicunet": {"features": [2, 2, 4, 8, 16, 2]},
         "basicunetplusplus": {"features": [2, 2, 4, 8, 16, 2]},
@@ -95,6 +95,7 @@ def test_a_network_in_3d_has_fewer_filters_unless_they_are_given():
     assert "filters" not in complete("modifiedunet")
     assert complete("modifiedunet", spatial_dims=3)["filters"] == [8, 16, 32, 64, 128]
     assert complete({"_target_": "modifiedunet", "filters": [2, 4]}, spatial_dims=3)["filters"] == [2, 4]
+    assert [complete("quickunet", spatial_dims=d)["filters"] for d in (2, 3)] == [[48, 96, 192], [24, 48, 96]]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def slices():
 def test_agreement_is_that_of_every_shift_by_hand(slices):
     (kind, _), (level, _) = slices
     worth = np.random.default_rng(1).normal(0, 1, (KINDS, LEVELS))
-    fast = cooccurrence.agreement(kind, level, worth, 4)
+    fast = cooccurrence.agreement(kind, cooccurrence.spectra(level, 4), worth, 4)
     for i, j in ((0, 0), SHIFT, (-4, 1)):
         total = 0.0
         for x, y in np.argwhere(kind >= 0):
@@ -41,7 +41,7 @@ def test_one_slice_tells_where_the_other_lies(slices):
     back = [np.roll(level, np.negative(SHIFT), (0, 1)) for level in levels]
     nothing = np.zeros((KINDS, LEVELS))
     usual = cooccurrence.usual([nothing, cooccurrence.counts(kinds[1], back[1])])[0]
-    fit = cooccurrence.agreement(kinds[0], levels[0], usual, 5)
+    fit = cooccurrence.agreement(kinds[0], cooccurrence.spectra(levels[0], 5), usual, 5)
     assert np.unravel_index(fit.argmax(), fit.shape) == (5 + SHIFT[0], 5 + SHIFT[1])
     assert not cooccurrence.usual([nothing])[0].any()  # nothing was counted: as by chance
 

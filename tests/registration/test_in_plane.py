@@ -7,7 +7,7 @@ import pytest
 from chests import SPACING, body
 from scipy.ndimage import gaussian_filter, shift
 
-from monai_deepgmm.registration import edges, in_plane
+from monai_deepgmm.registration import correlation, edges, in_plane
 
 PLANTED_MM = np.array([[5.0, -3.0], [-2.1, 6.4], [0.0, 7.7]])
 
@@ -24,7 +24,7 @@ def planted(sequence, each=PLANTED_MM):
 
 
 def found(chest, moving):
-    return in_plane.shifts(chest[0][0], moving, chest[1], SPACING[:2])
+    return in_plane.Reference(chest[0][0], chest[1], SPACING[:2]).shifts(moving)
 
 
 @pytest.mark.parametrize("sequence", [1, 2])
@@ -60,7 +60,11 @@ def test_a_blank_slice_and_one_without_the_organ_have_no_shift(chest):
     moving, mask = planted(chest[0][1]), chest[1].copy()
     moving[..., 0] = 7
     mask[..., 2] = False
-    assert list(in_plane.shifts(chest[0][0], moving, mask, SPACING[:2])) == [1]
+    assert list(in_plane.Reference(chest[0][0], mask, SPACING[:2]).shifts(moving)) == [1]
+
+
+def agreement(one, other, weight, reach):
+    return edges.agreement(edges.Still.of(one, weight, reach), correlation.turned(other, reach))
 
 
 def test_agreement_is_that_of_every_shift_by_hand():
@@ -69,7 +73,7 @@ def test_agreement_is_that_of_every_shift_by_hand():
     weight = np.zeros((20, 23))
     weight[6:14, 5:17] = rng.uniform(0.5, 1, (8, 12))
     one, other = edges.of(a, weight), edges.of(b, weight)
-    fast = edges.agreement(one, other, weight, 4)
+    fast = agreement(one, other, weight, 4)
     for i, j in ((0, 0), (-4, 3), (2, -4)):
         there = [np.roll(part, (-i, -j), (0, 1)) for part in other]
         dot = one.xx * there[0] + 2 * one.xy * there[1] + one.yy * there[2]
@@ -81,7 +85,7 @@ def test_edges_agree_wholly_with_themselves_and_inverted():
     image = gaussian_filter(np.random.default_rng(1).normal(0, 1, (24, 24)), 2)
     weight = np.ones_like(image)
     for other in (image, -3 * image + 2):
-        place, best = edges.highest(edges.agreement(edges.of(image, weight), edges.of(other, weight), weight, 3))
+        place, best = edges.highest(agreement(edges.of(image, weight), edges.of(other, weight), weight, 3))
         assert np.abs(place).max() < 0.05
         assert best == pytest.approx(1, abs=1e-3)
 

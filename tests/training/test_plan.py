@@ -16,6 +16,14 @@ from monai_deepgmm.training.plan import mixture_loss, plan, whole_loss
 from monai_deepgmm.training.prepare import prepare_cohort
 
 
+def test_slices_and_volumes_have_their_own_network():
+    """Written out, so that a model can be read whatever the name stands for later."""
+    folded = {"_target_": "monai_deepgmm.networks.FoldedUNet", "filters": [48, 96, 192]}
+    assert plan().network == folded
+    assert plan(protocol="brain").network == plan(protocol="brain", network="monai_deepgmm.networks.UNet").network
+    assert plan(network="unet").network == {"_target_": "unet"}
+
+
 def test_the_loss_and_the_method_name_each_other():
     named = {loss: (plan(loss=loss).training.method, plan(loss=loss).training.spatial) for loss in ("nll", "nll_v")}
     assert named == {"nll": ("deepg", False), "nll_v": ("deepsvg", True)}

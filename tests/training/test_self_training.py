@@ -16,9 +16,10 @@ from monai_deepgmm.images.preparation import prepare
 from monai_deepgmm.methods import config, model_spec
 from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.model_spec import WEIGHTS
+from monai_deepgmm.networks import registry
 from monai_deepgmm.patients import discovery
 from monai_deepgmm.results.segment import segment
-from monai_deepgmm.training import bundle, dataset, plan
+from monai_deepgmm.training import bundle, dataset
 from monai_deepgmm.training.handlers import CHECKPOINT
 
 TINY = {"_target_": "monai_deepgmm.networks.UNet", "filters": [4, 8]}
@@ -30,7 +31,7 @@ pytestmark = [pytest.mark.filterwarnings(QUIET), pytest.mark.usefixtures("tiny",
 def tiny():
     """Two epochs of a network that is made in no time; three patients of two slices are two steps in each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "DEFAULT", TINY)
+        patch.setattr(registry, "DEFAULT", TINY)
         patch.setattr("monai_deepgmm.training.prepare.EPOCHS", (2, 2))
         yield
 
