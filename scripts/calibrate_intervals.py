@@ -40,18 +40,26 @@ PROTOCOLS = {"anatomy": "infarct", "svgmm": "infarct", "gmm": "infarct", "cohort
 RIDGE = 3.0
 #: Cues that vary by less are the same for all.
 LEAST_SPREAD = 1e-3
-#: How much of the phantoms' mean error is taken over: a patient need not have it.
-MEAN_SHARE = 0.5
 
 Array = NDArray[np.float64]
 
 
 class Width(NamedTuple):
-    """How a tissue's interval widens: see ``IntervalRule``; only the ratio of the two reaches matters."""
+    """What moves and widens a tissue's interval: see ``IntervalRule``; only the ratio of the two reaches matters.
 
-    doubt: str | None
+    Attributes:
+        cues: what is weighed.
+        doubt: the tissue whose doubtful regions count.
+        at: two shares of the volume.
+        reach: how wide the interval is there.
+        share: how much of the phantoms' mean error is taken over: a patient need not have it.
+    """
+
+    cues: tuple[str, ...]
+    doubt: str | None = None
     at: tuple[float, float] = (0.0, 1.0)
     reach: tuple[float, float] = (1.0, 1.0)
+    share: float = 0.5
 
 
 class Kind(NamedTuple):
@@ -60,40 +68,42 @@ class Kind(NamedTuple):
     Attributes:
         sequences: that the phantoms have.
         needs: those of them that a patient must have.
-        cues: what is weighed, of every tissue.
         widths: of each tissue.
     """
 
     sequences: tuple[str, ...]
     needs: tuple[str, ...]
-    cues: tuple[str, ...]
     widths: Mapping[str, Width]
 
 
-SMALL = Width("scar", (0.0, 1.0), (0.2, 1.2))
+PROBABLE = ("expected", "candidates")
+PLAIN = ("bright", "noise_T2", "uneven_T2", "contrast_T2", "noise_bSSFP", "uneven_bSSFP")
 KINDS = (
     Kind(
         ("LGE", "T2", "bSSFP"),
         ("LGE", "T2"),
-        (
-            *("expected", "candidates", "bright", "noise_T2", "uneven_T2", "contrast_T2"),
-            *("noise_bSSFP", "uneven_bSSFP"),
-        ),
         {
-            "blood": Width(None),
-            "myocardium": Width("edema", (0.055, 0.065), (0.3, 1.0)),
-            "edema": SMALL._replace(doubt="edema"),
-            "scar": SMALL,
+            "blood": Width(PLAIN),
+            "myocardium": Width((*PROBABLE, *PLAIN), "edema", (0.055, 0.065), (0.3, 1.0)),
+            "edema": Width((*PROBABLE, *PLAIN), "edema", reach=(0.3, 1.3)),
+            "scar": Width((*PROBABLE, *PLAIN), "scar", reach=(0.2, 1.2)),
         },
     ),
     Kind(
         ("LGE",),
         ("LGE",),
-        ("expected", "candidates", "bright", "noise_LGE", "uneven_LGE", "contrast_LGE"),
-        {"blood": Width(None), "myocardium": Width("scar", (0.03, 0.06), (0.5, 1.0)), "scar": SMALL},
+        {
+            "blood": Width(()),
+            "myocardium": Width(("candidates",)),
+            "scar": Width(PROBABLE, "scar", reach=(0.1, 1.1), share=0.0),
+        },
     ),
 )
 RULED = {"anatomy": KINDS, "cohort": KINDS[:1]}
+#: How many healthy phantoms there are to each with an infarct, for what is said where nothing was found.
+HEALTHY = 0.25
+#: What is said of a tissue that was not found needs so many phantoms.
+LEAST_ABSENT = 10
 
 
 class Volume(NamedTuple):
@@ -108,8 +118,11 @@ class Volume(NamedTuple):
     sequences: tuple[str, ...]
 
 
-def volumes(data: Path, results: Path, protocol: str, method: str) -> dict[str, list[Volume]]:
-    """The volumes of each tissue in every patient of a folder, which is segmented now if it was not before."""
+def volumes(data: Path, results: Path, protocol: str, method: str, *, every: bool = False) -> dict[str, list[Volume]]:
+    """The volumes of each tissue in every patient of a folder, which is segmented now if it was not before.
+
+    Of a tissue that no phantom has, nothing can be said, and it is left out if it is not asked for (``every``).
+    """
     wanted = protocols.load(protocol)
     runner.deepgmm("segment", data, results, "--protocol", wanted.name, "--method", method, "-q")
     found: dict[str, list[Volume]] = {t.name: [] for t in wanted.tissues}
@@ -129,16 +142,19 @@ def volumes(data: Path, results: Path, protocol: str, method: str) -> dict[str, 
         for name, one in told.items():
             count = int((marked == wanted.tissue(name).index).sum()) * reference.voxel_ml
             found[name].append(Volume(name, count, one["volume_ml"], one["sd_ml"], mask_ml, cues, sequences))
-    # Of a tissue that no phantom has, nothing can be said.
-    return {name: rows for name, rows in found.items() if any(row.reference_ml for row in rows)}
+    return {name: rows for name, rows in found.items() if every or any(row.reference_ml for row in rows)}
 
 
-def phantoms(out: Path, protocol: str, seed: int, number: int, sequences: tuple[str, ...] | None) -> Path:
-    """The phantoms of a seed, perhaps with some of their sequences only."""
-    whole = runner.phantoms(out / f"{protocol}-{seed}", "-n", number, "--seed", seed, "--protocol", protocol)
+def phantoms(
+    out: Path, protocol: str, seed: int, number: int, sequences: tuple[str, ...] | None, *, healthy: bool = False
+) -> Path:
+    """The phantoms of a seed, perhaps with some of their sequences only; or a few healthy ones."""
+    options = ["-n", max(round(number * HEALTHY), 1), "--set", "healthy=1"] if healthy else ["-n", number]
+    name = f"{protocol}-{seed}{'-healthy' if healthy else ''}"
+    whole = runner.phantoms(out / name, *options, "--seed", seed, "--protocol", protocol)
     if sequences is None or len(sequences) == len(protocols.load(protocol).sequences):
         return whole
-    part = out / f"{protocol}-{seed}-{'-'.join(sequences)}"
+    part = out / f"{name}-{'-'.join(sequences)}"
     for image in whole.glob("*/*.nii.gz"):
         if not image.name.removesuffix(".nii.gz").endswith((*sequences, "_gd")):
             continue
@@ -161,30 +177,54 @@ def reaches(rows: Sequence[Volume]) -> tuple[float, float]:
     return round(float(low), 3), round(float(high), 3)
 
 
-def rule(rows: Sequence[Volume], cues: Sequence[str], width: Width) -> IntervalRule:
-    """The rule of a tissue: slopes by least squares, weighed by how wide the interval is, and the reach that holds."""
-    told = [row.cues.about(row.tissue) for row in rows]
-    # A cue that is the same for all says nothing; one that some lack is not weighed.
-    known = [n for n in cues if all(n in one for one in told) and np.std([one[n] for one in told]) > LEAST_SPREAD]
-    raw = np.array([[one[name] for name in known] for one in told]).reshape(len(rows), -1)
-    usual = [(round(float(v.mean()), 4), round(float(v.std()), 4)) for v in raw.T]
-    z = np.array([[interval_rule.standardised(v, *u) for v, u in zip(r, usual, strict=True)] for r in raw]).reshape(
-        len(rows), -1
-    )
+def rule(rows: Sequence[Volume], width: Width, healthy: Sequence[Volume] = ()) -> IntervalRule:
+    """The rule of a tissue: slopes by least squares, weighed by how wide the interval is, and the reach that holds.
+
+    Args:
+        rows: the volumes to be held.
+        width: how they are.
+        healthy: those of patients who have none of the tissue, for what is said where none is found.
+    """
+    z, usual = _standardised(rows, width.cues)
     target = np.array([np.log((r.reference_ml + LEAST_ML) / (r.found_ml + LEAST_ML)) for r in rows])
     spread = np.array([_spread(row, width) for row in rows])
     weights = spread**-2.0 / np.mean(spread**-2.0)
     mean, middle = float(np.average(target, weights=weights)), np.average(z, axis=0, weights=weights)
     away, left = z - middle, target - mean
-    slopes = np.linalg.solve((away.T * weights) @ away + RIDGE * np.eye(len(known)), (away.T * weights) @ left)
-    centre = MEAN_SHARE * mean - float(middle @ slopes)
+    slopes = np.linalg.solve((away.T * weights) @ away + RIDGE * np.eye(z.shape[1]), (away.T * weights) @ left)
+    centre = width.share * mean - float(middle @ slopes)
     expected = centre + z @ slopes
     # An interval holds the found volume (a ratio of log 1 = 0), and what lies between that and its middle.
     beyond = np.where(target * (target - expected) <= 0, 0, np.abs(target - expected)) / spread
-    reach = float(np.quantile(beyond, min(uncertainty.LEVEL * (len(rows) + 1) / len(rows), 1)))
-    weighed = {n: (round(float(b), 4), *u) for n, b, u in zip(known, slopes, usual, strict=True)}
-    ends = (round(width.reach[0] * reach, 4), round(width.reach[1] * reach, 4))
-    return IntervalRule(round(centre, 4), weighed, width.doubt, width.at, ends)
+    reach = _level(beyond)
+    weighed = {name: (round(float(b), 4), *u) for (name, u), b in zip(usual.items(), slopes, strict=True)}
+    absent = [r.reference_ml for r in (*rows, *healthy) if r.found_ml == 0]
+    return IntervalRule(
+        centre=round(centre, 4),
+        cues=weighed,
+        doubt=width.doubt,
+        at=width.at,
+        reach=(round(width.reach[0] * reach, 4), round(width.reach[1] * reach, 4)),
+        absent_ml=round(_level(absent), 2) if len(absent) >= LEAST_ABSENT else None,
+    )
+
+
+def _level(values: Sequence[float] | Array) -> float:
+    """What a further value does not exceed with the level's probability."""
+    return float(np.quantile(values, min(uncertainty.LEVEL * (len(values) + 1) / len(values), 1)))
+
+
+def _standardised(rows: Sequence[Volume], cues: Sequence[str]) -> tuple[Array, dict[str, tuple[float, float]]]:
+    """Cues in standard deviations (N, C), and of each name what is usual and that deviation.
+
+    A cue that is the same for all says nothing; one that some lack is not weighed.
+    """
+    told = [row.cues.about(row.tissue) for row in rows]
+    known = [n for n in cues if all(n in one for one in told) and np.std([one[n] for one in told]) > LEAST_SPREAD]
+    columns = {n: np.array([one[n] for one in told]) for n in known}
+    usual = {n: (round(float(v.mean()), 4), round(float(v.std()), 4)) for n, v in columns.items()}
+    z = [[interval_rule.standardised(v, *usual[n]) for v in column] for n, column in columns.items()]
+    return np.array(z).T.reshape(len(rows), -1), usual
 
 
 def _spread(row: Volume, width: Width) -> float:
@@ -224,9 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method in asked.methods:
         protocol = PROTOCOLS[method]
         number = asked.hearts if protocol == "infarct" else asked.brains
-        where = (asked.out, protocol, method, asked.seeds, number)
+        where = Where(asked.out, protocol, method, asked.seeds, number)
         scored = asked.score if protocol == "infarct" else None
-        seeds = _of_seeds(*where, None)
+        seeds = _of_seeds(where, None)
         found = {name: reaches([row for one in seeds for row in one[name]]) for name in seeds[0]}
         _tell(f"`{method}`, by σ", seeds, dict.fromkeys(found, reaches), _scored(asked.out, scored, method, None))
         table.setdefault(protocol, {})[method] = {name: list(reach) for name, reach in found.items()}
@@ -244,11 +284,20 @@ Way = Callable[[Sequence[Volume]], "IntervalRule | tuple[float, float]"]
 Volumes = dict[str, list[Volume]]
 
 
-def _of_seeds(
-    out: Path, protocol: str, method: str, seeds: Sequence[int], number: int, sequences: tuple[str, ...] | None
-) -> list[Volumes]:
-    folders = [phantoms(out, protocol, seed, number, sequences) for seed in seeds]
-    return [volumes(data, out / f"{data.name}-{method}", protocol, method) for data in folders]
+class Where(NamedTuple):
+    """Where results lie, of which protocol and method, of which seeds and how many phantoms of each."""
+
+    out: Path
+    protocol: str
+    method: str
+    seeds: Sequence[int]
+    number: int
+
+
+def _of_seeds(where: Where, sequences: tuple[str, ...] | None, *, healthy: bool = False) -> list[Volumes]:
+    out, protocol, method, seeds, number = where
+    folders = [phantoms(out, protocol, seed, number, sequences, healthy=healthy) for seed in seeds]
+    return [volumes(data, out / f"{data.name}-{method}", protocol, method, every=healthy) for data in folders]
 
 
 def _scored(out: Path, data: Path | None, method: str, kind: Kind | None) -> Volumes:
@@ -263,16 +312,19 @@ def _kind(row: Volume) -> Kind | None:
     return next((kind for kind in KINDS if set(kind.needs) <= set(row.sequences)), None)
 
 
-def _entry(where: tuple[Path, str, str, Sequence[int], int], kind: Kind, scored: Path | None) -> dict[str, Any]:
+def _entry(where: Where, kind: Kind, scored: Path | None) -> dict[str, Any]:
     """The rules of one kind of patients, after they were checked."""
-    out, _, method, *_ = where
-    seeds = _of_seeds(*where, kind.sequences)
-    ways: dict[str, Way] = {
-        name: functools.partial(rule, cues=kind.cues, width=width) for name, width in kind.widths.items()
-    }
-    _tell(f"`{method}`, {', '.join(kind.sequences)}", seeds, ways, _scored(out, scored, method, kind))
-    found = {name: way([row for one in seeds for row in one[name]]) for name, way in ways.items()}
-    tissues = {name: _fields(one) for name, one in found.items() if isinstance(one, IntervalRule)}
+    seeds = _of_seeds(where, kind.sequences)
+    healthy = _of_seeds(where, kind.sequences, healthy=True)
+    ways: dict[str, Way] = {name: functools.partial(rule, width=width) for name, width in kind.widths.items()}
+    title = f"`{where.method}`, {', '.join(kind.sequences)}"
+    _tell(title, seeds, ways, _scored(where.out, scored, where.method, kind))
+    tissues = {}
+    for name, width in kind.widths.items():
+        rows, none = ([r for one in several for r in one.get(name, ())] for several in (seeds, healthy))
+        tissues[name] = _fields(rule(rows, width, none))
+        absent = [row for row in none if row.found_ml == 0]
+        print(f"| {title} | {name}, healthy | none found in {len(absent)} of {len(none)} | |", flush=True)
     return {"needs": list(kind.needs), "tissues": tissues}
 
 
@@ -282,6 +334,7 @@ def _fields(found: IntervalRule) -> dict[str, Any]:
         "centre": found.centre,
         "cues": cues,
         "doubt": found.doubt,
+        "absent_ml": found.absent_ml,
         "at": list(found.at),
         "reach": list(found.reach),
     }

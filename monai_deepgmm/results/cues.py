@@ -36,9 +36,10 @@ class Cues(NamedTuple):
     """What speaks for and against the volumes of one patient; what cannot be said is left out.
 
     Attributes:
-        of_patient: ``bright``, the share of the wall that late enhancement shows as scar, and of each sequence
-            ``noise`` (the blood's standard deviation over the wall's), ``uneven`` (the healthy wall's likewise) and
-            ``contrast`` (how much brighter blood is than the wall, in the wall's standard deviations).
+        of_patient: ``present``, whether late enhancement shows any scar, 1 or 0; ``bright``, the share of the wall that
+            it shows as scar; and of each sequence ``noise`` (the blood's standard deviation over the wall's),
+            ``uneven`` (the healthy wall's likewise) and ``contrast`` (how much brighter blood is than the wall, in the
+            wall's standard deviations).
         of_tissues: tissue → ``expected``, the log of the volume by probabilities over that by labels, ``candidates``,
             the same before regions were refused, and ``doubt_ml``, what hangs on regions near their threshold.
     """
@@ -112,9 +113,9 @@ def of_patient(images: Images, resp: Tensor) -> dict[str, float]:
         return {}
     mask, cavity = (m[:, 0].cpu().numpy() > 0 for m in (images.mask, ring.inside))
     wall, cavity, labels = mask & ~cavity, mask & cavity, likeliest(resp).cpu().numpy()
-    found = {}
+    found: dict[str, float] = {}
     if late is not None and wall.any():
-        found["bright"] = float((late.fraction[wall] > 0.5).mean())
+        found |= {"present": float(late.present), "bright": float((late.fraction[wall] > 0.5).mean())}
     for sequence, image in zip(images.sequences, images.image.cpu().numpy().swapaxes(0, 1), strict=True):
         told = _of_sequence(image, wall, cavity, (labels == healthy) & wall)
         found |= {f"{name}_{sequence}": value for name, value in told.items()}

@@ -32,6 +32,8 @@ class IntervalRule:
         doubt: the tissue whose doubtful regions widen the interval; None: it is as wide for all.
         at: two shares of the found volume that doubtful regions may be.
         reach: r at and below the first share, and at and beyond the second; linear in between.
+        absent_ml: where the interval ends if the tissue was not found at all; it begins at 0 where late enhancement
+            shows no scar, since there is no edema either where nothing was infarcted. None: as for any other volume.
     """
 
     centre: float
@@ -39,6 +41,7 @@ class IntervalRule:
     doubt: str | None
     at: tuple[float, float]
     reach: tuple[float, float]
+    absent_ml: float | None = None
 
     def expected(self, told: Mapping[str, float]) -> float:
         """C + Σ β z."""
@@ -46,10 +49,13 @@ class IntervalRule:
 
     def ends_ml(self, tissue: str, volume_ml: float, cues: Cues) -> tuple[float, float]:
         """Where the interval of a found volume begins and ends."""
+        if volume_ml == 0 and self.absent_ml is not None:
+            return 0.0, self.absent_ml
         share = 0.0 if self.doubt is None else doubtful_share(cues, self.doubt, volume_ml)
         reach, middle = between(share, self.at, self.reach), self.expected(cues.about(tissue))
         low, high = ((volume_ml + LEAST_ML) * math.exp(middle + sign * reach) - LEAST_ML for sign in (-1, 1))
-        return low, high
+        infarct = self.absent_ml is None or cues.of_patient.get("present", 1.0) > 0
+        return low if infarct else 0.0, high
 
 
 def standardised(value: float | None, mean: float, sd: float) -> float:
@@ -78,7 +84,7 @@ def rules(protocol: str, method: str, sequences: Sequence[str]) -> dict[str, Int
 def _rule(fields: Mapping[str, Any]) -> IntervalRule:
     cues = {name: (float(b), float(mean), float(sd)) for name, (b, mean, sd) in fields["cues"].items()}
     at, reach = ((float(first), float(second)) for first, second in (fields["at"], fields["reach"]))
-    return IntervalRule(float(fields["centre"]), cues, fields["doubt"], at, reach)
+    return IntervalRule(float(fields["centre"]), cues, fields["doubt"], at, reach, fields["absent_ml"])
 
 
 @functools.cache

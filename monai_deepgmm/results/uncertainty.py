@@ -34,8 +34,9 @@ PATCH_MM2 = 88.0
 UNKNOWN_SHARE, UNKNOWN_ML = 0.05, 0.5
 #: Standard deviations by which a refit moves each level of the protocol, and the usual radius of the inner border.
 LEVEL_PERTURBATION, RADIUS_PERTURBATION = 0.2, 0.04
-#: A patient is flagged where a tissue's interval is wider than so many times its volume (or that of 1 ml).
-UNSURE, LEAST_ML = 4.0, 1.0
+#: A patient is flagged where a tissue's interval is wider than so many times its volume, or, where that is smaller,
+#: this share of the mask's.
+UNSURE, LEAST_SHARE = 4.0, 0.03
 
 Floats = NDArray[np.floating]
 
@@ -175,3 +176,14 @@ def intervals(
 def held(volume_ml: float, low_ml: float, high_ml: float, *, mask_ml: float) -> tuple[float, float]:
     """The ends of an interval that holds the volume itself and lies within 0 and the mask."""
     return max(min(low_ml, volume_ml), 0.0), max(min(high_ml, mask_ml), volume_ml)
+
+
+def unsure(found: Sequence[Interval]) -> list[bool]:
+    """Which of the intervals of all tissues are so wide that a patient is flagged."""
+    least = LEAST_SHARE * sum(one.volume_ml for one in found)
+    return [
+        one.low_ml is not None
+        and one.high_ml is not None
+        and one.high_ml - one.low_ml > UNSURE * max(one.volume_ml, least)
+        for one in found
+    ]

@@ -26,7 +26,7 @@ WALL = MASK & ~CAVITY
 
 
 def images(*, present: bool = True) -> Images:
-    """A ring of wall around a cavity in one slice, on LGE alone: in the wall 0 and 2 by turns, in the cavity 4 and 6."""
+    """A ring of wall around a cavity in one slice of LGE: 0 and 2 by turns in the wall, 4 and 6 in the cavity."""
     stripes = np.where((X + Y) % 2 == 0, 0.0, 2.0)
     image, mask, inside = (
         torch.from_numpy(values.astype(np.float32))[None, None]
@@ -53,6 +53,7 @@ def test_the_patient_s_cues_by_hand():
     blood = np.where(even, 4.0, 6.0)[CAVITY]
     assert found == pytest.approx(
         {
+            "present": 1.0,
             "bright": float((X > 0)[WALL].mean()),
             "noise_LGE": blood.std() / wall.std(),
             "contrast_LGE": (blood.mean() - np.median(wall)) / wall.std(),
@@ -71,7 +72,7 @@ def test_without_borders_nothing_is_said_and_without_enhancement_nothing_of_it()
 def test_a_slice_without_a_cavity_is_left_out():
     bare = images()
     bare = bare._replace(ring=bare.ring._replace(inside=torch.zeros_like(bare.mask)))
-    assert set(cues.of_patient(bare, labelled(X > 0, 2))) == {"bright"}
+    assert set(cues.of_patient(bare, labelled(X > 0, 2))) == {"present", "bright"}
 
 
 def test_the_tissues_cues_by_hand():

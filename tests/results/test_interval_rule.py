@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -34,6 +35,20 @@ def told(noise: float | None = None, expected: float = 0.0, doubt_ml: float = 0.
 def test_the_ends_by_hand(cues, middle, reach):
     wanted = [19.5 * math.exp(middle + sign * reach) - 0.5 for sign in (-1, 1)]
     assert RULE.ends_ml("scar", 19.0, cues) == pytest.approx(wanted)
+
+
+def test_of_what_was_not_found_the_rule_says_how_much_there_may_be():
+    absent = dataclasses.replace(RULE, absent_ml=7.0)
+    assert absent.ends_ml("scar", 0.0, told(noise=9.0)) == (0.0, 7.0)
+    assert absent.ends_ml("scar", 1.0, told()) == RULE.ends_ml("scar", 1.0, told())
+
+
+def test_where_nothing_is_infarcted_the_interval_of_edema_begins_at_zero():
+    edema, none = dataclasses.replace(RULE, absent_ml=7.0), Cues({"present": 0.0}, {})
+    for rule, cues, begins in ((edema, none, True), (RULE, none, False), (edema, Cues({"present": 1.0}, {}), False)):
+        low, high = rule.ends_ml("edema", 19.0, cues)
+        assert (low == 0) == begins
+        assert high > 19
 
 
 def test_an_interval_by_a_rule_holds_the_volume_and_stays_in_the_mask(monkeypatch):
