@@ -100,8 +100,8 @@ KINDS = (
     ),
 )
 RULED = {"anatomy": KINDS, "cohort": KINDS[:1]}
-#: How many healthy phantoms there are to each with an infarct, for what is said where nothing was found.
-HEALTHY = 0.25
+#: How many healthy phantoms there are for each with an infarct, for what is said where nothing was found.
+HEALTHY = 0.1
 #: What is said of a tissue that was not found needs so many phantoms.
 LEAST_ABSENT = 10
 
@@ -196,16 +196,20 @@ def rule(rows: Sequence[Volume], width: Width, healthy: Sequence[Volume] = ()) -
     expected = centre + z @ slopes
     # An interval holds the found volume (a ratio of log 1 = 0), and what lies between that and its middle.
     beyond = np.where(target * (target - expected) <= 0, 0, np.abs(target - expected)) / spread
+    absent = np.array([r.reference_ml for r in (*rows, *healthy) if r.found_ml == 0])
+    absent_ml = round(_level(absent), 2) if len(absent) >= LEAST_ABSENT else None
+    if absent_ml is not None:  # what the ends of the others cannot help
+        missed = np.array([r.reference_ml > absent_ml for r in rows])
+        beyond = np.where([r.found_ml == 0 for r in rows], np.where(missed, np.inf, 0), beyond)
     reach = _level(beyond)
     weighed = {name: (round(float(b), 4), *u) for (name, u), b in zip(usual.items(), slopes, strict=True)}
-    absent = [r.reference_ml for r in (*rows, *healthy) if r.found_ml == 0]
     return IntervalRule(
         centre=round(centre, 4),
         cues=weighed,
         doubt=width.doubt,
         at=width.at,
         reach=(round(width.reach[0] * reach, 4), round(width.reach[1] * reach, 4)),
-        absent_ml=round(_level(absent), 2) if len(absent) >= LEAST_ABSENT else None,
+        absent_ml=absent_ml,
     )
 
 
