@@ -86,7 +86,7 @@ KINDS = (
             "blood": Width(PLAIN),
             "myocardium": Width((*PROBABLE, *PLAIN), "edema", (0.055, 0.065), (0.3, 1.0)),
             "edema": Width((*PROBABLE, *PLAIN), "edema", reach=(0.3, 1.3)),
-            "scar": Width((*PROBABLE, *PLAIN), "scar", reach=(0.2, 1.2)),
+            "scar": Width((*PROBABLE, *PLAIN), "scar", reach=(0.2, 1.2), share=0.75),
         },
     ),
     Kind(
@@ -95,7 +95,7 @@ KINDS = (
         {
             "blood": Width(()),
             "myocardium": Width(("candidates",)),
-            "scar": Width(PROBABLE, "scar", reach=(0.1, 1.1), share=0.0),
+            "scar": Width(PROBABLE, "scar", reach=(0.1, 1.1)),
         },
     ),
 )
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = runner.parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--methods", nargs="+", choices=PROTOCOLS, default=["anatomy", "svgmm", "cohort", "pvgmm"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[100, 200, 300])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[100, 200, 300, 500])
     parser.add_argument("--hearts", type=int, default=160, help="phantoms of each seed")
     parser.add_argument("--brains", type=int, default=24, help="phantoms of each seed")
     parser.add_argument("--score", type=Path, metavar="DIR", help="hearts with reference labels, for scoring only")
