@@ -99,7 +99,8 @@ KINDS = (
         },
     ),
 )
-RULED = {"anatomy": KINDS, "cohort": KINDS[:1]}
+#: Methods with rules of their own, and one whose network is taught by another's labels and errs as that does.
+RULED, TAUGHT = {"anatomy": KINDS}, {"cohort": "anatomy"}
 #: How many healthy phantoms there are for each with an infarct, for what is said where nothing was found.
 HEALTHY = 0.1
 #: What is said of a tissue that was not found needs so many phantoms.
@@ -277,6 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         entries = [_entry(where, kind, scored) for kind in RULED.get(method, ())]
         if entries:
             ruled.setdefault(protocol, {})[method] = entries
+        if teacher := TAUGHT.get(method):
+            _tell(f"`{method}`, as `{teacher}`", seeds, _taught(protocol, teacher, seeds), {})
+            ruled.setdefault(protocol, {})[method] = teacher
     if asked.write:
         for place, content in ((REACHES, table), (RULES, ruled)):
             _write(place, content)
@@ -330,6 +334,12 @@ def _entry(where: Where, kind: Kind, scored: Path | None) -> dict[str, Any]:
         absent = [row for row in none if row.found_ml == 0]
         print(f"| {title} | {name}, healthy | none found in {len(absent)} of {len(none)} | |", flush=True)
     return {"needs": list(kind.needs), "tissues": tissues}
+
+
+def _taught(protocol: str, teacher: str, seeds: Sequence[Volumes]) -> dict[str, Way]:
+    """The rules in the package, whatever the rows."""
+    found = interval_rule.rules(protocol, teacher, KINDS[0].sequences)
+    return {name: lambda _, one=found[name]: one for name in seeds[0]}  # type: ignore[misc]
 
 
 def _fields(found: IntervalRule) -> dict[str, Any]:

@@ -74,8 +74,13 @@ def between(share: float, at: tuple[float, float], values: tuple[float, float]) 
 
 
 def rules(protocol: str, method: str, sequences: Sequence[str]) -> dict[str, IntervalRule]:
-    """Tissue → its rule, for a patient with these sequences; empty: there are none."""
-    for entry in _table().get(protocol, {}).get(method, []):
+    """Tissue → its rule, for a patient with these sequences; empty: there are none.
+
+    A method may have those of another one.
+    """
+    methods = _table().get(protocol, {})
+    entries = methods.get(method, [])
+    for entry in methods[entries] if isinstance(entries, str) else entries:  # a name: that method's
         if set(entry["needs"]) <= set(sequences):
             return {name: _rule(fields) for name, fields in entry["tissues"].items()}
     return {}
@@ -88,6 +93,6 @@ def _rule(fields: Mapping[str, Any]) -> IntervalRule:
 
 
 @functools.cache
-def _table() -> dict[str, dict[str, list[dict[str, Any]]]]:
+def _table() -> dict[str, dict[str, Any]]:
     text = (resources.files("monai_deepgmm.results") / "interval_rules.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text) or {}

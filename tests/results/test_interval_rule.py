@@ -83,6 +83,10 @@ def test_every_visible_tissue_has_a_rule_with_late_enhancement(sequences):
         assert all(sd > 0 for _, _, sd in rule.cues.values())
 
 
+def test_the_network_taught_by_a_method_has_its_rules():
+    assert rules("infarct", "cohort", SEQUENCES) == rules("infarct", "anatomy", SEQUENCES)
+
+
 def test_elsewhere_there_is_none():
     assert rules("infarct", "anatomy", ("T2",)) == {}
     assert rules("infarct", "gmm", SEQUENCES) == rules("brain", "pvgmm", ("T1",)) == {}
