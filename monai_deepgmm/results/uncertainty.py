@@ -179,10 +179,14 @@ def held(volume_ml: float, low_ml: float, high_ml: float, *, mask_ml: float) -> 
 
 
 def unsure(found: Sequence[Interval]) -> list[bool]:
-    """Which of the intervals of all tissues are so wide that a patient is flagged."""
+    """Which of the intervals of all tissues are so wide that a patient is flagged.
+
+    That of a tissue that was not found is as wide for one patient as for another, and tells nothing of this one.
+    """
     least = LEAST_SHARE * sum(one.volume_ml for one in found)
     return [
-        one.low_ml is not None
+        one.volume_ml > 0
+        and one.low_ml is not None
         and one.high_ml is not None
         and one.high_ml - one.low_ml > UNSURE * max(one.volume_ml, least)
         for one in found
