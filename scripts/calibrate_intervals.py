@@ -1,52 +1,130 @@
-"""How far a 90 % interval of a volume must reach: measured on phantoms of two seeds, each checked on the other's.
+"""How far a 90 % interval of a volume must reach: measured on phantoms of some seeds, each checked on the others'.
 
-    python scripts/calibrate_intervals.py OUT [--methods anatomy svgmm cohort pvgmm] [--hearts 40] [--brains 24]
+    python scripts/calibrate_intervals.py OUT [--methods anatomy svgmm cohort pvgmm] [--hearts 160] [--brains 24]
 
-Each method segments the same phantoms. What the reference volume has more than the found one, divided by the estimated
-standard deviation, is a number per patient and tissue; an interval reaches from its lower to its upper percentile.
-Printed is the share of each seed's volumes that the intervals of the other seed hold, and how wide these are.
-``--write`` puts the reaches over both seeds' patients into the package. OUT keeps every result: a second run goes on
-where one stopped.
+Each method segments the same phantoms. Where a method says what it knows of its own errors (``results/cues.py``), rules
+are fitted (``results/interval_rule.py``); everywhere, an interval by standard deviations: what the reference volume has
+more than the found one, divided by the estimated one, from its lower to its upper percentile. Printed is the share of
+each seed's volumes that the intervals of the others hold, and how wide these are. ``--write`` puts what was found on
+all seeds into the package. ``--score DIR`` also scores it on patients with reference labels. OUT keeps every result: a
+second run goes on where one stopped.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import runner
 import yaml
+from numpy.typing import NDArray
 
 import monai_deepgmm.results
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import labels, nifti
 from monai_deepgmm.patients import discovery
-from monai_deepgmm.results import uncertainty
+from monai_deepgmm.results import interval_rule, uncertainty
+from monai_deepgmm.results.cues import LEAST_ML, Cues
+from monai_deepgmm.results.interval_rule import IntervalRule
 
-TABLE = Path(monai_deepgmm.results.__file__).parent / "interval_calibration.yaml"
+PLACE = Path(monai_deepgmm.results.__file__).parent
+REACHES, RULES = PLACE / "interval_calibration.yaml", PLACE / "interval_rules.yaml"
 #: Method → the protocol whose phantoms it is calibrated on.
 PROTOCOLS = {"anatomy": "infarct", "svgmm": "infarct", "gmm": "infarct", "cohort": "infarct", "pvgmm": "brain"}
-SEEDS = (100, 200)
+#: Slopes are drawn to 0 as if so many patients had shown none.
+RIDGE = 3.0
+#: Cues that vary by less are the same for all.
+LEAST_SPREAD = 1e-3
+
+Array = NDArray[np.float64]
+
+
+class Width(NamedTuple):
+    """What moves and widens a tissue's interval: see ``IntervalRule``; only the ratio of the two reaches matters.
+
+    Attributes:
+        cues: what is weighed.
+        doubt: the tissue whose doubtful regions count.
+        at: two shares of the volume.
+        reach: how wide the interval is there.
+        share: how much of the phantoms' mean error is taken over: a patient need not have it.
+    """
+
+    cues: tuple[str, ...]
+    doubt: str | None = None
+    at: tuple[float, float] = (0.0, 1.0)
+    reach: tuple[float, float] = (1.0, 1.0)
+    share: float = 0.5
+
+
+class Kind(NamedTuple):
+    """A kind of patients with rules of their own.
+
+    Attributes:
+        sequences: that the phantoms have.
+        needs: those of them that a patient must have.
+        widths: of each tissue.
+    """
+
+    sequences: tuple[str, ...]
+    needs: tuple[str, ...]
+    widths: Mapping[str, Width]
+
+
+PROBABLE = ("expected", "candidates")
+PLAIN = ("bright", "noise_T2", "uneven_T2", "contrast_T2", "noise_bSSFP", "uneven_bSSFP")
+KINDS = (
+    Kind(
+        ("LGE", "T2", "bSSFP"),
+        ("LGE", "T2"),
+        {
+            "blood": Width(PLAIN),
+            "myocardium": Width((*PROBABLE, *PLAIN), "edema", (0.055, 0.065), (0.3, 1.0)),
+            "edema": Width((*PROBABLE, *PLAIN), "edema", reach=(0.3, 1.3)),
+            "scar": Width((*PROBABLE, *PLAIN), "scar", reach=(0.2, 1.2), share=0.75),
+        },
+    ),
+    Kind(
+        ("LGE",),
+        ("LGE",),
+        {
+            "blood": Width(()),
+            "myocardium": Width(("candidates",)),
+            "scar": Width(PROBABLE, "scar", reach=(0.1, 1.1)),
+        },
+    ),
+)
+#: Methods with rules of their own, and one whose network is taught by another's labels and errs as that does.
+RULED, TAUGHT = {"anatomy": KINDS}, {"cohort": "anatomy"}
+#: How many healthy phantoms there are for each with an infarct, for what is said where nothing was found.
+HEALTHY = 0.1
+#: What is said of a tissue that was not found needs so many phantoms.
+LEAST_ABSENT = 10
 
 
 class Volume(NamedTuple):
-    """One tissue of one patient, in ml: as the reference has it, as found, and its standard deviation."""
+    """One tissue of one patient, in ml: as the reference has it, as found, its standard deviation; what is known."""
 
+    tissue: str
     reference_ml: float
     found_ml: float
     sd_ml: float
     mask_ml: float
+    cues: Cues
+    sequences: tuple[str, ...]
 
 
-def volumes(method: str, seed: int, number: int, out: Path) -> dict[str, list[Volume]]:
-    """The volumes of each tissue in every phantom of a seed."""
-    wanted = protocols.load(PROTOCOLS[method])
-    data, results = out / f"{wanted.name}-{seed}", out / f"{wanted.name}-{seed}-{method}"
-    runner.phantoms(data, "-n", number, "--seed", seed, "--protocol", wanted.name)
+def volumes(data: Path, results: Path, protocol: str, method: str, *, every: bool = False) -> dict[str, list[Volume]]:
+    """The volumes of each tissue in every patient of a folder, which is segmented now if it was not before.
+
+    Of a tissue that no phantom has, nothing can be said, and it is left out if it is not asked for (``every``).
+    """
+    wanted = protocols.load(protocol)
     runner.deepgmm("segment", data, results, "--protocol", wanted.name, "--method", method, "-q")
     found: dict[str, list[Volume]] = {t.name: [] for t in wanted.tissues}
     for study in discovery.find(data, wanted).studies:
@@ -58,13 +136,34 @@ def volumes(method: str, seed: int, number: int, out: Path) -> dict[str, list[Vo
         except StudyError as error:
             print(f"left out: {study.patient}: {error}", file=sys.stderr)
             continue
-        told = sidecar["uncertainty"]["volumes"]
+        sequences = tuple(sidecar["sequences"])
+        told, known = sidecar["uncertainty"]["volumes"], sidecar["uncertainty"].get("cues") or {}
+        cues = Cues(known.get("patient", {}), known.get("tissues", {}))
         mask_ml = sum(one["volume_ml"] for one in told.values())
         for name, one in told.items():
             count = int((marked == wanted.tissue(name).index).sum()) * reference.voxel_ml
-            found[name].append(Volume(count, one["volume_ml"], one["sd_ml"], mask_ml))
-    # Of a tissue that no phantom has, nothing can be said.
-    return {name: rows for name, rows in found.items() if any(row.reference_ml for row in rows)}
+            found[name].append(Volume(name, count, one["volume_ml"], one["sd_ml"], mask_ml, cues, sequences))
+    return {name: rows for name, rows in found.items() if every or any(row.reference_ml for row in rows)}
+
+
+def phantoms(
+    out: Path, protocol: str, seed: int, number: int, sequences: tuple[str, ...] | None, *, healthy: bool = False
+) -> Path:
+    """The phantoms of a seed, perhaps with some of their sequences only; or a few healthy ones."""
+    options = ["-n", max(round(number * HEALTHY), 1), "--set", "healthy=1"] if healthy else ["-n", number]
+    name = f"{protocol}-{seed}{'-healthy' if healthy else ''}"
+    whole = runner.phantoms(out / name, *options, "--seed", seed, "--protocol", protocol)
+    if sequences is None or len(sequences) == len(protocols.load(protocol).sequences):
+        return whole
+    part = out / f"{name}-{'-'.join(sequences)}"
+    for image in whole.glob("*/*.nii.gz"):
+        if not image.name.removesuffix(".nii.gz").endswith((*sequences, "_gd")):
+            continue
+        place = part / image.relative_to(whole)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            place.symlink_to(image.resolve())
+    return part
 
 
 def reaches(rows: Sequence[Volume]) -> tuple[float, float]:
@@ -79,10 +178,76 @@ def reaches(rows: Sequence[Volume]) -> tuple[float, float]:
     return round(float(low), 3), round(float(high), 3)
 
 
-def checked(rows: Sequence[Volume], reach: tuple[float, float]) -> tuple[float, float]:
+def rule(rows: Sequence[Volume], width: Width, healthy: Sequence[Volume] = ()) -> IntervalRule:
+    """The rule of a tissue: slopes by least squares, weighed by how wide the interval is, and the reach that holds.
+
+    Args:
+        rows: the volumes to be held.
+        width: how they are.
+        healthy: those of patients who have none of the tissue, for what is said where none is found.
+    """
+    z, usual = _standardised(rows, width.cues)
+    target = np.array([np.log((r.reference_ml + LEAST_ML) / (r.found_ml + LEAST_ML)) for r in rows])
+    spread = np.array([_spread(row, width) for row in rows])
+    weights = spread**-2.0 / np.mean(spread**-2.0)
+    mean, middle = float(np.average(target, weights=weights)), np.average(z, axis=0, weights=weights)
+    away, left = z - middle, target - mean
+    slopes = np.linalg.solve((away.T * weights) @ away + RIDGE * np.eye(z.shape[1]), (away.T * weights) @ left)
+    centre = width.share * mean - float(middle @ slopes)
+    expected = centre + z @ slopes
+    # An interval holds the found volume (a ratio of log 1 = 0), and what lies between that and its middle.
+    beyond = np.where(target * (target - expected) <= 0, 0, np.abs(target - expected)) / spread
+    absent = np.array([r.reference_ml for r in (*rows, *healthy) if r.found_ml == 0])
+    absent_ml = round(_level(absent), 2) if len(absent) >= LEAST_ABSENT else None
+    if absent_ml is not None:  # what the ends of the others cannot help
+        missed = np.array([r.reference_ml > absent_ml for r in rows])
+        beyond = np.where([r.found_ml == 0 for r in rows], np.where(missed, np.inf, 0), beyond)
+    reach = _level(beyond)
+    weighed = {name: (round(float(b), 4), *u) for (name, u), b in zip(usual.items(), slopes, strict=True)}
+    return IntervalRule(
+        centre=round(centre, 4),
+        cues=weighed,
+        doubt=width.doubt,
+        at=width.at,
+        reach=(round(width.reach[0] * reach, 4), round(width.reach[1] * reach, 4)),
+        absent_ml=absent_ml,
+    )
+
+
+def _level(values: Sequence[float] | Array) -> float:
+    """What a further value does not exceed with the level's probability."""
+    return float(np.quantile(values, min(uncertainty.LEVEL * (len(values) + 1) / len(values), 1)))
+
+
+def _standardised(rows: Sequence[Volume], cues: Sequence[str]) -> tuple[Array, dict[str, tuple[float, float]]]:
+    """Cues in standard deviations (N, C), and of each name what is usual and that deviation.
+
+    A cue that is the same for all says nothing; one that some lack is not weighed.
+    """
+    told = [row.cues.about(row.tissue) for row in rows]
+    known = [n for n in cues if all(n in one for one in told) and np.std([one[n] for one in told]) > LEAST_SPREAD]
+    columns = {n: np.array([one[n] for one in told]) for n in known}
+    usual = {n: (round(float(v.mean()), 4), round(float(v.std()), 4)) for n, v in columns.items()}
+    z = [[interval_rule.standardised(v, *usual[n]) for v in column] for n, column in columns.items()]
+    return np.array(z).T.reshape(len(rows), -1), usual
+
+
+def _spread(row: Volume, width: Width) -> float:
+    share = 0.0 if width.doubt is None else interval_rule.doubtful_share(row.cues, width.doubt, row.found_ml)
+    return interval_rule.between(share, width.at, width.reach)
+
+
+def ends(row: Volume, way: IntervalRule | tuple[float, float]) -> tuple[float, float]:
+    """Those of a volume's interval, in ml."""
+    if isinstance(way, IntervalRule):
+        return uncertainty.held(row.found_ml, *way.ends_ml(row.tissue, row.found_ml, row.cues), mask_ml=row.mask_ml)
+    found = uncertainty.interval(row.found_ml, row.sd_ml, way, mask_ml=row.mask_ml)
+    return float(found.low_ml or 0), float(found.high_ml or 0)
+
+
+def checked(rows: Sequence[Volume], way: IntervalRule | tuple[float, float]) -> tuple[float, float]:
     """The share of volumes that their intervals hold, and the median width as a share of the found volume."""
-    ends = [uncertainty.interval(r.found_ml, r.sd_ml, reach, mask_ml=r.mask_ml) for r in rows]
-    lows, highs = (np.array([getattr(e, key) for e in ends], dtype=float) for key in ("low_ml", "high_ml"))
+    lows, highs = np.array([ends(row, way) for row in rows]).T
     true = np.array([r.reference_ml for r in rows])
     width = (highs - lows) / np.maximum([r.found_ml for r in rows], 1e-9)
     return float(((lows <= true) & (true <= highs)).mean()), float(np.median(width))
@@ -93,29 +258,120 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = runner.parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--methods", nargs="+", choices=PROTOCOLS, default=["anatomy", "svgmm", "cohort", "pvgmm"])
-    parser.add_argument("--hearts", type=int, default=40, help="phantoms of each seed")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[100, 200, 300, 500])
+    parser.add_argument("--hearts", type=int, default=160, help="phantoms of each seed")
     parser.add_argument("--brains", type=int, default=24, help="phantoms of each seed")
-    parser.add_argument("--write", action="store_true", help="put the reaches into the package")
-    arguments = parser.parse_args(argv)
-    table = yaml.safe_load(TABLE.read_text(encoding="utf-8")) or {}
-    print("| method | tissue | reach, sd | held on the other seed | median widths |\n|---|---|---:|---:|---:|")
-    for method in arguments.methods:
-        number = arguments.hearts if PROTOCOLS[method] == "infarct" else arguments.brains
-        first, second = (volumes(method, seed, number, arguments.out) for seed in SEEDS)
-        entry, held = {name: reaches(first[name] + second[name]) for name in first}, []
-        for name, reach in entry.items():
-            ways = ((first[name], second[name]), (second[name], first[name]))
-            shares, widths = zip(*(checked(other, reaches(one)) for one, other in ways), strict=True)
-            held += shares
-            told = (", ".join(f"{value:.0%}" for value in values) for values in (shares, widths))
-            print(f"| `{method}` | {name} | {reach[0]:+.2f} {reach[1]:+.2f} | {' | '.join(told)} |", flush=True)
-        print(f"| `{method}` | all | | {np.mean(held):.0%} | |")
-        table.setdefault(PROTOCOLS[method], {})[method] = {name: list(reach) for name, reach in entry.items()}
-    if arguments.write:
-        comments = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        text = yaml.safe_dump(table, default_flow_style=None, sort_keys=True)
-        TABLE.write_text("\n".join([*comments, text]), encoding="utf-8")
+    parser.add_argument("--score", type=Path, metavar="DIR", help="hearts with reference labels, for scoring only")
+    parser.add_argument("--write", action="store_true", help="put what was found into the package")
+    asked = parser.parse_args(argv)
+    table, ruled = (yaml.safe_load(place.read_text(encoding="utf-8")) or {} for place in (REACHES, RULES))
+    print("| method | tissue | held on the other seeds | median widths | patients |\n|---|---|---:|---:|---:|")
+    for method in asked.methods:
+        protocol = PROTOCOLS[method]
+        number = asked.hearts if protocol == "infarct" else asked.brains
+        where = Where(asked.out, protocol, method, asked.seeds, number)
+        scored = asked.score if protocol == "infarct" else None
+        seeds = _of_seeds(where, None)
+        found = {name: reaches([row for one in seeds for row in one[name]]) for name in seeds[0]}
+        _tell(f"`{method}`, by σ", seeds, dict.fromkeys(found, reaches), _scored(asked.out, scored, method, None))
+        table.setdefault(protocol, {})[method] = {name: list(reach) for name, reach in found.items()}
+        entries = [_entry(where, kind, scored) for kind in RULED.get(method, ())]
+        if entries:
+            ruled.setdefault(protocol, {})[method] = entries
+        if teacher := TAUGHT.get(method):
+            _tell(f"`{method}`, as `{teacher}`", seeds, _taught(protocol, teacher, seeds), {})
+            ruled.setdefault(protocol, {})[method] = teacher
+    if asked.write:
+        for place, content in ((REACHES, table), (RULES, ruled)):
+            _write(place, content)
     return 0
+
+
+#: From the volumes of one tissue in some patients to its interval.
+Way = Callable[[Sequence[Volume]], "IntervalRule | tuple[float, float]"]
+Volumes = dict[str, list[Volume]]
+
+
+class Where(NamedTuple):
+    """Where results lie, of which protocol and method, of which seeds and how many phantoms of each."""
+
+    out: Path
+    protocol: str
+    method: str
+    seeds: Sequence[int]
+    number: int
+
+
+def _of_seeds(where: Where, sequences: tuple[str, ...] | None, *, healthy: bool = False) -> list[Volumes]:
+    out, protocol, method, seeds, number = where
+    folders = [phantoms(out, protocol, seed, number, sequences, healthy=healthy) for seed in seeds]
+    return [volumes(data, out / f"{data.name}-{method}", protocol, method, every=healthy) for data in folders]
+
+
+def _scored(out: Path, data: Path | None, method: str, kind: Kind | None) -> Volumes:
+    """The volumes of patients with reference labels, where there are some: those whose rules are a kind's."""
+    if data is None:
+        return {}
+    found = volumes(data, out / f"{data.name}-{method}", PROTOCOLS[method], method)
+    return {name: [r for r in rows if kind is None or _kind(r) is kind] for name, rows in found.items()}
+
+
+def _kind(row: Volume) -> Kind | None:
+    return next((kind for kind in KINDS if set(kind.needs) <= set(row.sequences)), None)
+
+
+def _entry(where: Where, kind: Kind, scored: Path | None) -> dict[str, Any]:
+    """The rules of one kind of patients, after they were checked."""
+    seeds = _of_seeds(where, kind.sequences)
+    healthy = _of_seeds(where, kind.sequences, healthy=True)
+    ways: dict[str, Way] = {name: functools.partial(rule, width=width) for name, width in kind.widths.items()}
+    title = f"`{where.method}`, {', '.join(kind.sequences)}"
+    _tell(title, seeds, ways, _scored(where.out, scored, where.method, kind))
+    tissues = {}
+    for name, width in kind.widths.items():
+        rows, none = ([r for one in several for r in one.get(name, ())] for several in (seeds, healthy))
+        tissues[name] = _fields(rule(rows, width, none))
+        absent = [row for row in none if row.found_ml == 0]
+        print(f"| {title} | {name}, healthy | none found in {len(absent)} of {len(none)} | |", flush=True)
+    return {"needs": list(kind.needs), "tissues": tissues}
+
+
+def _taught(protocol: str, teacher: str, seeds: Sequence[Volumes]) -> dict[str, Way]:
+    """The rules in the package, whatever the rows."""
+    found = interval_rule.rules(protocol, teacher, KINDS[0].sequences)
+    return {name: lambda _, one=found[name]: one for name in seeds[0]}  # type: ignore[misc]
+
+
+def _fields(found: IntervalRule) -> dict[str, Any]:
+    cues = {name: list(numbers) for name, numbers in found.cues.items()}
+    return {
+        "centre": found.centre,
+        "cues": cues,
+        "doubt": found.doubt,
+        "absent_ml": found.absent_ml,
+        "at": list(found.at),
+        "reach": list(found.reach),
+    }
+
+
+def _tell(title: str, seeds: Sequence[Volumes], ways: Mapping[str, Way], scored: Volumes) -> None:
+    """Prints how each seed's volumes fare with the intervals of the others, and patients with those of all."""
+    held: list[float] = []
+    for name, way in ways.items():
+        folds = [[r for other in seeds if other is not one for r in other[name]] for one in seeds]
+        found = [checked(one[name], way(rest)) for one, rest in zip(seeds, folds, strict=True)]
+        held += [share for share, _ in found]
+        told = [", ".join(f"{value:.0%}" for value in values) for values in zip(*found, strict=True)]
+        if scored.get(name):
+            told.append("{:.0%}, {:.0%}".format(*checked(scored[name], way([r for one in seeds for r in one[name]]))))
+        print(f"| {title} | {name} | {' | '.join([*told, ''][:3])} |", flush=True)
+    print(f"| {title} | all | {np.mean(held):.0%} | | |", flush=True)
+
+
+def _write(place: Path, content: object) -> None:
+    comments = [line for line in place.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    text = yaml.safe_dump(content, default_flow_style=None, sort_keys=True)
+    place.write_text("\n".join([*comments, text]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -146,8 +146,12 @@ def decide(resp: Tensor, images: Images, *, told: bool = True) -> tuple[Tensor, 
 
 def accepted(region: Region, criteria: RegionCriteria) -> bool:
     """Whether a region meets a tissue's criteria."""
-    score = sum(weight * getattr(region, name) for name, weight in criteria.weights.items())
-    return region.size >= criteria.size and score >= criteria.score
+    return region.size >= criteria.size and score(region, criteria) >= criteria.score
+
+
+def score(region: Region, criteria: RegionCriteria) -> float:
+    """The weighted sum of what speaks for a region."""
+    return sum(weight * float(getattr(region, name)) for name, weight in criteria.weights.items())
 
 
 def _shines(images: Images, tissue: str) -> bool:

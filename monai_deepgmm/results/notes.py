@@ -82,11 +82,11 @@ def _about_names(assembly: Assembly, outcome: Outcome, config: Config) -> Iterat
 
 
 def _about_volumes(assembly: Assembly, outcome: Outcome) -> Iterator[str]:
+    flags = uncertainty.unsure(outcome.intervals)
     wide = [
         f"{tissue.name} {found.low_ml:.1f} to {found.high_ml:.1f} ml"
-        for tissue, found in zip(assembly.images.tissues, outcome.intervals, strict=True)
-        if found.low_ml is not None and found.high_ml is not None
-        if found.high_ml - found.low_ml > uncertainty.UNSURE * max(found.volume_ml, uncertainty.LEAST_ML)
+        for tissue, found, flag in zip(assembly.images.tissues, outcome.intervals, flags, strict=True)
+        if flag
     ]
     if wide:
         yield f"W_UNSURE: volumes are uncertain ({', '.join(wide)}); check the page with care"

@@ -26,6 +26,7 @@ from monai_deepgmm.mixture.fit import Diagnostics, Fit
 from monai_deepgmm.protocol import Tissue
 from monai_deepgmm.results import uncertainty
 from monai_deepgmm.results.assembly import Assembly
+from monai_deepgmm.results.cues import Cues
 from monai_deepgmm.results.uncertainty import Interval
 
 DISCLAIMER = "Research use only. Not a medical device."
@@ -40,6 +41,7 @@ class Outcome(NamedTuple):
         regions: of those tissues whose regions must meet criteria.
         intervals: of each tissue's volume.
         entropy: the mean over the mask, 0 to 1.
+        cues: what the intervals were weighed from; None where they were not.
         contradictions: what of the found tissues contradicts the protocol, in words.
         slices: those of the regions' images; empty: the fit's.
     """
@@ -49,6 +51,7 @@ class Outcome(NamedTuple):
     regions: Sequence[Region] = ()
     intervals: Sequence[Interval] = ()
     entropy: float = 0.0
+    cues: Cues | None = None
     contradictions: Sequence[str] = ()
     slices: tuple[int, ...] = ()
 
@@ -90,6 +93,7 @@ def sidecar(
                 name: {k: None if v is None else round(v, 4) for k, v in interval._asdict().items()}
                 for name, interval in zip(names, outcome.intervals, strict=True)
             },
+            "cues": None if outcome.cues is None else _cues(outcome.cues),
         },
         "fit": {"units": [_fitted(outcome.fit.diagnostics, i, where) for i, where in enumerate(slices)]},
         "mixture": {
@@ -98,6 +102,12 @@ def sidecar(
         },
         "warnings": list(warnings),
     }
+
+
+def _cues(cues: Cues) -> dict[str, Any]:
+    """What the volumes' intervals were weighed from, of the patient and of each tissue."""
+    of_tissues = {name: {k: round(v, 4) for k, v in told.items()} for name, told in cues.of_tissues.items()}
+    return {"patient": {k: round(v, 4) for k, v in cues.of_patient.items()}, "tissues": of_tissues}
 
 
 def bias(config: Config, fields: Mapping[str, NDArray[np.float32]], mask: NDArray[np.bool_]) -> dict[str, Any] | None:

@@ -21,8 +21,9 @@ from monai_deepgmm.methods.naming import Naming
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit, likeliest
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.results import coverage, notes, parts, plausibility, provenance, refit, uncertainty
+from monai_deepgmm.results import coverage, cues, notes, parts, plausibility, provenance, refit, uncertainty
 from monai_deepgmm.results.assembly import Assembly, assemble
+from monai_deepgmm.results.cues import Cues
 from monai_deepgmm.results.numbers import numbers
 from monai_deepgmm.results.parts import Part
 from monai_deepgmm.results.provenance import Outcome
@@ -188,8 +189,10 @@ def _on_source_grid(
     inside = probabilities[:, scan.mask]  # (K, voxels)
     labels = np.zeros(scan.mask.shape, dtype=np.uint8)
     labels[scan.mask] = np.where((inside > 0).any(0), index[likeliest(torch.from_numpy(inside)[None])[0].numpy()], 0)
+    told = _cues(labels, inside, first, outcome, config)
     outcome = outcome._replace(
-        intervals=_intervals(labels, elsewhere, inside, first, config),
+        cues=told,
+        intervals=_intervals(labels, elsewhere, inside, first, config, told),
         entropy=float(uncertainty.entropy(inside).mean()),
     )
     del inside  # of a head it is large
@@ -226,12 +229,35 @@ def _seen(scan: Scan) -> dict[str, np.ndarray]:
     return dict(zip(scan.sequences, scan.coverage.seen, strict=True))
 
 
+def _cues(
+    labels: NDArray[np.uint8], inside: NDArray[np.float32], first: Solved, outcome: Outcome, config: Config
+) -> Cues | None:
+    """What speaks for and against the volumes, from the probabilities of the mask's voxels (K, N); None for a head."""
+    assembly, voxel_ml = first.assembly, first.part.prepared.scan.reference.voxel_ml
+    images = assembly.images
+    if not images.slices:
+        return None
+    refused = assembly.everywhere(first.unfiltered) - assembly.everywhere(first.outcome.fit)
+    expected = inside.sum(1, dtype=np.float64) * voxel_ml
+    return Cues(
+        cues.of_patient(images, first.outcome.fit.resp),
+        cues.of_tissues(
+            [t.name for t in images.tissues],
+            [int((labels == t.index).sum()) * voxel_ml for t in images.tissues],
+            expected.tolist(),
+            (expected + refused.sum((0, 2, 3)).cpu().numpy() * voxel_ml).tolist(),
+            cues.doubts_ml(outcome.regions, images, voxel_ml=voxel_ml),
+        ),
+    )
+
+
 def _intervals(
     labels: NDArray[np.uint8],
     elsewhere: NDArray[np.bool_],
     inside: NDArray[np.float32],
     first: Solved,
     config: Config,
+    told: Cues | None,
 ) -> list[uncertainty.Interval]:
     """Where each tissue's volume may lie, from the probabilities of the mask's voxels (K, N).
 
@@ -250,10 +276,14 @@ def _intervals(
         voxel_ml=reference.voxel_ml,
         pixel_mm2=math.prod(s for a, s in enumerate(reference.spacing_mm) if a != prepared.crops.slice_axis),
     )
-    reaches = [uncertainty.reach(config.protocol.name, config.method.name, t.name) for t in tissues]
-    return [
-        uncertainty.interval(*found, mask_ml=sum(volumes)) for found in zip(volumes, deviations, reaches, strict=True)
-    ]
+    return uncertainty.intervals(
+        [t.name for t in tissues],
+        volumes,
+        deviations,
+        told,
+        of=(config.protocol.name, config.method.name),
+        sequences=assembly.images.sequences,
+    )
 
 
 def _fields(fit: Fit, prepared: Prepared, assembly: Assembly) -> dict[str, NDArray[np.float32]]:

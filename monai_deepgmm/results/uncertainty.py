@@ -23,6 +23,8 @@ import yaml
 from numpy.typing import NDArray
 
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.results import interval_rule
+from monai_deepgmm.results.cues import Cues
 
 #: The share of reference volumes that an interval is to hold.
 LEVEL = 0.9
@@ -32,8 +34,9 @@ PATCH_MM2 = 88.0
 UNKNOWN_SHARE, UNKNOWN_ML = 0.05, 0.5
 #: Standard deviations by which a refit moves each level of the protocol, and the usual radius of the inner border.
 LEVEL_PERTURBATION, RADIUS_PERTURBATION = 0.2, 0.04
-#: A patient is flagged where a tissue's interval is wider than so many times its volume (or that of 1 ml).
-UNSURE, LEAST_ML = 4.0, 1.0
+#: A patient is flagged where a tissue's interval is wider than so many times its volume, or, where that is smaller,
+#: this share of the mask's.
+UNSURE, LEAST_SHARE = 4.0, 0.03
 
 Floats = NDArray[np.floating]
 
@@ -137,4 +140,54 @@ def interval(volume_ml: float, sd_ml: float, reaches: tuple[float, float] | None
     if reaches is None:
         return Interval(volume_ml, sd_ml, None, None)
     low, high = (volume_ml + r * sd_ml for r in reaches)
-    return Interval(volume_ml, sd_ml, max(min(low, volume_ml), 0.0), max(min(high, mask_ml), volume_ml))
+    return Interval(volume_ml, sd_ml, *held(volume_ml, low, high, mask_ml=mask_ml))
+
+
+def intervals(
+    names: Sequence[str],
+    volumes_ml: Sequence[float],
+    deviations_ml: Sequence[float],
+    cues: Cues | None,
+    *,
+    of: tuple[str, str],
+    sequences: Sequence[str],
+) -> list[Interval]:
+    """The interval of each tissue: by its rule where there is one, or by its standard deviation.
+
+    Args:
+        names: of the tissues.
+        volumes_ml: V of each.
+        deviations_ml: σ of each.
+        cues: what the rules weigh; None: nothing is known.
+        of: the protocol and the method.
+        sequences: that the patient has.
+    """
+    rules = {} if cues is None else interval_rule.rules(*of, sequences)
+    found = []
+    for name, volume, deviation in zip(names, volumes_ml, deviations_ml, strict=True):
+        if cues is None or name not in rules:
+            found.append(interval(volume, deviation, reach(*of, name), mask_ml=sum(volumes_ml)))
+            continue
+        low, high = rules[name].ends_ml(name, volume, cues)
+        found.append(Interval(volume, deviation, *held(volume, low, high, mask_ml=sum(volumes_ml))))
+    return found
+
+
+def held(volume_ml: float, low_ml: float, high_ml: float, *, mask_ml: float) -> tuple[float, float]:
+    """The ends of an interval that holds the volume itself and lies within 0 and the mask."""
+    return max(min(low_ml, volume_ml), 0.0), max(min(high_ml, mask_ml), volume_ml)
+
+
+def unsure(found: Sequence[Interval]) -> list[bool]:
+    """Which of the intervals of all tissues are so wide that a patient is flagged.
+
+    That of a tissue that was not found is as wide for one patient as for another, and tells nothing of this one.
+    """
+    least = LEAST_SHARE * sum(one.volume_ml for one in found)
+    return [
+        one.volume_ml > 0
+        and one.low_ml is not None
+        and one.high_ml is not None
+        and one.high_ml - one.low_ml > UNSURE * max(one.volume_ml, least)
+        for one in found
+    ]

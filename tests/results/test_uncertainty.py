@@ -132,6 +132,16 @@ def test_the_calibrated_methods_know_every_tissue_of_their_protocol(name, method
             assert low < high
 
 
+@pytest.mark.parametrize(
+    ("volume", "high", "flagged"),
+    [(10.0, 39.0, False), (10.0, 41.0, True), (1.0, 11.0, False), (1.0, 13.0, True), (0.0, 99.0, False)],
+)
+def test_flagged_is_an_interval_of_four_volumes_or_four_times_three_percent_of_the_mask(volume, high, flagged):
+    rest = uncertainty.Interval(100.0 - volume, 5.0, 90.0, 110.0)
+    assert uncertainty.unsure([rest, uncertainty.Interval(volume, 5.0, 0.0, high)]) == [False, flagged]
+    assert uncertainty.unsure([rest, uncertainty.Interval(volume, 5.0, None, None)]) == [False, False]
+
+
 # Perturbed priors -----------------------------------------------------------------------------------------------------
 
 
