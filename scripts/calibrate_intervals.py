@@ -31,6 +31,7 @@ from monai_deepgmm.patients import discovery
 from monai_deepgmm.results import interval_rule, uncertainty
 from monai_deepgmm.results.cues import LEAST_ML, Cues
 from monai_deepgmm.results.interval_rule import IntervalRule
+from monai_deepgmm.results.refit import USUAL_COUNT
 
 PLACE = Path(monai_deepgmm.results.__file__).parent
 REACHES, RULES = PLACE / "interval_calibration.yaml", PLACE / "interval_rules.yaml"
@@ -125,7 +126,10 @@ def volumes(data: Path, results: Path, protocol: str, method: str, *, every: boo
     Of a tissue that no phantom has, nothing can be said, and it is left out if it is not asked for (``every``).
     """
     wanted = protocols.load(protocol)
-    runner.deepgmm("segment", data, results, "--protocol", wanted.name, "--method", method, "-q")
+    refits = (
+        ["--set", f"perturbations={USUAL_COUNT}"] if method == "anatomy" else []
+    )  # σ is for patients without a rule
+    runner.deepgmm("segment", data, results, "--protocol", wanted.name, "--method", method, *refits, "-q")
     found: dict[str, list[Volume]] = {t.name: [] for t in wanted.tissues}
     for study in discovery.find(data, wanted).studies:
         place = results / study.patient / f"{study.patient}_dseg.json"

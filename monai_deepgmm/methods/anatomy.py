@@ -43,7 +43,8 @@ class AnatomicalConfig:
         tol: a fit has converged when a responsibility changes by less on average.
         max_iter: iterations at most.
         presence: whether a tissue's regions must meet the protocol's criteria.
-        perturbations: how many fits with moved priors show how far volumes depend on them.
+        perturbations: how many fits with moved priors show how far volumes depend on them; null: none where intervals
+            follow a rule of their own, else 3.
     """
 
     name: ClassVar[str] = "anatomy"
@@ -60,7 +61,7 @@ class AnatomicalConfig:
     tol: float = map_em.TOL
     max_iter: int = map_em.MAX_ITER
     presence: bool = True
-    perturbations: int = 3
+    perturbations: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses what makes no sense.

@@ -10,8 +10,11 @@ from monai_deepgmm.methods.region_filter import Region
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit, likeliest
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.results import uncertainty
+from monai_deepgmm.results import interval_rule, uncertainty
 from monai_deepgmm.results.assembly import Assembly
+
+#: How many refits show how far volumes depend on priors.
+USUAL_COUNT = 3
 
 
 def filtered(fit: Fit, images: Images, config: Config, *, told: bool = True) -> tuple[Fit, list[Region]]:
@@ -22,9 +25,12 @@ def filtered(fit: Fit, images: Images, config: Config, *, told: bool = True) -> 
     return fit._replace(resp=resp), regions
 
 
-def protocols(config: Config) -> list[Protocol]:
-    """As many perturbed protocols as the method asks for."""
+def protocols(config: Config, sequences: Sequence[str]) -> list[Protocol]:
+    """As many perturbed protocols as the method asks for; for a rule of intervals nobody looks at refits."""
     count = getattr(config.method, "perturbations", 0)
+    if count is None:
+        ruled = interval_rule.rules(config.protocol.name, config.method.name, sequences)
+        count = 0 if ruled else USUAL_COUNT
     return [uncertainty.perturbed(config.protocol, config.seed, number) for number in range(count)]
 
 

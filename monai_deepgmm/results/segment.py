@@ -110,7 +110,7 @@ def _solved(divided: tuple[Part, ...], wall: Images | None, config: Config, infe
     count = 0
     for number, part in enumerate(divided, 1):
         try:
-            variants = [] if count else refit.protocols(config)
+            variants = [] if count else refit.protocols(config, part.prepared.scan.sequences)
             assembly = assemble(part.prepared, config, wall=wall, variants=variants)
         except StudyError as error:
             if error.code != "E_MASK_SMALL" or (number == len(divided) and count == 0):

@@ -36,7 +36,7 @@ UNKNOWN_SHARE, UNKNOWN_ML = 0.05, 0.5
 LEVEL_PERTURBATION, RADIUS_PERTURBATION = 0.2, 0.04
 #: A patient is flagged where a tissue's interval is wider than so many times its volume, or, where that is smaller,
 #: this share of the mask's.
-UNSURE, LEAST_SHARE = 4.0, 0.03
+UNSURE, LEAST_SHARE = 8.0, 0.03
 
 Floats = NDArray[np.floating]
 

@@ -134,9 +134,9 @@ def test_the_calibrated_methods_know_every_tissue_of_their_protocol(name, method
 
 @pytest.mark.parametrize(
     ("volume", "high", "flagged"),
-    [(10.0, 39.0, False), (10.0, 41.0, True), (1.0, 11.0, False), (1.0, 13.0, True), (0.0, 99.0, False)],
+    [(10.0, 79.0, False), (10.0, 81.0, True), (1.0, 23.0, False), (1.0, 25.0, True), (0.0, 99.0, False)],
 )
-def test_flagged_is_an_interval_of_four_volumes_or_four_times_three_percent_of_the_mask(volume, high, flagged):
+def test_flagged_is_an_interval_of_eight_volumes_or_eight_times_three_percent_of_the_mask(volume, high, flagged):
     rest = uncertainty.Interval(100.0 - volume, 5.0, 90.0, 110.0)
     assert uncertainty.unsure([rest, uncertainty.Interval(volume, 5.0, 0.0, high)]) == [False, flagged]
     assert uncertainty.unsure([rest, uncertainty.Interval(volume, 5.0, None, None)]) == [False, False]
@@ -303,7 +303,8 @@ def test_no_perturbations_leave_the_voxels(patients):
 
 @pytest.mark.parametrize("presence", ["true", "false"])
 def test_restarts_are_segmentations_by_perturbed_protocols(patients, presence):
-    asked = config.build(settings=["perturbations=2", f"presence={presence}"], seed=5)
+    # Of the plain scene, whose noise moves single voxels from one tissue to the other.
+    asked = config.build(settings=["perturbations=2", f"presence={presence}", "smooth_noise=false"], seed=5)
     made = room.segment(study(patients), asked)
     alone = dataclasses.replace(asked, method=dataclasses.replace(asked.method, perturbations=0))
     restarts = [
