@@ -1,8 +1,9 @@
 """What a worse scan costs: Dice on hearts that are made worse in the ways of other scanners and other hands.
 
-``python scripts/measure_degraded_hearts.py DIR OUT [--patients N] [--only WORDS]`` makes each labelled heart of DIR
-worse in each way, segments it with the default method in the reader's mask, looks for the mask without it, and prints
-one table. What is done is kept in OUT for as long as files and code are the same, so that the same command goes on.
+``python scripts/measure_degraded_hearts.py DIR OUT [--patients N] [--only WORDS] [--set KEY=VALUE]`` makes each
+labelled heart of DIR worse in each way, segments it with the default method in the reader's mask, looks for the mask
+without it, and prints one table. What is done is kept in OUT for as long as files, code and settings are the same, so
+that the same command goes on.
 """
 
 from __future__ import annotations
@@ -280,14 +281,15 @@ def written(heart: Heart, folder: Path) -> Study:
     return Study("heart", {s: paths[s] for s in heart.images}, mask=paths["mask"], truth=paths["truth"])
 
 
-def measured(way: Way, whole: Heart, name: str) -> Facts:
+def measured(way: Way, whole: Heart, name: str, settings: Sequence[str]) -> Facts:
     """One heart made worse in one way: Dice of its slices, what was painted, warnings, and the mask that is found."""
+    from monai_deepgmm.methods import config
     from monai_deepgmm.results.segment import segment
 
     made = way(whole, np.random.default_rng(zlib.crc32(name.encode())))
     with tempfile.TemporaryDirectory() as folder:
         study = written(made, Path(folder))
-        found = segment(study, hearts.asked())
+        found = segment(study, config.build(settings=settings))
         run = hearts.Run(found.reference, found.labels.astype(np.int64), tuple(found.images), found.slice_axis)
         wanted = hearts.asked().protocol
         rows = list(hearts.by_slice(run.labels, hearts.known(study, wanted, run), run, wanted))
@@ -301,13 +303,14 @@ def measured(way: Way, whole: Heart, name: str) -> Facts:
     return {"slices": rows, "masks": masks, "codes": sorted({w.split(":")[0] for w in found.warnings})}
 
 
-def patient(study: Study, out: Path, only: str) -> dict[str, Facts]:
+def patient(study: Study, out: Path, only: str, settings: Sequence[str]) -> dict[str, Facts]:
     """All that is asked of one patient, by what was made worse."""
     whole = read(study)
     asked = {"files": runner.stamps([*study.images.values(), study.truth]), "code": measure_accuracy.code_digest()}
+    asked["settings"] = list(settings)
 
     def made(name: str, way: Way) -> Facts:
-        return json.loads(json.dumps(measured(way, whole, study.patient)))
+        return json.loads(json.dumps(measured(way, whole, study.patient, settings)))
 
     return {
         name: runner.kept(out / study.patient / f"{name}.json", asked, lambda name=name, way=way: made(name, way))
@@ -339,11 +342,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--patients", type=int, metavar="N", help="the first N of them")
     parser.add_argument("--only", default="", metavar="WORDS", help="only the ways whose name holds these words")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="settings", help="of the method")
     asked = parser.parse_args(words)
 
     def work() -> None:
         chosen = hearts.studies(asked.folder)[: asked.patients]
-        print(table({study.patient: patient(study, asked.out, asked.only) for study in chosen}))
+        print(table({s.patient: patient(s, asked.out, asked.only, asked.settings) for s in chosen}))
         print(f"\n{runner.machine_line(runner.machine())}")
 
     return runner.ended("measure_degraded_hearts", work)
