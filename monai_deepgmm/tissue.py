@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -52,12 +53,18 @@ class RegionCriteria:
         weights: of ``size``, of ``support`` (how far the neighbouring slices hold the tissue at the same angles) and
             of ``contrast`` (how many standard deviations of the healthy rest it is brighter in ``sequence``).
         sequence: the one that shows the tissue.
+        unenhanced: ``score`` in a patient in whom late enhancement shows nothing; None: as in others.
     """
 
     size: float
     score: float
     weights: Mapping[str, float]
     sequence: str
+    unenhanced: float | None = None
+
+    def among(self, *, enhanced: bool) -> RegionCriteria:
+        """The criteria in a patient in whom late enhancement shows something, is not known, or shows nothing."""
+        return self if enhanced or self.unenhanced is None else dataclasses.replace(self, score=self.unenhanced)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Each connected region of a tissue that may be absent is weighed by what a reader looks for: is it more than a rim or a
 speck, is it also there in the neighbouring slices, is it clearly brighter than the healthy wall. A tissue that late
-enhancement does not show in the patient at all has no accepted region. What is not accepted goes to the next probable
-tissue. What was seen and decided is kept, for the sidecar.
+enhancement does not show in the patient at all has no accepted region, and one that comes with it needs more evidence.
+What is not accepted goes to the next probable tissue. What was seen and decided is kept, for the sidecar.
 """
 
 from __future__ import annotations
@@ -110,15 +110,17 @@ def decide(resp: Tensor, images: Images, *, told: bool = True) -> tuple[Tensor, 
     wall = mask & (ring.inside[:, 0].cpu().numpy() == 0)
     healthy = next((k for k, t in enumerate(tissues) if t.criteria is None and t.level), None)
     regions: list[Region] = []
+    late = images.enhanced()
     for k in reversed(range(len(tissues))):
         criteria = tissues[k].criteria
         if criteria is None or healthy is None or criteria.sequence not in sequences:
             continue
+        criteria = criteria.among(enhanced=late is None or late.present)
         gone = [j for j, t in enumerate(tissues) if j >= k and t.criteria is not None]
         likely = likeliest(torch.from_numpy(found)).numpy()
         shares = [_by_angle(f == k, w, a) for f, w, a in zip(likely, wall, ring.angle, strict=True)]
         values = images.image[:, sequences.index(criteria.sequence)].cpu().numpy()
-        shown = images.enhanced() if _shines(images, tissues[k].name) else None
+        shown = late if _shines(images, tissues[k].name) else None
         there = shown is None or shown.present
         for i, (labels, around) in enumerate(zip(likely, wall, strict=True)):
             beside = [shares[j] for j, at in enumerate(slices) if abs(at - slices[i]) == 1] if slices else []

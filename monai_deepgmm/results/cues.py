@@ -87,12 +87,14 @@ def doubts_ml(regions: Sequence[Region], images: Images, *, voxel_ml: float) -> 
     """
     protocol, late = images.protocol, images.enhancement
     shown = None if protocol.anatomy is None else protocol.anatomy.enhancement
-    absent = shown.tissue if shown is not None and late is not None and not late.present else None
+    enhanced = late is None or late.present
+    absent = shown.tissue if shown is not None and not enhanced else None
     variances = {t.name: 0.0 for t in protocol.tissues if t.criteria is not None}
     for region in regions:
         criteria = protocol.tissue(region.tissue).criteria
         if criteria is None:
             continue
+        criteria = criteria.among(enhanced=enhanced)
         distance = (region_filter.score(region, criteria) - criteria.score) / SCORE_SCALE
         share = 1 / (1 + math.exp(-min(max(distance, -30.0), 30.0)))
         share *= SMALL if region.size < criteria.size or region.tissue == absent else 1

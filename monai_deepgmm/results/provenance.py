@@ -164,11 +164,12 @@ def _fitted(known: Diagnostics, index: int, where: int | None) -> dict[str, Any]
 
 def _presence(regions: Sequence[Region], images: Images, slices: list[int | None]) -> dict[str, Any]:
     """Of each tissue that needs evidence: whether the patient has it, in which slices, and every region."""
+    late = images.enhancement
     return {
         tissue.name: {
             "present": any(r.accepted for r in mine),
             "slices": sorted({s for r in mine if r.accepted and (s := slices[r.image]) is not None}),
-            "criteria": dataclasses.asdict(tissue.criteria),
+            "criteria": dataclasses.asdict(tissue.criteria.among(enhanced=late is None or late.present)),
             "patient": _enhancement(images, tissue),
             "regions": [_region(r, slices) for r in mine],
         }

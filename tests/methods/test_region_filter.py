@@ -14,6 +14,7 @@ from monai_deepgmm import protocol
 from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import build
 from monai_deepgmm.methods.endocardium import ANGLES, Ring
+from monai_deepgmm.methods.enhancement import Enhancement
 from monai_deepgmm.methods.region_filter import MIN_HEALTHY, UNKNOWN_SUPPORT, Region, _diameter, accepted, decide
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit
@@ -254,6 +255,17 @@ def test_edema_that_scar_leaves_joins_the_edema_beside_it():
         assert region.accepted * region.voxels == count
 
 
+@pytest.mark.parametrize("present", [True, False])
+def test_where_late_enhancement_shows_no_scar_edema_needs_more_evidence(present):
+    """Its score is its share of the same angles next door, 1: enough at .5, not at 1.5."""
+    slices, at = [labels(edema=disc(17, 0, 6))] * 2, (0, 1)
+    of = tissues(RegionCriteria(0.0, 0.5, {"support": 1.0}, "T2", unenhanced=1.5), scar=NEVER)
+    drawn, mask = soft(*slices)
+    late = Enhancement(*[np.zeros((2, SIDE, SIDE))] * 2, np.ones((2, SIDE, SIDE), bool), 1.0, 0.0, 0.0, present)
+    _, regions = decide(drawn, given(drawn, mask, of=of, at=at)._replace(enhancement=late))
+    assert [r.accepted for r in only(regions, "edema")] == [present] * 2
+
+
 def test_each_region_is_decided_alone_told_of_or_not():
     large, small, of = disc(17, 0, 5), disc(-17, 0, 2), tissues(scar=RegionCriteria(6.0, 0.0, {}, "LGE"))
     resp, regions = run(labels(scar=large | small), of=of)
@@ -422,7 +434,7 @@ def test_a_phantom_patient(tmp_path, ill):
         assert ((found.labels == tissue.index).sum() > 0) == ill
         assert seen["regions"]
         assert bool(seen["slices"]) == ill
-        assert seen["criteria"] == dataclasses.asdict(tissue.criteria)
+        assert seen["criteria"] == dataclasses.asdict(tissue.criteria.among(enhanced=ill))
     assert told["edema"]["patient"] is None
     patient = told["scar"]["patient"]
     assert patient["present"] or not ill
