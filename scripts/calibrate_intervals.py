@@ -5,7 +5,8 @@
 Each method segments the same phantoms. Where a method says what it knows of its own errors (``results/cues.py``), rules
 are fitted (``results/interval_rule.py``); everywhere, an interval by standard deviations: what the reference volume has
 more than the found one, divided by the estimated one, from its lower to its upper percentile. Printed is the share of
-each seed's volumes that the intervals of the others hold, and how wide these are. ``--write`` puts what was found on
+each seed's volumes that the intervals of the others hold, and how wide these are, as a share of the true volume. A
+method that takes another's intervals (``OPINION_OF``) is checked as it is. ``--write`` puts what was found on
 all seeds into the package. ``--score DIR`` also scores it on patients with reference labels. OUT keeps every result: a
 second run goes on where one stopped.
 """
@@ -102,6 +103,8 @@ KINDS = (
 )
 #: Methods with rules of their own, and one whose network is taught by another's labels and errs as that does.
 RULED, TAUGHT = {"anatomy": KINDS}, {"cohort": "anatomy"}
+#: Methods whose intervals are those that another gives of the same patient.
+OPINION_OF = {"svgmm": "anatomy"}
 #: How many healthy phantoms there are for each with an infarct, for what is said where nothing was found.
 HEALTHY = 0.1
 #: What is said of a tissue that was not found needs so many phantoms.
@@ -109,7 +112,10 @@ LEAST_ABSENT = 10
 
 
 class Volume(NamedTuple):
-    """One tissue of one patient, in ml: as the reference has it, as found, its standard deviation; what is known."""
+    """One tissue of one patient, in ml: as the reference has it, as found, its standard deviation; what is known.
+
+    The interval that the patient's sidecar tells is ``told_ml``, if any.
+    """
 
     tissue: str
     reference_ml: float
@@ -118,6 +124,7 @@ class Volume(NamedTuple):
     mask_ml: float
     cues: Cues
     sequences: tuple[str, ...]
+    told_ml: tuple[float, float] | None = None
 
 
 def volumes(data: Path, results: Path, protocol: str, method: str, *, every: bool = False) -> dict[str, list[Volume]]:
@@ -146,7 +153,8 @@ def volumes(data: Path, results: Path, protocol: str, method: str, *, every: boo
         mask_ml = sum(one["volume_ml"] for one in told.values())
         for name, one in told.items():
             count = int((marked == wanted.tissue(name).index).sum()) * reference.voxel_ml
-            found[name].append(Volume(name, count, one["volume_ml"], one["sd_ml"], mask_ml, cues, sequences))
+            end = None if one["low_ml"] is None else (one["low_ml"], one["high_ml"])
+            found[name].append(Volume(name, count, one["volume_ml"], one["sd_ml"], mask_ml, cues, sequences, end))
     return {name: rows for name, rows in found.items() if every or any(row.reference_ml for row in rows)}
 
 
@@ -241,19 +249,21 @@ def _spread(row: Volume, width: Width) -> float:
     return interval_rule.between(share, width.at, width.reach)
 
 
-def ends(row: Volume, way: IntervalRule | tuple[float, float]) -> tuple[float, float]:
-    """Those of a volume's interval, in ml."""
+def ends(row: Volume, way: IntervalRule | tuple[float, float] | None) -> tuple[float, float]:
+    """Those of a volume's interval, in ml; None: those that were told."""
+    if way is None:
+        return row.told_ml or (np.nan, np.nan)
     if isinstance(way, IntervalRule):
         return uncertainty.held(row.found_ml, *way.ends_ml(row.tissue, row.found_ml, row.cues), mask_ml=row.mask_ml)
     found = uncertainty.interval(row.found_ml, row.sd_ml, way, mask_ml=row.mask_ml)
     return float(found.low_ml or 0), float(found.high_ml or 0)
 
 
-def checked(rows: Sequence[Volume], way: IntervalRule | tuple[float, float]) -> tuple[float, float]:
-    """The share of volumes that their intervals hold, and the median width as a share of the found volume."""
+def checked(rows: Sequence[Volume], way: IntervalRule | tuple[float, float] | None) -> tuple[float, float]:
+    """The share of volumes that their intervals hold, and the median width as a share of the true volume."""
     lows, highs = np.array([ends(row, way) for row in rows]).T
     true = np.array([r.reference_ml for r in rows])
-    width = (highs - lows) / np.maximum([r.found_ml for r in rows], 1e-9)
+    width = (highs - lows) / np.maximum(true, 1e-9)
     return float(((lows <= true) & (true <= highs)).mean()), float(np.median(width))
 
 
@@ -285,6 +295,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if teacher := TAUGHT.get(method):
             _tell(f"`{method}`, as `{teacher}`", seeds, _taught(protocol, teacher, seeds), {})
             ruled.setdefault(protocol, {})[method] = teacher
+        if other := OPINION_OF.get(method):
+            ways: dict[str, Way] = dict.fromkeys(seeds[0], lambda _: None)
+            _tell(f"`{method}`, as `{other}` tells", seeds, ways, _scored(asked.out, scored, method, None))
+            ruled.setdefault(protocol, {})[method] = {"opinion_of": other}
     if asked.write:
         for place, content in ((REACHES, table), (RULES, ruled)):
             _write(place, content)
@@ -292,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 #: From the volumes of one tissue in some patients to its interval.
-Way = Callable[[Sequence[Volume]], "IntervalRule | tuple[float, float]"]
+Way = Callable[[Sequence[Volume]], "IntervalRule | tuple[float, float] | None"]
 Volumes = dict[str, list[Volume]]
 
 

@@ -80,10 +80,19 @@ def rules(protocol: str, method: str, sequences: Sequence[str]) -> dict[str, Int
     """
     methods = _table().get(protocol, {})
     entries = methods.get(method, [])
+    if isinstance(entries, Mapping):  # the other's own volumes are asked for
+        return {}
     for entry in methods[entries] if isinstance(entries, str) else entries:  # a name: that method's
         if set(entry["needs"]) <= set(sequences):
             return {name: _rule(fields) for name, fields in entry["tissues"].items()}
     return {}
+
+
+def opinion(protocol: str, method: str, sequences: Sequence[str]) -> str | None:
+    """The method that tells better than this one where the volumes of a patient with these sequences lie; or None."""
+    entries = _table().get(protocol, {}).get(method)
+    other: str | None = entries["opinion_of"] if isinstance(entries, Mapping) else None
+    return other if other is not None and rules(protocol, other, sequences) else None
 
 
 def _rule(fields: Mapping[str, Any]) -> IntervalRule:

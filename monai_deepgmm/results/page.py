@@ -109,6 +109,7 @@ def page(
             ramp=UNCERTAINTY_COLORS,
             measurements=measurements,
             intervals=_intervals(measurements, facts),
+            opinion=_opinion(facts),
             presence={name: as_map(found) for name, found in as_map(facts.get("presence")).items()},
             percent_of=next((m["percent_of"] for m in measurements if m.get("percent_of")), "the mask"),
             more=_columns(measurements),
@@ -152,6 +153,12 @@ def _intervals(measurements: Sequence[Mapping[str, Any]], facts: Mapping[str, An
     """Tissue → low_ml and high_ml, of the measurements or else of the sidecar."""
     told = {str(name): as_map(v) for name, v in as_map(as_map(facts.get("uncertainty")).get("volumes")).items()}
     return told | {str(m.get("tissue")): dict(m) for m in measurements if is_number(m.get("low_ml"))}
+
+
+def _opinion(facts: Mapping[str, Any]) -> str | None:
+    """The method whose intervals these are, where it is not the one that segmented."""
+    by = as_map(facts.get("uncertainty")).get("by")
+    return by if isinstance(by, str) and by != facts.get("method") else None
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:

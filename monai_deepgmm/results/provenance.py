@@ -44,6 +44,7 @@ class Outcome(NamedTuple):
         cues: what the intervals were weighed from; None where they were not.
         contradictions: what of the found tissues contradicts the protocol, in words.
         slices: those of the regions' images; empty: the fit's.
+        opinion: the method whose intervals these are; None: the one that was asked for.
     """
 
     fit: Fit
@@ -54,6 +55,7 @@ class Outcome(NamedTuple):
     cues: Cues | None = None
     contradictions: Sequence[str] = ()
     slices: tuple[int, ...] = ()
+    opinion: str | None = None
 
 
 @functools.cache
@@ -93,6 +95,7 @@ def sidecar(
                 name: {k: None if v is None else round(v, 4) for k, v in interval._asdict().items()}
                 for name, interval in zip(names, outcome.intervals, strict=True)
             },
+            "by": outcome.opinion or config.method.name,
             "cues": None if outcome.cues is None else _cues(outcome.cues),
         },
         "fit": {"units": [_fitted(outcome.fit.diagnostics, i, where) for i, where in enumerate(slices)]},

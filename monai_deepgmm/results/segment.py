@@ -14,14 +14,24 @@ from numpy.typing import NDArray
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images.loading import Scan
 from monai_deepgmm.images.preparation import Prepared, prepare
-from monai_deepgmm.methods import name_check, naming, region_filter
+from monai_deepgmm.methods import name_check, naming, region_filter, registry
 from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.methods.naming import Naming
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit, likeliest
 from monai_deepgmm.patients.study import Study
-from monai_deepgmm.results import coverage, cues, notes, parts, plausibility, provenance, refit, uncertainty
+from monai_deepgmm.results import (
+    coverage,
+    cues,
+    interval_rule,
+    notes,
+    parts,
+    plausibility,
+    provenance,
+    refit,
+    uncertainty,
+)
 from monai_deepgmm.results.assembly import Assembly, assemble
 from monai_deepgmm.results.cues import Cues
 from monai_deepgmm.results.numbers import numbers
@@ -54,14 +64,8 @@ def segment(
     prepared = prepare(study, preprocessing or config.preprocessing.steps(config.protocol))
     if inferer is None and not config.method.surroundings:
         prepared = prepared.tight()
-    inferer = inferer or Solver(config)
-    divided = parts.split(prepared, config)
-    wall = parts.wall(prepared, config) if len(divided) > 1 else None
-    first, *others = _solved(divided, wall, config, inferer)
-    probabilities, outcome = _together(first, others, wall, prepared, config)
-    elsewhere = np.any([np.zeros_like(prepared.scan.mask), *(other.part.takes for other in others)], axis=0)
-    first = first._replace(outcome=outcome)
-    return with_numbers(_on_source_grid(study, prepared, first, probabilities, elsewhere, config))
+    found = _found(prepared, config, inferer or Solver(config))
+    return with_numbers(_segmentation(study, prepared, _with_second_opinion(found, prepared, config), config))
 
 
 def with_numbers(segmentation: Segmentation) -> Segmentation:
@@ -100,6 +104,62 @@ class Solved(NamedTuple):
         """Of the part's tissues, on the scan's grid (K, X, Y, Z)."""
         fit = self.outcome.fit if filtered else self.unfiltered
         return self.part.prepared.crops.restore(self.assembly.everywhere(fit).cpu())
+
+
+class Found(NamedTuple):
+    """All of a patient's parts, put together.
+
+    Attributes:
+        first: the first part, with the outcome of all.
+        labels: on the grid of the scan (X, Y, Z).
+        probabilities: of the first part's tissues (K, X, Y, Z).
+    """
+
+    first: Solved
+    labels: NDArray[np.uint8]
+    probabilities: NDArray[np.float32]
+
+
+def _found(prepared: Prepared, config: Config, inferer: Inferer) -> Found:
+    """What a method finds: labels by Bayes' rule (S §2), and how sure they are."""
+    divided = parts.split(prepared, config)
+    wall = parts.wall(prepared, config) if len(divided) > 1 else None
+    first, *others = _solved(divided, wall, config, inferer)
+    probabilities, outcome = _together(first, others, wall, prepared, config)
+    mask = prepared.scan.mask
+    elsewhere = np.any([np.zeros_like(mask), *(other.part.takes for other in others)], axis=0)
+    index = np.array([t.index for t in first.assembly.images.tissues], dtype=np.uint8)
+    inside = probabilities[:, mask]  # (K, voxels)
+    labels = np.zeros(mask.shape, dtype=np.uint8)
+    labels[mask] = np.where((inside > 0).any(0), index[likeliest(torch.from_numpy(inside)[None])[0].numpy()], 0)
+    told = _cues(labels, inside, first, outcome, config)
+    outcome = outcome._replace(
+        cues=told,
+        intervals=_intervals(labels, elsewhere, inside, first, config, told),
+        entropy=float(uncertainty.entropy(inside).mean()),
+    )
+    return Found(first._replace(outcome=outcome), labels, probabilities)
+
+
+def _with_second_opinion(found: Found, prepared: Prepared, config: Config) -> Found:
+    """With the intervals of another method, where the tables say that it knows better how large the tissues are.
+
+    They need not hold the volumes that were found.
+    """
+    outcome = found.first.outcome
+    other = interval_rule.opinion(config.protocol.name, config.method.name, found.first.assembly.images.sequences)
+    if other is None:
+        return found
+    method = registry.configure(other, {}, config.protocol, config.preprocessing, {})
+    try:
+        asked = dataclasses.replace(config, method=method, means=None)
+        second = _found(prepared, asked, Solver(asked)).first.outcome
+    except StudyError:  # too few voxels for its fits
+        return found
+    pairs = zip(outcome.intervals, second.intervals, strict=True)
+    intervals = [own._replace(low_ml=one.low_ml, high_ml=one.high_ml) for own, one in pairs]
+    outcome = outcome._replace(intervals=intervals, cues=second.cues, opinion=other)
+    return found._replace(first=found.first._replace(outcome=outcome))
 
 
 def _solved(divided: tuple[Part, ...], wall: Images | None, config: Config, inferer: Inferer) -> Iterator[Solved]:
@@ -174,28 +234,11 @@ def named(fit: Fit, images: Images, config: Config) -> tuple[Fit, Naming]:
     return naming.reorder(fit, found.order), found
 
 
-def _on_source_grid(
-    study: Study,
-    prepared: Prepared,
-    first: Solved,
-    probabilities: NDArray[np.float32],
-    elsewhere: NDArray[np.bool_],
-    config: Config,
-) -> Segmentation:
-    """Labels by Bayes' rule (S §2) on the grid of the scan, and what is to be told of them."""
+def _segmentation(study: Study, prepared: Prepared, found: Found, config: Config) -> Segmentation:
+    """What was found, and what is to be told of it."""
+    first = found.first
     scan, assembly, outcome, main = prepared.scan, first.assembly, first.outcome, first.part.prepared
     images = assembly.images
-    index = np.array([t.index for t in images.tissues], dtype=np.uint8)
-    inside = probabilities[:, scan.mask]  # (K, voxels)
-    labels = np.zeros(scan.mask.shape, dtype=np.uint8)
-    labels[scan.mask] = np.where((inside > 0).any(0), index[likeliest(torch.from_numpy(inside)[None])[0].numpy()], 0)
-    told = _cues(labels, inside, first, outcome, config)
-    outcome = outcome._replace(
-        cues=told,
-        intervals=_intervals(labels, elsewhere, inside, first, config, told),
-        entropy=float(uncertainty.entropy(inside).mean()),
-    )
-    del inside  # of a head it is large
     fields = _fields(outcome.fit, main, assembly)
     warnings = (*scan.warnings, *notes.about(main, assembly, outcome, config))
     scanned = scan.image if prepared.fields is None else scan.image * prepared.fields
@@ -205,8 +248,8 @@ def _on_source_grid(
         tissues=images.tissues,
         images=dict(zip(scan.sequences, scanned, strict=True)),
         mask=scan.mask,
-        labels=labels,
-        probabilities=probabilities,
+        labels=found.labels,
+        probabilities=found.probabilities,
         reference=scan.reference,
         slice_axis=main.crops.slice_axis,
         sidecar=provenance.sidecar(main, assembly, outcome, config, warnings)

@@ -8,9 +8,17 @@ import math
 import pytest
 
 from monai_deepgmm import protocol
+from monai_deepgmm.errors import StudyError
+from monai_deepgmm.methods.anatomy import AnatomicalConfig
+from monai_deepgmm.methods.config import build
+from monai_deepgmm.patients import discovery
+from monai_deepgmm.phantom import heart as phantom
 from monai_deepgmm.results import interval_rule, uncertainty
 from monai_deepgmm.results.cues import Cues
 from monai_deepgmm.results.interval_rule import IntervalRule, rules
+from monai_deepgmm.results.page import page
+from monai_deepgmm.results.segment import segment
+from monai_deepgmm.results.segmentation import Segmentation
 
 SEQUENCES = ("LGE", "T2", "bSSFP")
 RULE = IntervalRule(0.1, {"noise": (0.2, 1.0, 0.5), "expected": (-0.1, 0.0, 1.0)}, "edema", (0.05, 0.15), (0.2, 0.6))
@@ -99,3 +107,39 @@ def test_more_doubt_makes_an_interval_wider():
         low, high = rule.ends_ml("myocardium", 80.0, Cues({}, {"edema": {"doubt_ml": doubt_ml}}))
         widths.append(high - low)
     assert widths[1] > 2 * widths[0]
+
+
+@pytest.mark.parametrize(("sequences", "other"), [(SEQUENCES, "anatomy"), (("LGE",), "anatomy"), (("T2",), None)])
+def test_svgmm_asks_anatomy_where_that_has_a_rule(sequences, other):
+    assert interval_rule.opinion("infarct", "svgmm", sequences) == other
+    assert rules("infarct", "svgmm", sequences) == {}
+    for method in ("anatomy", "cohort", "gmm"):
+        assert interval_rule.opinion("infarct", method, sequences) is None
+    assert interval_rule.opinion("brain", "svgmm", sequences) is None
+
+
+def of_patient(found: Segmentation) -> list[tuple[float | None, float | None]]:
+    return [(one.low_ml, one.high_ml) for one in found.intervals]
+
+
+def test_the_intervals_of_svgmm_are_those_of_anatomy_and_the_page_says_so(tmp_path, monkeypatch):
+    phantom.write_cohort(tmp_path, 1, seed=3, config=phantom.PhantomConfig(size=210, slices=(2, 2)))
+    (study,) = discovery.find(tmp_path, protocol.load("infarct")).studies
+    quick = build(method="svgmm", settings={"max_iter": 3})
+    asked, other = segment(study, quick), segment(study, build())
+    assert of_patient(asked) == of_patient(other)
+    assert asked.sidecar["uncertainty"]["by"] == other.sidecar["uncertainty"]["by"] == "anatomy"
+    assert asked.sidecar["uncertainty"]["cues"] == other.sidecar["uncertainty"]["cues"]
+    volumes = asked.sidecar["uncertainty"]["volumes"]
+    assert volumes["blood"]["volume_ml"] != other.sidecar["uncertainty"]["volumes"]["blood"]["volume_ml"]
+    told = [{"tissue": name, **one} for name, one in volumes.items()]
+    pages = [page({"patient": "a"}, one.sidecar, told, None) for one in (asked, other)]
+    assert ["the one that anatomy gives" in one for one in pages] == [True, False]
+
+    def small(*_, **__):
+        raise StudyError("E_MASK_SMALL", "too few voxels", "none")
+
+    monkeypatch.setattr(AnatomicalConfig, "solve_all", small)
+    alone = segment(study, quick)
+    assert alone.sidecar["uncertainty"]["by"] == "svgmm"
+    assert of_patient(alone) != of_patient(other)
