@@ -42,6 +42,10 @@ class Anatomy:
     spread: tuple[float, float] = (0.06, 0.05)
     enhancement: Enhancement | None = None
 
+    def where_blood_is_bright(self) -> Anatomy:
+        """The same without the contrast of sequences on which the inside is darker."""
+        return dataclasses.replace(self, contrast={s: c for s, c in self.contrast.items() if c > 0})
+
 
 @dataclass(frozen=True)
 class RegionCriteria:

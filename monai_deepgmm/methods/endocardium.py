@@ -85,19 +85,6 @@ class Ring(NamedTuple):
         return thickness
 
 
-def ring(
-    image: Tensor,
-    mask: Tensor,
-    anatomy: Anatomy,
-    sequences: tuple[str, ...],
-    spacing_mm: tuple[float, ...],
-    *,
-    slices: tuple[int, ...] = (),
-) -> Ring:
-    """The borders of the wall in each image of a patient: ``rings`` with one anatomy."""
-    return rings(image, mask, [anatomy], sequences, spacing_mm, slices=slices)[0]
-
-
 def rings(
     image: Tensor,
     mask: Tensor,

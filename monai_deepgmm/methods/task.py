@@ -65,20 +65,12 @@ class Images(NamedTuple):
 
     def border(self) -> Ring:
         """The wall's borders: ``ring``, or found now."""
-        if self.ring is not None:
-            return self.ring
-        found = endocardium.ring(
-            self.image, self.whole, self.anatomy(), self.sequences, self.spacing_mm, slices=self.slices
-        )
-        return self._measured(found)
+        return self._walls([self.anatomy()])[0][0] if self.ring is None else self.ring
 
     @property
     def whole(self) -> Tensor:
         """The whole organ ``(B, 1, *S)``."""
         return self.mask if self.organ is None else self.organ
-
-    def _measured(self, ring: Ring) -> Ring:
-        return ring if self.organ is None else ring._replace(inside=ring.inside * self.mask)
 
     def variants(self, protocols: Sequence[protocols.Protocol]) -> list[Self]:
         """The same task for other protocols, which differ from this one in levels and in the usual inner border.
@@ -93,19 +85,17 @@ class Images(NamedTuple):
         ]
         if self.protocol.anatomy is None or not made:
             return made
-        given = (self.image, self.whole, [v.anatomy() for v in made], self.sequences, self.spacing_mm)
-        rings = endocardium.rings(*given, slices=self.slices)
-        rings = [self._measured(ring) for ring in rings]
-        found = self._enhanced(rings)
-        each = zip(made, rings, found, strict=True)
-        return [v._replace(ring=ring, enhancement=enhancement) for v, ring, enhancement in each]
+        walls = self._walls([v.anatomy() for v in made])
+        return [v._replace(ring=ring, enhancement=late) for v, (ring, late) in zip(made, walls, strict=True)]
 
     def with_wall(self) -> Self:
         """The same, with the wall's borders and enhancement, found once for all; itself where there is no anatomy."""
         if self.protocol.anatomy is None:
             return self
-        found = self._replace(ring=self.border())
-        return found._replace(enhancement=found.enhanced())
+        if self.ring is not None:
+            return self._replace(enhancement=self.enhanced())
+        ring, late = self._walls([self.anatomy()])[0]
+        return self._replace(ring=ring, enhancement=late)
 
     def enhanced(self) -> Enhancement | None:
         """What late enhancement shows in the wall of this patient: ``enhancement``, or measured now.
@@ -115,10 +105,38 @@ class Images(NamedTuple):
         """
         return self.enhancement or self._enhanced([self.border()])[0]
 
+    def _walls(self, anatomies: Sequence[protocols.Anatomy]) -> list[tuple[Ring, Enhancement | None]]:
+        """The wall's borders as each anatomy would have them, and what late enhancement shows between them.
+
+        They are sought first without the sequences on which blood is dark, since blood that flows slowly along the wall
+        shines there as edema does. Where late enhancement shows no scar in that wall, there is no edema to look for
+        either, and it is taken; else all sequences have their say.
+        """
+        if self._shows_enhancement() and any(anatomies[0].contrast.get(s, 0) < 0 for s in self.sequences):
+            walls = self._measured([a.where_blood_is_bright() for a in anatomies])
+            if (late := walls[0][1]) is not None and not late.present:
+                return walls
+        return self._measured(anatomies)
+
+    def _measured(self, anatomies: Sequence[protocols.Anatomy]) -> list[tuple[Ring, Enhancement | None]]:
+        """Borders from all sequences of each anatomy's contrast, and the enhancement between them."""
+        rings = endocardium.rings(
+            self.image, self.whole, anatomies, self.sequences, self.spacing_mm, slices=self.slices
+        )
+        if self.organ is not None:
+            rings = [ring._replace(inside=ring.inside * self.mask) for ring in rings]
+        return list(zip(rings, self._enhanced(rings), strict=True))
+
+    def _shows_enhancement(self) -> bool:
+        """Whether late enhancement can be measured: in a stack of one patient, of a tissue that it shows."""
+        late = self.anatomy().enhancement
+        known = late is not None and late.sequence in self.sequences and late.tissue in [t.name for t in self.tissues]
+        return known and len(self.slices) > 0
+
     def _enhanced(self, rings: Sequence[Ring]) -> list[Enhancement | None]:
         """What late enhancement shows between each of some borders."""
-        late, names = self.anatomy().enhancement, [t.name for t in self.tissues]
-        if late is None or late.sequence not in self.sequences or not self.slices or late.tissue not in names:
+        late = self.anatomy().enhancement
+        if late is None or not self._shows_enhancement():
             return [None] * len(rings)
         return enhancement.measure(
             self.image[:, self.sequences.index(late.sequence)].float().cpu().numpy(),

@@ -14,7 +14,7 @@ from torch import Tensor
 from monai_deepgmm import protocol
 from monai_deepgmm.localisation.closed_path import MAX_STEP, smoothest
 from monai_deepgmm.methods import endocardium
-from monai_deepgmm.methods.endocardium import Ring, ring
+from monai_deepgmm.methods.endocardium import Ring, rings
 from monai_deepgmm.methods.polar import ANGLES, RADII
 from monai_deepgmm.protocol import Anatomy
 
@@ -69,7 +69,7 @@ def find(
     spacing_mm: tuple[float, float] = (1.0, 1.0),
     slices: tuple[int, ...] = (),
 ) -> Ring:
-    return ring(image, mask, known, sequences, spacing_mm, slices=slices)
+    return rings(image, mask, [known], sequences, spacing_mm, slices=slices)[0]
 
 
 def dice(a: Tensor, b: Tensor) -> float:

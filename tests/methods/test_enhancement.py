@@ -41,11 +41,12 @@ def found(image: NDArray[np.float64], spacing_mm: tuple[float, float] = (1.0, 1.
     return measure(image, masks, [insides], spacing_mm, slices=tuple(range(len(image))), threshold=1.0)[0]
 
 
-def task(image: NDArray[np.float64]) -> Images:
+def task(image: NDArray[np.float64], **others: NDArray[np.float64]) -> Images:
     masks = torch.from_numpy(np.broadcast_to(MASK, image.shape).astype(float))[:, None]
-    images = torch.from_numpy(image)[:, None]
-    tissues = INFARCT.visible(("LGE",))
-    return Images(images, masks, masks, INFARCT, tissues, ("LGE",), (1.0, 1.0), slices=tuple(range(len(image))))
+    images = torch.from_numpy(np.stack([image, *others.values()], 1))
+    sequences = ("LGE", *others)
+    at = tuple(range(len(image)))
+    return Images(images, masks, masks, INFARCT, INFARCT.visible(sequences), sequences, (1.0, 1.0), slices=at)
 
 
 def dice(a: Where, b: Where) -> float:
@@ -165,6 +166,19 @@ def test_a_dark_core_that_scar_encloses_belongs_to_it():
     painted = (resp.argmax(1) == 2)[2].numpy()
     assert painted[CORE].mean() > 0.9
     assert painted[(TURN > 2.2) & (R > 18) & (R < 23)].mean() < 0.05
+
+
+def test_where_nothing_is_scarred_slow_blood_that_shines_on_t2_is_no_wall():
+    """A rim of the cavity as bright on T2 as edema: with scar all sequences say where the wall begins."""
+    t2 = np.where(INSIDE & (R < CAVITY - 4), 0.0, np.where(INSIDE, 2.0, 1.0)) + stack() * 0.01
+    radii = {}
+    for name, where in (("healthy", None), ("scar", LARGE)):
+        with_t2, without = (task(stack(where), **other).with_wall() for other in ({"T2": t2}, {}))
+        assert with_t2.enhancement.present == (name == "scar")
+        assert torch.equal(with_t2.ring.inside, without.ring.inside) == (name == "healthy")
+        radii[name] = float(with_t2.ring.inner.mean())
+    assert radii["healthy"] == pytest.approx(CAVITY, abs=1)
+    assert radii["scar"] < radii["healthy"] - 0.5
 
 
 def test_it_is_measured_once_and_only_in_a_stack():

@@ -129,13 +129,18 @@ def test_no_setting_is_left_out_above(method):
 @pytest.mark.parametrize("presence", [True, False])
 def test_the_inner_border_is_found_once_for_a_fit(patients, monkeypatch, tmp_path, presence, network):
     counted, rings = [], endocardium.rings
-    monkeypatch.setattr(endocardium, "rings", lambda *given, **named: counted.append(1) or rings(*given, **named))
+
+    def counting(image, mask, anatomies, *given, **named):
+        counted.append(tuple(anatomies[0].contrast))
+        return rings(image, mask, anatomies, *given, **named)
+
+    monkeypatch.setattr(endocardium, "rings", counting)
     config = usual("anatomy", presence=presence)  # the refits' borders are found along with the fit's
     if network:
         folder = write(tmp_path / "model", specified(training={"teacher": "anatomy", "label_rule": "both"}))
         config = build(model=folder, settings={"presence": presence})
     segment(patients["infarct"], config)
-    assert len(counted) == 1
+    assert counted == [("bSSFP",), ("T2", "bSSFP")]  # whether there is scar is asked without T2
 
 
 @pytest.mark.parametrize("method", ["gmm", "svgmm", "pvgmm"])
