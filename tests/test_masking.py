@@ -23,6 +23,7 @@ def cohort(tmp_path_factory):
     noise = np.random.default_rng(3).normal(100, 20, image.shape)
     for patient, data in (("heart", image), ("none", noise)):
         (base / patient).mkdir(parents=True)
+        (base / patient / "Maske.nii.gz").touch()  # drawn by hand, under a name that no layout knows
         for name, one in zip(SEQUENCES, data, strict=True):
             nib.save(
                 nib.Nifti1Image(one.astype(np.int16), np.diag([1.6, 1.6, 10, 1])), base / patient / f"{name}.nii.gz"
@@ -48,6 +49,8 @@ def table(path):
 def test_masks_are_written_with_how_sure_they_are_and_failures_stay_alone(cohort, masks):
     rows = table(masks / "masks.tsv")
     assert (rows["heart"]["status"], rows["none"]["status"], rows["none"]["code"]) == ("ok", "failed", "E_MASK_UNSURE")
+    for told in (rows["heart"]["warnings"], rows["none"]["message"]):
+        assert "; not used: Maske.nii.gz (if that is the mask, name it" in told
     assert float(rows["heart"]["confidence"]) > 0.9
     assert "W_MASK_AUTO" in rows["heart"]["warnings"]
     written = nib.load(masks / "heart" / "heart_desc-lv_mask.nii.gz")

@@ -287,6 +287,8 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
         hint = f" Give the data set's own folder: {listed(sorted(inside))}."
     elif holds_dicom(tree, flat):
         hint = " There are DICOM files: use --layout dicom, or convert them with dcm2niix."
+    elif any(_begins_with_sequence(n, protocol) for n in flat):
+        hint = " Names that begin with the sequence need a layout of your own with images: ['{sequence}_{patient}']."
     elif any(READABLE.search(n) for n in flat):
         hint = f" It holds {listed([n for n in flat if READABLE.search(n)])}: if it is one patient's folder, give the "
         hint += "folder around it."
@@ -296,6 +298,11 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
         f"{', '.join(one.name for one in tried)}.{hint} Choose --protocol or --layout "
         f"({', '.join(layouts.ORDER)}, or a YAML file), or list the files in a table (--manifest)"
     )
+
+
+def _begins_with_sequence(name: str, protocol: Protocol) -> bool:
+    first, _, rest = name.partition("_")
+    return bool(rest) and layouts.load("folder").aliases(protocol).get(first.casefold()) in protocol.sequences
 
 
 def _with_usable_id(study: Study) -> Study:

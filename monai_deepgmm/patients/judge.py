@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from monai_deepgmm.patients import bids, label_meanings
+from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients.claims import Found
 from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed, shown
 from monai_deepgmm.patients.formats import foreign, pointer
@@ -85,6 +86,8 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
         truth_names=meanings,
         problems=tuple(problems),
         label_problems=tuple(_label_problems(found, tree, meanings)),
+        unused=tuple(name.rpartition("/")[2] for name in found.unused),
+        mask_called=next(iter(layout.mask_examples(found.patient)), "") if layout else "",
     )
 
 
@@ -187,11 +190,27 @@ def failed(found: Found, tree: Tree, protocol: Protocol) -> Study:
         if any(READABLE.search(n) for n in names):
             problem = _dicom("the folder holds DICOM files, and no NIfTI file of a sequence")
     else:
-        sequences = ", ".join(protocol.sequences)
-        remedy = f"Put each sequence ({sequences}) into this folder as <sequence>.nii.gz, or use a table (--manifest)"
         short = [n.removeprefix(f"{folder}/") for n in names]
-        problem = Problem("E_NO_SEQUENCE", f"no file is {sequences}; found {listed(short) or 'no file'}", remedy)
+        message = f"no file is {', '.join(protocol.sequences)}; found {listed(short) or 'no file'}"
+        problem = Problem("E_NO_SEQUENCE", message, _how_to_lay_out(folder, short, tree, protocol))
     return Study(found.patient, {}, problems=(problem,))
+
+
+def _how_to_lay_out(folder: str, names: Sequence[str], tree: Tree, protocol: Protocol) -> str:
+    """What to do with a folder in which no file is called like a sequence; names are below it."""
+    meaning = layouts.reader(layouts.load("folder"), protocol, tree.root, needed=False).meaning
+    nested = [name for name in names if "/" in name]
+    inner = sorted({name.rpartition("/")[0] for name in nested})
+    if meaning(folder) in protocol.sequences:
+        own = "{sequence}/{patient}"
+    elif any(meaning(home.rpartition("/")[2]) in protocol.sequences for home in inner):
+        own = "{patient}/{sequence}/*"
+    elif any(meaning(READABLE.sub("", name.rpartition("/")[2])) in protocol.sequences for name in nested):
+        return f"If {listed(inner)} are patients, give this folder as DIR; else use a table (--manifest)"
+    else:
+        sequences = ", ".join(protocol.sequences)
+        return f"Put each sequence ({sequences}) into this folder as <sequence>.nii.gz, or use a table (--manifest)"
+    return f"Files are sorted by sequence: use a layout of your own with images: ['{own}'], or a table (--manifest)"
 
 
 def _dicom(message: str) -> Problem:

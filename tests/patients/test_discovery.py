@@ -579,3 +579,29 @@ class TestManifest:
     def test_not_together_with_a_layout(self, table):
         with pytest.raises(UsageError, match="one of them"):
             table("", layout="folder")
+
+
+class TestWhatIsNotUsed:
+    def test_files_beside_a_patients_images_that_no_name_fits(self, tmp_path):
+        found = cohort(tmp_path, "p1/{LGE,T2,mask,LVmask,mask_old,notes}.nii.gz", "p1/read.txt", "p2/LGE.nii.gz")
+        assert [s.unused for s in found.studies] == [("LVmask.nii.gz", "mask_old.nii.gz", "notes.nii.gz"), ()]
+
+    def test_in_one_folder_for_all_only_what_begins_with_the_id(self, tmp_path):
+        found = cohort(tmp_path, "{a_LGE,a_Maske,a1_LGE,a1-roi,other}.nii.gz")
+        assert {s.patient: s.unused for s in found.studies} == {"a": ("a_Maske.nii.gz",), "a1": ("a1-roi.nii.gz",)}
+
+    @pytest.mark.parametrize(
+        ("files", "said"),
+        [
+            ("LGE/{1,2}.nii.gz", "layout of your own with images: ['{sequence}/{patient}']"),
+            ("p1/{LGE,T2,mask}/image.nii.gz", "images: ['{patient}/{sequence}/*']"),
+            ("batch1/{A,B}/LGE.nii.gz", "If A, B are patients, give this folder as DIR"),
+            ("p1/{scan,other/scan}.nii.gz", "Put each sequence (LGE, T2, bSSFP) into this folder"),
+        ],
+    )
+    def test_a_folder_without_sequences_says_how_to_go_on(self, tmp_path, files, said):
+        assert said in cohort(tmp_path, files).studies[0].problems[0].remedy
+
+    def test_names_that_begin_with_the_sequence(self, tmp_path):
+        with pytest.raises(UsageError, match=r"images: \['{sequence}_{patient}'\]"):
+            cohort(tmp_path, "{LGE,T2}_1.nii.gz")
