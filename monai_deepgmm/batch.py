@@ -375,7 +375,8 @@ def _log(row: Row) -> None:
     state = "done before" if row.get("resumed") else row["status"]
     detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else f"{row['seconds']:.1f} s"
     patient = atomic_files.printable(row["patient"])
-    logger.info("%s: %s (%s)", patient, state, atomic_files.printable(detail))
+    level = logging.WARNING if row["status"] == "failed" else logging.INFO  # told also with --quiet
+    logger.log(level, "%s: %s (%s)", patient, state, atomic_files.printable(detail))
     for warning in row["warnings"]:
         logger.info("%s: %s", patient, atomic_files.printable(warning))
     if "traceback" in row:

@@ -69,7 +69,8 @@ def run(
         asked = dataclasses.replace(study, mask=None, mask_labels=(), mask_rule=rule)
         row = _one(asked, out, protocol, {"frame": frame, "max_voxels": max_voxels, "align": align})
         rows.append(row)
-        logger.info("%s: %s %s", row["patient"], row["status"], row["message"] or row["confidence"])
+        level = logging.WARNING if row["status"] == "failed" else logging.INFO
+        logger.log(level, "%s: %s %s", row["patient"], row["status"], row["message"] or row["confidence"])
         if row["code"] == "E_DISK":
             break
     atomic_files.write_whole(atomic_files.folder(out) / TABLE, _table(rows))
