@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ class Config:
             raise UsageError("--dicom-seg needs highdicom: pip install 'monai-deepgmm[dicom]'")
         for format_name in self.copies:
             settings.check_choice("--copies", format_name, COPIES)
-        if not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"--seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed: got {self.seed!r}, expected a whole number from 0 to 2^63 - 1")
 
     @property
     def model(self) -> ModelReference | None:

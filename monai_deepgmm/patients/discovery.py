@@ -54,7 +54,7 @@ DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT")
 
 
 def find(
-    root: Path,
+    root: str | Path,
     protocol: Protocol,
     *,
     layout: str | Path | None = None,
@@ -95,7 +95,10 @@ def find(
 
     Raises:
         UsageError: no such folder, no patient, sequences of another protocol, or options that contradict each other.
+        TypeError: the protocol is a name.
     """
+    if not isinstance(protocol, Protocol):
+        raise TypeError(f"protocol: got {protocol!r}, expected a Protocol, as load_protocol makes of a name")
     root = Path(root)
     _check_options(root, layout, manifest, mask, mask_labels)
     _check_mask(protocol, mask, masks, mask_model)

@@ -135,7 +135,7 @@ class Evaluation:
 
 
 def evaluate(
-    out: Path, cohort: Cohort, protocol: Protocol, *, slices: Slices = "all", unit: Unit = "slice"
+    out: str | Path, cohort: Cohort, protocol: Protocol, *, slices: Slices = "all", unit: Unit = "slice"
 ) -> Evaluation:
     """Compares the segmentations in a folder with the cohort's reference labels.
 
@@ -152,6 +152,7 @@ def evaluate(
     for name, value, choices in (("slices", slices, get_args(Slices)), ("unit", unit, get_args(Unit))):
         if value not in choices:
             raise UsageError(f"--{name}: {value!r} is unknown; choose {' or '.join(choices)}")
+    out = Path(out)
     if not out.is_dir():
         raise UsageError(f"OUT: there is no folder {out.name}; run deepgmm segment first")
     patients, problems = {}, {}
