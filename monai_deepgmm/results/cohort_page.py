@@ -41,6 +41,7 @@ def index(
     known = markup.colors_of([{"name": n, "color": c} for n, c in (colors or {}).items()], tissues)
     patients = [_entry(row, volumes, largest, (reviews or {})) for row in ordered(rows, measurements)]
     percents = list(dict.fromkeys(str(m["tissue"]) for m in measurements if m.get("percent") not in (None, "")))
+    masses = [p["lv_mass_g"] for p in patients if is_number(p["lv_mass_g"])]
     return (
         markup.environment()
         .get_template("index.html.j2")
@@ -54,9 +55,10 @@ def index(
             codes=_codes(patients),
             tissues=tissues,
             percents=percents,
-            masses=any(is_number(markup.as_map(row.get("ventricle")).get("lv_mass_g")) for row in rows),
+            masses=bool(masses),
             percent_of=next((m["percent_of"] for m in measurements if m.get("percent_of")), "the mask"),
-            medians={key: _medians(measurements, key) for key in ("volume_ml", "percent")},
+            medians={key: _medians(measurements, key) for key in ("volume_ml", "percent")}
+            | {"lv_mass_g": statistics.median(masses) if masses else None},
             strips=strips(values_by_tissue(measurements)),
             colors=known,
             serious=markup.SERIOUS,
