@@ -14,14 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, USAGE, StudyError, users_own
-from monai_deepgmm.patients.directory import listed
+from monai_deepgmm.patients.directory import counted, listed
 from monai_deepgmm.patients.stack import Stack
 from monai_deepgmm.patients.study import Cohort, Problem, Study
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 patient``, ``2 patients``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def print_cohort(found: Cohort) -> None:

@@ -28,7 +28,7 @@ from monai_deepgmm.patients.claims import Claims, Found, claim
 from monai_deepgmm.patients.dicom import cohort as dicom_cohort
 from monai_deepgmm.patients.dicom import layout as dicom_layout
 from monai_deepgmm.patients.dicom.layout import DicomLayout
-from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed, scan, shown
+from monai_deepgmm.patients.directory import READABLE, Tree, counted, holds_dicom, listed, scan, shown
 from monai_deepgmm.patients.formats import foreign
 from monai_deepgmm.patients.judge import Asked, failed, judge
 from monai_deepgmm.patients.layout import Layout
@@ -234,7 +234,7 @@ def _from_dicom(
 
 
 def _no_dicom(tree: Tree) -> NoReturn:
-    raise NobodyError(f"{shown(tree.root.name or '.')} holds no DICOM file, of {len(tree.files)} files")
+    raise NobodyError(f"{shown(tree.root.name or '.')} holds no DICOM file, of {counted(len(tree.files), 'file')}")
 
 
 def _found_otherwise(tree: Tree, tried: Sequence[Layout]) -> tuple[Found, ...]:
@@ -283,7 +283,7 @@ def _holds_scans(tree: Tree, found: Found) -> bool:
 def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
     flat = [n for n in tree.files if "/" not in n]
     scans = [n for n in tree.files if READABLE.search(n)]
-    looked = f"{len(tree.files)} files in {len(tree.folders)} folders, of which {len(scans)} are NIfTI"
+    looked = f"{counted(len(tree.files), 'file')} in {counted(len(tree.folders), 'folder')}, {len(scans)} of them NIfTI"
     hint = ""
     inside = {n.split("/")[0] for n in tree.folders if "/" in n and n.split("/")[-1].casefold() in layouts.NOT_PATIENTS}
     if inside:

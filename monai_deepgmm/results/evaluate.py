@@ -25,6 +25,7 @@ import numpy.typing as npt
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.images import labels as truth
+from monai_deepgmm.patients.directory import counted
 from monai_deepgmm.patients.discovery import Cohort, Problem, Study
 from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.results import label_order, metrics
@@ -215,8 +216,9 @@ def summary(evaluation: Evaluation) -> str:
     lines.append(("mean", *means, str(found["dice"]["mean_n"]), ""))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    who = "1 patient" if found["n_patients"] == 1 else f"{found['n_patients']} patients"
-    compared = f"{who}, {found['n_units']} {evaluation.unit}s ({evaluation.slices})"
+    compared = (
+        f"{counted(found['n_patients'], 'patient')}, {counted(found['n_units'], evaluation.unit)} ({evaluation.slices})"
+    )
     text.append(f"compared: {compared}; not evaluated: {len(evaluation.problems)}")
     for name, problem in evaluation.problems.items():
         text.append(f"  {name}: {problem.code}: {problem.message}. {problem.remedy}".rstrip(". "))

@@ -483,6 +483,12 @@ class TestManifest:
 
         return read
 
+    def test_a_table_that_is_no_utf_8(self, table, tmp_path):
+        touch(tmp_path, "Jörg.nii.gz")
+        (study,) = table("patient,LGE\np1,Jörg.nii.gz\n", encoding="cp1252").studies
+        assert [p.code for p in study.problems][:1] == ["E_FILE"]
+        assert study.problems[0].remedy == "m.csv is not in UTF-8: save it as CSV UTF-8, or as UTF-8 text"
+
     @pytest.mark.parametrize(
         ("name", "separator"), [("m.csv", ","), ("m.tsv", "\t"), ("m.csv", ";"), ("m.csv", "\t"), ("m.txt", ",")]
     )
