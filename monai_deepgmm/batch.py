@@ -122,6 +122,8 @@ def run(
     with log_file(out):
         if not atomic_files.flushes():
             logger.warning("OUT's file system cannot flush files to its disk (fsync): keep its power on until the end")
+        for note in cohort.notes:
+            logger.warning("note: %s", atomic_files.printable(note))
         return _run(studies, work, job, options, progress)
 
 

@@ -273,7 +273,7 @@ def _find(arguments: argparse.Namespace) -> Cohort:
 
         options = (arguments.mask_from, arguments.mask_sequence, arguments.mask_labels, wanted)
         model = segmentation_bundle.asked(*options, trust_code=getattr(arguments, "trust_code", False))
-    return discovery.find(
+    found = discovery.find(
         arguments.directory,
         wanted,
         layout=arguments.layout,
@@ -288,6 +288,10 @@ def _find(arguments: argparse.Namespace) -> Cohort:
         asked=arguments.asked,
         mask_model=model,
     )
+    if arguments.command not in (scan, segment):  # which tell them below the table, and in OUT's log
+        for note in found.notes:
+            logger.warning("note: %s", terminal.shown(note))
+    return found
 
 
 def _device(asked: str) -> str:
