@@ -58,7 +58,7 @@ def test_masks_are_written_with_how_sure_they_are_and_failures_stay_alone(cohort
     assert not list(masks.glob("none/*.nii.gz"))
 
 
-def test_a_corrected_mask_is_kept_and_used(cohort, masks, tmp_path):
+def test_a_corrected_mask_is_kept_and_used(cohort, masks, tmp_path, capsys):
     own = shutil.copytree(masks, tmp_path / "own")
     path = own / "heart" / "heart_desc-lv_mask.nii.gz"
     image = nib.load(path)
@@ -66,6 +66,10 @@ def test_a_corrected_mask_is_kept_and_used(cohort, masks, tmp_path):
     changed[..., 0] = 0
     nib.save(nib.Nifti1Image(changed, image.affine), path)
     run("mask", cohort[0], own)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("heart: ok (")
+    assert "kept" in said[0]
+    assert said[1].startswith("none: failed (E_MASK_UNSURE: no mask was given")
     assert np.array_equal(np.asarray(nib.load(path).dataobj), changed)
     assert "kept" in table(own / "masks.tsv")["heart"]["message"]
     out = tmp_path / "out"
