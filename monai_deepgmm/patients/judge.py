@@ -86,7 +86,7 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
         truth_names=meanings,
         problems=tuple(problems),
         label_problems=tuple(_label_problems(found, tree, meanings)),
-        unused=tuple(name.rpartition("/")[2] for name in found.unused),
+        unused=tuple(map(_base, found.unused)),
         mask_called=next(iter(layout.mask_examples(found.patient)), "") if layout else "",
     )
 
@@ -117,6 +117,10 @@ def _meanings(found: Found, truth: str | None, tree: Tree, protocol: Protocol, a
     except OSError:
         named = None
     return label_meanings.understood(named, protocol, shown((table or "").rpartition("/")[2])) if named else None
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _only(names: Sequence[str]) -> str | None:
@@ -176,6 +180,7 @@ def _no_mask(found: Found, layout: Layout | None, protocol: Protocol) -> Problem
     ]
     remedy = f"Either {', or '.join(ways)}; of a file, --mask-labels says which values count (else all but 0)"
     why = f"; {found.hints['mask']}" if found.hints.get("mask") else ""
+    why += f"; not used: {listed([_base(name) for name in found.unused])}" if found.unused else ""
     return Problem("E_MASK_NONE", f"no mask of the {protocol.mask} was found{why}", remedy)
 
 
@@ -203,9 +208,9 @@ def _how_to_lay_out(folder: str, names: Sequence[str], tree: Tree, protocol: Pro
     inner = sorted({name.rpartition("/")[0] for name in nested})
     if meaning(folder) in protocol.sequences:
         own = "{sequence}/{patient}"
-    elif any(meaning(home.rpartition("/")[2]) in protocol.sequences for home in inner):
+    elif any(meaning(_base(home)) in protocol.sequences for home in inner):
         own = "{patient}/{sequence}/*"
-    elif any(meaning(READABLE.sub("", name.rpartition("/")[2])) in protocol.sequences for name in nested):
+    elif any(meaning(READABLE.sub("", _base(name))) in protocol.sequences for name in nested):
         return f"If {listed(inner)} are patients, give this folder as DIR; else use a table (--manifest)"
     else:
         sequences = ", ".join(protocol.sequences)

@@ -591,6 +591,8 @@ class TestWhatIsNotUsed:
     def test_files_beside_a_patients_images_that_no_name_fits(self, tmp_path):
         found = cohort(tmp_path, "p1/{LGE,T2,mask,LVmask,mask_old,notes}.nii.gz", "p1/read.txt", "p2/LGE.nii.gz")
         assert [s.unused for s in found.studies] == [("LVmask.nii.gz", "mask_old.nii.gz", "notes.nii.gz"), ()]
+        (problem,) = one(tmp_path / "alone", "p1/{LGE,LVmask}.nii.gz", mask="file").problems
+        assert problem.message == "no mask of the left ventricle was found; not used: LVmask.nii.gz"
 
     def test_in_one_folder_for_all_only_what_begins_with_the_id(self, tmp_path):
         found = cohort(tmp_path, "{a_LGE,a_Maske,a1_LGE,a1-roi,other}.nii.gz")
