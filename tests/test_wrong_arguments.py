@@ -5,8 +5,10 @@ from __future__ import annotations
 import outcomes
 import pytest
 import torch
+from folders import touch
 
 import monai_deepgmm as api
+from monai_deepgmm.errors import UsageError
 
 IMAGE, MASK, START = torch.randn(2, 3, 8, 8), torch.ones(2, 1, 8, 8), torch.rand(2, 2, 8, 8).softmax(1)
 CONFIG = api.configure()
@@ -53,8 +55,24 @@ def test_a_folder_a_study_a_configuration(tmp_path):
         api.segment("p1", CONFIG)
     with pytest.raises(TypeError, match="config: got str, expected a Config"):
         api.segment(api.Study("p1", {}), "anatomy")
-    with pytest.raises(Exception, match="--seed: got 'one', expected a whole number"):
-        api.configure(seed="one")
+    with pytest.raises(UsageError, match=r"--masks: there is no folder .*gone"):
+        api.find_cohort(tmp_path, CONFIG.protocol, masks=str(tmp_path / "gone"))
+    for wrong in ({"seed": "one"}, {"frame": "first"}, {"frame": -1}, {"max_voxels": 0}):
+        option = next(iter(wrong)).replace("_", "-")
+        with pytest.raises(UsageError, match=rf"--{option}: got .*, expected a whole number"):
+            api.configure(**wrong)
+
+
+def test_one_value_may_stand_for_a_list(tmp_path):
+    """As MONAI's command line reads ``--mask_labels 500 --patients 1001``."""
+    touch(tmp_path, "1001/{LGE,mask}.nii.gz", "1002/LGE.nii.gz")
+    for labels in (500, "500", [500], (500.0,)):
+        (study,) = api.find_cohort(tmp_path, CONFIG.protocol, mask_labels=labels, patients=1001).studies
+        assert (study.patient, study.mask_labels) == ("1001", (500.0,))
+    with pytest.raises(UsageError, match="--mask-labels: got 'blood', expected one number or several"):
+        api.find_cohort(tmp_path, CONFIG.protocol, mask_labels="blood")
+    assert api.configure(copies="nrrd", settings="max_iter=7").copies == ("nrrd",)
+    assert api.configure(settings=None) == CONFIG
 
 
 def test_a_tissue_that_the_protocol_lacks():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from monai_deepgmm import protocol as protocols
+from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images import COPIES
 from monai_deepgmm.images.header import DEFAULT_MAX_VOXELS
@@ -178,7 +179,7 @@ def build(
         means=None if means is None else known_means.read(Path(means), found, prepared),
         seed=seed,
         probabilities=probabilities,
-        copies=tuple(dict.fromkeys(copies)),
+        copies=tuple(dict.fromkeys(schema.several(copies))),
         fields=fields,
         dicom_seg=dicom_seg,
         device=device,

@@ -58,9 +58,9 @@ def find(
     protocol: Protocol,
     *,
     layout: str | Path | None = None,
-    manifest: Path | None = None,
+    manifest: str | Path | None = None,
     mask: str | None = None,
-    masks: Path | None = None,
+    masks: str | Path | None = None,
     mask_labels: Sequence[float] = (),
     truth_labels: Sequence[str] = (),
     filters: Sequence[str] = (),
@@ -99,13 +99,13 @@ def find(
     """
     if not isinstance(protocol, Protocol):
         raise TypeError(f"protocol: got {protocol!r}, expected a Protocol, as load_protocol makes of a name")
-    root = Path(root)
-    _check_options(root, layout, manifest, mask, mask_labels)
+    root, masks = Path(root), None if masks is None else Path(masks)
+    labels = schema.numbers(mask_labels, "--mask-labels")
+    _check_options(root, layout, manifest, mask, labels)
     _check_mask(protocol, mask, masks, mask_model)
-    wanted = bids.filters([filters] if isinstance(filters, str) else filters)
-    typed = "; ".join([truth_labels] if isinstance(truth_labels, str) else truth_labels)
+    wanted = bids.filters(schema.several(filters))
+    typed = "; ".join(schema.several(truth_labels))
     meanings = label_meanings.pairs(typed, protocol, "--truth-labels", strict=True) if typed else None
-    labels = tuple(float(value) for value in mask_labels)
     given = Asked(mask if masks is None and mask_model is None else "auto", labels, meanings)
     if manifest is not None:
         if wanted:
@@ -120,11 +120,11 @@ def find(
         cohort = replace(cohort, studies=tuple(replace(study, **found) for study in cohort.studies))
     rule = spacings.parse(spacing)
     studies = _unique(replace(_with_usable_id(study), spacing=rule) for study in cohort.studies)
-    return replace(cohort, studies=_selected(studies, (patients,) if isinstance(patients, str) else patients))
+    return replace(cohort, studies=_selected(studies, [str(one) for one in schema.several(patients)]))
 
 
 def _check_options(
-    root: Path, layout: str | Path | None, manifest: Path | None, mask: str | None, mask_labels: Sequence[float]
+    root: Path, layout: str | Path | None, manifest: str | Path | None, mask: str | None, mask_labels: Sequence[float]
 ) -> None:
     if not root.exists():
         beside = [p.name for p in root.absolute().parent.glob("*") if p.is_dir()]
