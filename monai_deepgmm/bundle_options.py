@@ -44,7 +44,7 @@ def refuse_unknown(typed: Sequence[str] | None = None) -> None:
     known |= set(re.findall(r"@(\w+)", " ".join(given.values())))
     for key in given:
         if key not in known:
-            raise UsageError(f"--{key}: no configuration has such a key{schema.nearest(key, known)}")
+            raise UsageError(f"--{key}: no configuration has such a key{schema.nearest(key, known, least=0.75)}")
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
