@@ -23,7 +23,7 @@ def index(
     colors: Mapping[str, str] | None = None,
     reviews: Mapping[str, Review] | None = None,
     *,
-    compared: bool = False,
+    compared: str | None = None,
 ) -> str:
     """The cohort's page: how many are done, who is flagged, who failed and what to do, and everyone's volumes.
 
@@ -33,7 +33,8 @@ def index(
         title: of the page.
         colors: tissue → colour, where another than the protocols' own was used.
         reviews: patient → what a reader decided.
-        compared: whether a page of agreement with reference labels lies beside.
+        compared: whose agreement with reference labels a page beside tells of: "these" results', or "others"; None:
+            there is none.
     """
     tissues = list(dict.fromkeys(str(m["tissue"]) for m in measurements))
     volumes = _volumes(measurements)

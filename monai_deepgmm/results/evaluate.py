@@ -29,6 +29,7 @@ from monai_deepgmm.patients.directory import counted
 from monai_deepgmm.patients.discovery import Cohort, Problem, Study
 from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.results import label_order, metrics
+from monai_deepgmm.results.review import result_of
 
 Slices = Literal["all", "complete"]
 Unit = Literal["slice", "volume"]
@@ -86,6 +87,7 @@ class Evaluated:
         counts: (K+1, K+1) of all units, see ``metrics.confusion``.
         meaning: what the values of the reference labels were said to mean, and who says so.
         voxel_ml: of the grid that was compared on.
+        result: what tells the segmentation from one with other options, see ``review.result_of``.
     """
 
     sequences: tuple[str, ...]
@@ -95,6 +97,7 @@ class Evaluated:
     counts: metrics.Counts = field(compare=False)
     meaning: tuple[str, tuple[tuple[int, int], ...]]
     voxel_ml: float
+    result: str = ""
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, uni
         why = "".join(f"; {p.code}: {p.message}" for p in study.problems)
         message = f"there is no {path.name}: the patient failed or was not segmented{why}"
         raise StudyError("E_FILE", message, "See summary.tsv, or run deepgmm segment")
-    sequences, axis = _sidecar(path.with_name(f"{study.patient}_dseg.json"), protocol)
+    sequences, axis, result = _sidecar(path.with_name(f"{study.patient}_dseg.json"), protocol)
     prediction = nifti.read(path, spacing=study.spacing, beside=nifti.DEFAULT_MAX_VOXELS, dtype=np.float64)
     labels, warnings = truth.read(study, protocol, sequences, like=prediction)
     tissues = protocol.visible(sequences)
@@ -253,11 +256,12 @@ def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, uni
     counts = metrics.confusion(prediction.data.astype(np.int64), labels, [t.index for t in tissues])
     source = study.truth_names.source if study.truth_names else "the layout" if study.truth_labels else "the protocol"
     meaning = (source, tuple(sorted((study.truth_labels or {}).items())))
-    return Evaluated(sequences, tuple(t.name for t in tissues), tuple(rows), warnings, counts, meaning, voxel_ml)
+    names = tuple(t.name for t in tissues)
+    return Evaluated(sequences, names, tuple(rows), warnings, counts, meaning, voxel_ml, result)
 
 
-def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int]:
-    """The sequences that a segmentation used, and its slice axis."""
+def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int, str]:
+    """The sequences that a segmentation used, its slice axis, and which result it is."""
     try:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
         sequences, axis = tuple(sidecar["sequences"]), int(sidecar.get("slice_axis", 2))
@@ -270,7 +274,7 @@ def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int]:
     if not found or found not in (expected, components) or axis not in range(3):
         message = f"{path.name} holds tissues {found} and slice axis {axis}; protocol {protocol.name} has {expected}"
         raise StudyError("E_TRUTH", message, "Evaluate with the protocol that the patient was segmented with")
-    return sequences, axis
+    return sequences, axis, result_of(sidecar.get("fingerprint"))
 
 
 def _units(
@@ -348,7 +352,7 @@ def _patient_json(patient: Evaluated) -> dict[str, Any]:
     for measure in ("dice", "dice_matched"):
         found = _statistics(patient.rows, measure, patient.tissues)
         document[measure] = {t: found[t]["mean"] for t in patient.tissues} | {"mean": found["mean"]}
-    return {**document, "warnings": list(patient.warnings)}
+    return {**document, "result": patient.result, "warnings": list(patient.warnings)}
 
 
 def _cell(value: str | float | None) -> str:
