@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -203,7 +204,9 @@ def failed(found: Found, tree: Tree, protocol: Protocol) -> Study:
 
 def _how_to_lay_out(folder: str, names: Sequence[str], tree: Tree, protocol: Protocol) -> str:
     """What to do with a folder in which no file is called like a sequence; names are below it."""
-    meaning = layouts.reader(layouts.load("folder"), protocol, tree.root, needed=False).meaning
+    reader = layouts.reader(layouts.load("folder"), protocol, tree.root, needed=False)
+    meaning, known = reader.meaning, {alias for alias, s in reader.aliases.items() if s in protocol.sequences}
+    nearly = [name for name in names if "/" not in name and known & set(re.split(r"[\W_]+", name.casefold()))]
     nested = [name for name in names if "/" in name]
     inner = sorted({name.rpartition("/")[0] for name in nested})
     if meaning(folder) in protocol.sequences:
@@ -212,6 +215,9 @@ def _how_to_lay_out(folder: str, names: Sequence[str], tree: Tree, protocol: Pro
         own = "{patient}/{sequence}/*"
     elif any(meaning(READABLE.sub("", _base(name))) in protocol.sequences for name in nested):
         return f"If {listed(inner)} are patients, give this folder as DIR; else use a table (--manifest)"
+    elif nearly:
+        way = f"name each after its sequence alone, such as {protocol.sequences[0]}.nii.gz, or use a table (--manifest)"
+        return f"The last word of a name decides what {listed(nearly)} is: {way}"
     else:
         sequences = ", ".join(protocol.sequences)
         return f"Put each sequence ({sequences}) into this folder as <sequence>.nii.gz, or use a table (--manifest)"

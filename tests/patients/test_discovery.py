@@ -604,6 +604,7 @@ class TestWhatIsNotUsed:
             ("LGE/{1,2}.nii.gz", "layout of your own with images: ['{sequence}/{patient}']"),
             ("p1/{LGE,T2,mask}/image.nii.gz", "images: ['{patient}/{sequence}/*']"),
             ("batch1/{A,B}/LGE.nii.gz", "If A, B are patients, give this folder as DIR"),
+            ("p1/{LGE_SA,T2_4ch,scan}.nii.gz", "The last word of a name decides what LGE_SA.nii.gz, T2_4ch.nii.gz is"),
             ("p1/{scan,other/scan}.nii.gz", "Put each sequence (LGE, T2, bSSFP) into this folder"),
         ],
     )
