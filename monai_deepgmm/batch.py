@@ -122,6 +122,8 @@ def run(
     with log_file(out):
         if not atomic_files.flushes():
             logger.warning("OUT's file system cannot flush files to its disk (fsync): keep its power on until the end")
+        for note in cohort.notes:
+            logger.warning("note: %s", atomic_files.printable(note))
         return _run(studies, work, job, options, progress)
 
 
@@ -375,7 +377,8 @@ def _log(row: Row) -> None:
     state = "done before" if row.get("resumed") else row["status"]
     detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else f"{row['seconds']:.1f} s"
     patient = atomic_files.printable(row["patient"])
-    logger.info("%s: %s (%s)", patient, state, atomic_files.printable(detail))
+    level = logging.WARNING if row["status"] == "failed" else logging.INFO  # told also with --quiet
+    logger.log(level, "%s: %s (%s)", patient, state, atomic_files.printable(detail))
     for warning in row["warnings"]:
         logger.info("%s: %s", patient, atomic_files.printable(warning))
     if "traceback" in row:

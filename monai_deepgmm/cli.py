@@ -159,7 +159,7 @@ def _command(parsers: Any, function: Callable[[argparse.Namespace], int], text: 
     )
     made.set_defaults(command=function)
     made.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice for everything")
-    made.add_argument("-q", "--quiet", action="count", default=0, help="say less: errors only")
+    made.add_argument("-q", "--quiet", action="count", default=0, help="say less: only what fails; twice: errors only")
     return made
 
 

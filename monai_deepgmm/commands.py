@@ -19,6 +19,7 @@ from monai_deepgmm import terminal
 from monai_deepgmm.errors import ALL_FAILED, OK, SOME_FAILED, NobodyError, UsageError
 from monai_deepgmm.methods import METHODS, settings
 from monai_deepgmm.patients import discovery
+from monai_deepgmm.patients.directory import counted
 from monai_deepgmm.patients.study import Cohort, Study
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def mask(arguments: argparse.Namespace) -> int:
     wanted, found = protocols.load(arguments.protocol), _find(arguments)
     reading: dict[str, Any] = {"frame": arguments.frame, "max_voxels": arguments.max_voxels, "align": arguments.align}
     code = masking.run(found, arguments.out, wanted, **reading)
-    who = terminal.counted(len(found.studies), "patient")
+    who = counted(len(found.studies), "patient")
     print(f"{who}; how surely each mask was found: {arguments.out / masking.TABLE}")
     return code
 
@@ -162,7 +163,8 @@ def means(arguments: argparse.Namespace) -> int:
     atomic_files.write_whole(arguments.output, computed.as_json())
     for tissue, row in computed.means.items():
         print(f"{tissue:12s}" + "".join(f"  {sequence} {value:7.3f}" for sequence, value in row.items()))
-    print(f"from {computed.n_slices} images of {len(found.studies) - len(unused)} patients → {arguments.output}")
+    who = counted(len(found.studies) - len(unused), "patient")
+    print(f"from {counted(computed.n_slices, 'image')} of {who} → {arguments.output}")
     return _exit_code(len(unused), len(found.studies))
 
 
@@ -217,7 +219,7 @@ def phantom(arguments: argparse.Namespace) -> int:
         if target.exists():
             target.rmdir()
         (Path(work) / "made").rename(target)
-    print(f"{terminal.counted(len(patients), 'synthetic patient')} in {arguments.directory}")
+    print(f"{counted(len(patients), 'synthetic patient')} in {arguments.directory}")
     return OK
 
 
@@ -254,9 +256,7 @@ def init_manifest(arguments: argparse.Namespace) -> int:
     else:
         target.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
         more = f" --mask-labels {' '.join(f'{value:g}' for value in values)}" if values else ""
-        print(
-            f"{terminal.counted(len(studies), 'patient')} in {target}: correct it, then add --manifest {target}{more}"
-        )
+        print(f"{counted(len(studies), 'patient')} in {target}: correct it, then add --manifest {target}{more}")
     return OK
 
 
@@ -273,7 +273,7 @@ def _find(arguments: argparse.Namespace) -> Cohort:
 
         options = (arguments.mask_from, arguments.mask_sequence, arguments.mask_labels, wanted)
         model = segmentation_bundle.asked(*options, trust_code=getattr(arguments, "trust_code", False))
-    return discovery.find(
+    found = discovery.find(
         arguments.directory,
         wanted,
         layout=arguments.layout,
@@ -288,6 +288,10 @@ def _find(arguments: argparse.Namespace) -> Cohort:
         asked=arguments.asked,
         mask_model=model,
     )
+    if arguments.command not in (scan, segment):  # which tell them below the table, and in OUT's log
+        for note in found.notes:
+            logger.warning("note: %s", terminal.shown(note))
+    return found
 
 
 def _device(asked: str) -> str:

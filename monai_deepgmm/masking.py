@@ -69,7 +69,7 @@ def run(
         asked = dataclasses.replace(study, mask=None, mask_labels=(), mask_rule=rule)
         row = _one(asked, out, protocol, {"frame": frame, "max_voxels": max_voxels, "align": align})
         rows.append(row)
-        logger.info("%s: %s %s", row["patient"], row["status"], row["message"] or row["confidence"])
+        _log(row)
         if row["code"] == "E_DISK":
             break
     atomic_files.write_whole(atomic_files.folder(out) / TABLE, _table(rows))
@@ -77,6 +77,12 @@ def run(
         return DISK_FULL
     failed = sum(row["status"] == "failed" for row in rows)
     return OK if not failed else ALL_FAILED if failed == len(rows) else SOME_FAILED
+
+
+def _log(row: Row) -> None:
+    detail = row["message"] or f"confidence {row['confidence']:.2f}"
+    told = f"{row['patient']}: {row['status']} ({row['code'] and row['code'] + ': '}{detail})"
+    logger.log(logging.WARNING if row["status"] == "failed" else logging.INFO, "%s", atomic_files.printable(told))
 
 
 def _one(study: Study, out: Path, protocol: Protocol, reading: dict[str, Any]) -> Row:

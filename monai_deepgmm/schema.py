@@ -213,6 +213,23 @@ def check(document: Document, rules: str | Mapping[str, Any]) -> Any:
     return document.content
 
 
+def several(given: Any) -> list[Any]:
+    """A list, of which the only member may have been given by itself: ``--patients p1`` to MONAI's command line."""
+    return [given] if isinstance(given, str | int | float) else list(given)
+
+
+def numbers(given: Any, option: str) -> tuple[float, ...]:
+    """The same of numbers.
+
+    Raises:
+        UsageError: one of them is no number; names the option.
+    """
+    try:
+        return tuple(float(value) for value in several(given))
+    except (TypeError, ValueError):
+        raise UsageError(f"{option}: got {given!r}, expected one number or several") from None
+
+
 def nearest(word: object, choices: Iterable[object], *, least: float = 0.6) -> str:
     """`` (did you mean …?)``, or nothing where no choice is like the word."""
     known = {choice.casefold(): choice for choice in choices if isinstance(choice, str)}

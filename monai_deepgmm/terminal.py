@@ -14,13 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, USAGE, StudyError, users_own
+from monai_deepgmm.patients.directory import counted, listed
 from monai_deepgmm.patients.stack import Stack
 from monai_deepgmm.patients.study import Cohort, Problem, Study
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 patient``, ``2 patients``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def print_cohort(found: Cohort) -> None:
@@ -39,6 +35,9 @@ def print_cohort(found: Cohort) -> None:
         print("  ".join([*cells, line[-1]]))
     for study in found.studies:
         _print_series(study)
+    for study in found.studies:
+        if study.unused:
+            print(f"{shown(study.patient)}: not used: {listed(study.unused)}")
     failing = sum(bool(s.problems) for s in found.studies)
     labels = sum(bool(s.label_problems) for s in found.studies)
     more = f", {labels} whose reference labels cannot be used" if labels else ""
@@ -64,8 +63,8 @@ def _print_series(study: Study) -> None:
 
 
 def _mask(study: Study) -> str:
-    if study.mask_rule == "nonzero":
-        return "(nonzero)"
+    if study.mask_rule in ("auto", "nonzero"):
+        return f"({study.mask_rule})"
     if study.mask_model is not None:
         return f"({study.mask_model.folder.name})"
     if study.mask is None:
@@ -101,6 +100,7 @@ def cohort_json(found: Cohort) -> dict[str, Any]:
                 "series": [one._asdict() for one in study.series],
                 "problems": [_problem(p) for p in study.problems],
                 "label_problems": [_problem(p) for p in study.label_problems],
+                "unused": list(study.unused),
             }
             for study in found.studies
         ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -14,7 +16,9 @@ from monai.bundle import ConfigParser, verify_net_in_out
 from monai.transforms import Compose, Transform
 from scenes import CONFIGS, INFARCT, QUIET, inference, labels, sidecar
 
+from monai_deepgmm import bundle_options
 from monai_deepgmm.cli import main, parser
+from monai_deepgmm.errors import UsageError
 from monai_deepgmm.methods import config
 from monai_deepgmm.methods.gaussian_mixture import GaussianMixtureConfig
 
@@ -240,3 +244,28 @@ def test_changes_that_cannot_count_everywhere_are_refused(patients, tmp_path, op
         run(patients, tmp_path / "out", **options)
     assert said in str(refused.value.__cause__)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--methd gmm", r"--methd: .* \(did you mean method\?\)"),
+        ("--methd=gmm", "--methd: no configuration has such a key"),
+        ("--epochs 3", "--epochs: no configuration has such a key"),
+        ("--method gmm --network_def#in_channels 2 --config::settings {}", None),
+        ("--set {'max_iter':'@steps'} --steps 3 --tracking mlflow --tracking_uri here", None),
+    ],
+)
+def test_an_option_that_no_configuration_has_is_refused(words, said):
+    program = os.path.join("lib", "monai", "bundle", "__main__.py")
+    files = "['{0}/inference.json','{0}/evaluate.json']".format(CONFIGS.as_posix())
+    typed = [program, "run", "--config_file", files, *words.split()]
+    with pytest.raises(UsageError, match=said) if said else contextlib.nullcontext():
+        bundle_options.refuse_unknown(typed)
+    bundle_options.refuse_unknown(["pytest", *typed[1:]])  # nobody typed it
+
+
+@pytest.mark.parametrize("name", ["inference", "evaluate", "train", "multi_gpu_train"])
+def test_every_configuration_asks_for_that_at_once(name):
+    initialize = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["initialize"]
+    assert initialize[:2] == ["$terminal.end_with_one_line()", "$bundle_options.refuse_unknown()"]

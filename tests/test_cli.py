@@ -14,6 +14,7 @@ from pathlib import Path
 
 import models
 import pytest
+from folders import touch
 from outcomes import row, sidecar
 
 import monai_deepgmm
@@ -367,6 +368,14 @@ def test_silence_and_errors_are_as_asked_for(cohort, tmp_path, capsys):
     assert run("segment", cohort, tmp_path / "out", "-q") == 0
     assert capsys.readouterr() == ("", "")
     assert (tmp_path / "out" / "deepgmm.log").read_text().count(": ok (") == 2
+    assert run("segment", touch(tmp_path / "bad", "p1/LGE.nii.gz"), tmp_path / "failed", "-q") == cli.ALL_FAILED
+    assert capsys.readouterr().err.startswith("p1: failed (E_EMPTY")
+    touch(tmp_path / "bad", "series/{1,2}.dcm")
+    assert run("segment", tmp_path / "bad", tmp_path / "failed", "-q") == cli.ALL_FAILED
+    assert "note: 2 DICOM files are not looked at" in capsys.readouterr().err
+    assert "note: 2 DICOM" in (tmp_path / "failed" / "deepgmm.log").read_text()
+    assert run("mask", tmp_path / "bad", tmp_path / "masks", "-q") == cli.ALL_FAILED
+    assert "note: 2 DICOM files are not looked at" in capsys.readouterr().err
     assert run("means", cohort, "-o", tmp_path / "gone" / "means.json") == cli.SOME_FAILED
     said = capsys.readouterr().err
     assert said.startswith("deepgmm: E_WRITE: means.json")

@@ -23,6 +23,7 @@ def cohort(tmp_path_factory):
     noise = np.random.default_rng(3).normal(100, 20, image.shape)
     for patient, data in (("heart", image), ("none", noise)):
         (base / patient).mkdir(parents=True)
+        (base / patient / "Maske.nii.gz").touch()  # drawn by hand, under a name that no layout knows
         for name, one in zip(SEQUENCES, data, strict=True):
             nib.save(
                 nib.Nifti1Image(one.astype(np.int16), np.diag([1.6, 1.6, 10, 1])), base / patient / f"{name}.nii.gz"
@@ -48,6 +49,8 @@ def table(path):
 def test_masks_are_written_with_how_sure_they_are_and_failures_stay_alone(cohort, masks):
     rows = table(masks / "masks.tsv")
     assert (rows["heart"]["status"], rows["none"]["status"], rows["none"]["code"]) == ("ok", "failed", "E_MASK_UNSURE")
+    for told in (rows["heart"]["warnings"], rows["none"]["message"]):
+        assert "; not used: Maske.nii.gz (if that is the mask, name it" in told
     assert float(rows["heart"]["confidence"]) > 0.9
     assert "W_MASK_AUTO" in rows["heart"]["warnings"]
     written = nib.load(masks / "heart" / "heart_desc-lv_mask.nii.gz")
@@ -55,7 +58,7 @@ def test_masks_are_written_with_how_sure_they_are_and_failures_stay_alone(cohort
     assert not list(masks.glob("none/*.nii.gz"))
 
 
-def test_a_corrected_mask_is_kept_and_used(cohort, masks, tmp_path):
+def test_a_corrected_mask_is_kept_and_used(cohort, masks, tmp_path, capsys):
     own = shutil.copytree(masks, tmp_path / "own")
     path = own / "heart" / "heart_desc-lv_mask.nii.gz"
     image = nib.load(path)
@@ -63,6 +66,10 @@ def test_a_corrected_mask_is_kept_and_used(cohort, masks, tmp_path):
     changed[..., 0] = 0
     nib.save(nib.Nifti1Image(changed, image.affine), path)
     run("mask", cohort[0], own)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("heart: ok (")
+    assert "kept" in said[0]
+    assert said[1].startswith("none: failed (E_MASK_UNSURE: no mask was given")
     assert np.array_equal(np.asarray(nib.load(path).dataobj), changed)
     assert "kept" in table(own / "masks.tsv")["heart"]["message"]
     out = tmp_path / "out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +16,14 @@ from monai_deepgmm.images import background, grid, image_file, mask_examination
 from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.localisation import brain, network_mask, probable_mask, ventricle
+from monai_deepgmm.patients.directory import listed, shown
 from monai_deepgmm.patients.study import MaskModel, Study
 from monai_deepgmm.protocol import Protocol
 
 #: The least confidence of a mask that was found.
 LEAST_CONFIDENCE = 0.6
+#: In the name of a file that may have been meant as a mask.
+LIKE_A_MASK = re.compile(r"(?i)mask|roi|seg|label|contour|kontur|outline|epi|endo|myo|lv|manual|annot")
 #: A mask needs at least this many voxels for each tissue.
 MIN_VOXELS_PER_TISSUE = 10
 
@@ -66,7 +70,7 @@ def read(
         found = background.foreground(reference, sequences[0], protocol)
         mask, facts, name, notes = found.mask, {"rule": found.rule}, reference.name, list(found.warnings)
     elif study.mask_rule == "auto":
-        mask, facts, notes, name = _found(protocol, sequences, reference, image)
+        mask, facts, notes, name = _found(protocol, sequences, reference, image, _overlooked(study))
     elif study.mask_model is not None:
         mask, facts, notes, name = _by_model(study.mask_model, protocol, sequences, reference, image)
     else:
@@ -90,12 +94,16 @@ def read(
 
 
 def _found(
-    protocol: Protocol, sequences: tuple[str, ...], reference: Volume, image: NDArray[np.floating[Any]]
+    protocol: Protocol,
+    sequences: tuple[str, ...],
+    reference: Volume,
+    image: NDArray[np.floating[Any]],
+    overlooked: str,
 ) -> tuple[NDArray[np.bool_], dict[str, Any], list[str], str]:
     found: ventricle.Found | probable_mask.Found
     if protocol.mask_finder == "brain":
         if (stripped := background.stripped(reference, sequences[0], protocol)) is not None:
-            note = f"W_MASK_AUTO: {reference.name} is stripped already: the mask is its {stripped.rule}"
+            note = f"W_MASK_AUTO: {reference.name} is stripped already: the mask is its {stripped.rule}{overlooked}"
             return stripped.mask, {"rule": stripped.rule, "confidence": 1.0}, [note], reference.name
         found, how = brain.find(reference.data, reference.affine), f"by deepbet, on {sequences[0]}"
     else:
@@ -103,12 +111,21 @@ def _found(
         how = "from the images"
     sure = f"{found.confidence:.2f}"
     if found.confidence < LEAST_CONFIDENCE:
-        message = f"no mask was given, and the {protocol.mask} was not found surely enough ({sure} of 1)"
+        message = f"no mask was given, and the {protocol.mask} was not found surely enough ({sure} of 1){overlooked}"
         remedy = "Draw the mask and give it as a file; add the sequences that are missing, if there are any"
         raise StudyError("E_MASK_UNSURE", message, remedy)
-    note = f"W_MASK_AUTO: the {protocol.mask} was found {how}, with confidence {sure}; look at its outline"
+    note = f"W_MASK_AUTO: the {protocol.mask} was found {how}, with confidence {sure}; look at its outline{overlooked}"
     facts = {"rule": f"found {how}", "confidence": round(found.confidence, 4)}
     return found.mask, facts, [note], f"found {how}"
+
+
+def _overlooked(study: Study) -> str:
+    """What to say of files beside the images that look like masks, and were not taken for any."""
+    names = [name for name in study.unused if LIKE_A_MASK.search(name)]
+    if not names:
+        return ""
+    called = f"name it {shown(study.mask_called)}, or " if study.mask_called else ""
+    return f"; not used: {listed(names)} (if that is the mask, {called}name it in a table, --manifest)"
 
 
 def _by_model(

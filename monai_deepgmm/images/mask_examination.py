@@ -32,6 +32,8 @@ OTHER = frozenset({
 })  # fmt: skip
 #: What a mask is called anyway.
 PLAIN = re.compile(r"(?i)mask|segmentation|seg|labels?|roi|\.nii|\.gz")
+#: A mask of more values than these is a probability map, an image, or a label map of everything.
+MANY_VALUES = 20
 #: A piece smaller than this share of the largest is dropped; it is worth a word from this share of the mask on.
 SMALL_PIECE, TOLD = 0.1, 0.002
 #: The share of a mask that may lie beyond the image: told of, refused.
@@ -65,7 +67,11 @@ def refuse_values(values: NDArray[np.floating], name: str) -> None:
         StudyError: ``E_MASK_LABELS``, with the values.
     """
     if len(found := np.unique(values[values != 0])) > 1:
-        listed = ", ".join(f"{value:g}" for value in found[:20]) + (", …" if len(found) > 20 else "")
+        if len(found) > MANY_VALUES:
+            told = f"the mask {name} holds {len(found)} values from {found[0]:g} to {found[-1]:g}"
+            remedy = "If they are probabilities, threshold them; of a label map, name the values with --mask-labels"
+            raise StudyError("E_MASK_LABELS", told, remedy)
+        listed = ", ".join(f"{value:g}" for value in found)
         remedy = "Say with --mask-labels which of them make up the organ"
         raise StudyError("E_MASK_LABELS", f"the mask {name} holds {len(found)} values other than 0: {listed}", remedy)
 

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from monai_deepgmm.images.measured import measured
+from monai_deepgmm.mixture.spread import NORMAL_MAD
 
 Bools = NDArray[np.bool_]
-#: A Gaussian's standard deviation over the median of its absolute values.
-PER_MEDIAN = 1.4826
 #: The quantiles that lie one standard deviation from the middle.
 ONE_SIGMA = (0.16, 0.84)
 #: Noise above this share of the spread of what is shown is smoothed, to this share.
@@ -76,10 +75,13 @@ def _noise_and_spread(image: NDArray[Any], inside: Bools) -> tuple[float, float]
     """Of one slice ``(H, W)``: the standard deviations of its noise, and of its values inside the mask."""
     rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    around = np.pad(image, 1, mode="edge")[rows[0] : rows[-1] + 3, columns[0] : columns[-1] + 3].astype(np.float64)
+    near = [
+        np.arange(n[0] - 1, n[-1] + 2).clip(0, size - 1) for n, size in zip((rows, columns), image.shape, strict=True)
+    ]
+    around = image[np.ix_(*near)].astype(np.float64)  # what lies beyond the image is as its border
     curvature = np.diff(np.diff(around, 2, axis=0), 2, axis=1)[inside[box]] / 6
     low, high = np.quantile(image[inside], ONE_SIGMA)
-    return PER_MEDIAN * float(np.median(np.abs(curvature))), float(high - low) / 2
+    return NORMAL_MAD * float(np.median(np.abs(curvature))), float(high - low) / 2
 
 
 def smoothed(

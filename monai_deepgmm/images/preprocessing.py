@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from monai_deepgmm.errors import UsageError
@@ -40,8 +41,12 @@ class Preprocessing:
         """Refuses what makes no sense.
 
         Raises:
-            UsageError: n4 or smooth_noise is neither true nor false, or align is none of its choices.
+            UsageError: n4 or smooth_noise is neither true nor false, align is none of its choices, or frame or
+                max_voxels is no whole number that can be meant.
         """
+        for option, value, least in (("--frame", self.frame, 0), ("--max-voxels", self.max_voxels, 1)):
+            if value is not None and (not isinstance(value, Integral) or value < least):
+                raise UsageError(f"{option}: got {value!r}, expected a whole number of at least {least}")
         if self.align not in ALIGN:
             raise UsageError(f"--align {self.align}: choose {', '.join(ALIGN)}")
         for key, value in (("n4", self.n4), ("smooth_noise", self.smooth_noise)):

@@ -80,6 +80,7 @@ def asked(
     root = Path(folder)
     content = read(root)
     preset = next((PRESETS[name] for name in _names(root) if name in PRESETS), (None, ()))
+    labels = schema.numbers(labels, "--mask-labels")
     sequence, chosen = sequence or preset[0], tuple(int(v) for v in labels) or preset[1]
     if sequence not in protocol.sequences:
         known = ", ".join(protocol.sequences)

@@ -9,10 +9,12 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from monai_deepgmm import protocol as protocols
+from monai_deepgmm import schema
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.images import COPIES
 from monai_deepgmm.images.header import DEFAULT_MAX_VOXELS
@@ -74,8 +76,8 @@ class Config:
             raise UsageError("--dicom-seg needs highdicom: pip install 'monai-deepgmm[dicom]'")
         for format_name in self.copies:
             settings.check_choice("--copies", format_name, COPIES)
-        if not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"--seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1")
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed: got {self.seed!r}, expected a whole number from 0 to 2^63 - 1")
 
     @property
     def model(self) -> ModelReference | None:
@@ -177,7 +179,7 @@ def build(
         means=None if means is None else known_means.read(Path(means), found, prepared),
         seed=seed,
         probabilities=probabilities,
-        copies=tuple(dict.fromkeys(copies)),
+        copies=tuple(dict.fromkeys(schema.several(copies))),
         fields=fields,
         dicom_seg=dicom_seg,
         device=device,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from monai_deepgmm.methods.task import Images
 from monai_deepgmm.mixture.fit import Fit, likeliest
+from monai_deepgmm.mixture.spread import NORMAL_MAD
 from monai_deepgmm.protocol import Hyperintense, Tissue
 
 #: Noise is smoothed by so many of the smallest voxel's sides (standard deviation).
@@ -46,8 +47,6 @@ LEAST_INSIDE = 0.45
 LOCAL_MM, USUAL, APART = 4.0, 2.0, 2
 #: Where the neighbourhood holds less of it than this share, nothing is known of the place.
 FAR = 1e-3
-#: Median absolute deviations in a standard deviation.
-NORMAL_MAD = 1.4826
 #: A tissue of fewer voxels tells nothing of what is too bright.
 ENOUGH = 100
 #: By how much more a further sequence may count than the first: fluid is bright on T2, and no lesion.

@@ -39,7 +39,7 @@ def parsed(settings: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
         UsageError: a string without ``=``, or with a value that no setting has.
     """
     if not isinstance(settings, Mapping):
-        pairs = [setting.partition("=") for setting in settings]
+        pairs = [setting.partition("=") for setting in schema.several(settings or ())]
         if broken := [key for key, equals, _ in pairs if not equals]:
             raise UsageError(f"--set {broken[0]}: expected key=value")
         settings = {key.strip(): _value(key.strip(), value) for key, _, value in pairs}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monai_deepgmm.mixture import bias_field, statistics
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, chosen, collapsed, fewest, joined, stacked
-from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture
+from monai_deepgmm.mixture.gaussian import COVARIANCES, VARIANCE_FLOOR, Covariance, Mixture, unknown
 from monai_deepgmm.mixture.packing import Packing, packing
 from monai_deepgmm.mixture.steps import Expected, Model, Products, Shaded, reseed
 
@@ -66,12 +66,21 @@ def fit_em(
 
     Returns:
         The fit; nothing in it is NaN.
+
+    Raises:
+        ValueError: the shapes do not belong together, there is no such covariance, or the image holds NaN or infinity
+            inside the mask.
     """
+    _check_shapes(image, mask, start)
+    if covariance not in COVARIANCES:
+        raise unknown(covariance)
     restarts = start.shape[0] if start.ndim == image.ndim + 1 else 1
     start = start.reshape(-1, *start.shape[-image.ndim + 1 :])
     voxels = packing(mask.to(image.dtype))
     every = voxels.repeated(restarts)
     packed_image = voxels.pack(image).repeat(restarts, 1, 1)
+    if not packed_image.isfinite().all():
+        raise ValueError("image: holds NaN or infinity inside the mask; leave such voxels out of the mask")
     options = _Options(Model(covariance, spatial, floor), tol, max_iter, accelerate)
     packed = _in_groups(packed_image, every.inside, every.pack(start), options)
     if degree:
@@ -79,6 +88,21 @@ def fit_em(
         basis = voxels.pack(bias_field.basis(mask.to(image.dtype), degree)).repeat(restarts, 1, 1)
         packed = _in_groups(packed_image, every.inside, packed.resp, options, basis)
     return _unpack(_best(packed, restarts), voxels)
+
+
+def _check_shapes(image: Tensor, mask: Tensor, start: Tensor) -> None:
+    """Refuses what broadcasting would take for something else."""
+    got = f"image {tuple(image.shape)}, mask {tuple(mask.shape)}, start {tuple(start.shape)}"
+    if image.ndim < 3 or not image.is_floating_point():
+        raise ValueError(f"image: expected floating-point numbers (B, M, *S); got {image.dtype}, {got}")
+    if mask.shape != (len(image), 1, *image.shape[2:]):
+        raise ValueError(f"mask: expected (B, 1, *S) of the image (B, M, *S); got {got}")
+    axis = start.ndim - image.ndim + 1  # of K
+    if axis not in (1, 2) or (*start.shape[axis - 1 : axis], *start.shape[axis + 1 :]) != (
+        len(image),
+        *image.shape[2:],
+    ):
+        raise ValueError(f"start: expected (B, K, *S) or (R, B, K, *S) of the image (B, M, *S); got {got}")
 
 
 class _Options(NamedTuple):

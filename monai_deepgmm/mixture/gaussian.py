@@ -19,6 +19,12 @@ from torch import Tensor
 Covariance = Literal["diag", "full", "tied", "spherical"]
 COVARIANCES: tuple[Covariance, ...] = ("diag", "full", "tied", "spherical")
 
+
+def unknown(covariance: object) -> ValueError:
+    """What is raised where a shape of Σ is none of these."""
+    return ValueError(f"covariance: {covariance!r} is unknown; choose one of {', '.join(COVARIANCES)}")
+
+
 #: Added to every variance (to the diagonal of every covariance matrix), in squared units of intensity.
 VARIANCE_FLOOR = 1e-6
 
@@ -134,7 +140,7 @@ def _covariances(centred: Tensor, w: Tensor, count: Tensor, covariance: Covarian
         if covariance == "full":
             return scatter / count[..., None, None]
         return scatter.sum(1, keepdim=True) / count.sum(1)[:, None, None, None]
-    raise ValueError(f"covariance: {covariance!r} (choose one of {', '.join(COVARIANCES)})")
+    raise unknown(covariance)
 
 
 def log_density(image: Tensor, mixture: Mixture) -> Tensor:

@@ -12,14 +12,16 @@ import math
 import torch
 from torch import Tensor
 
+from monai_deepgmm.mixture.spread import NORMAL_MAD
+
 #: Slices whose gains differ by less than this share are left alone; nothing is told of fewer slices.
 LEAST, LEAST_SLICES = 0.02, 12
 #: How many standard errors of a median the difference is away from 0, at least.
 SURE = 4.0
 #: Of so many voxels each slice tells at least; every so many along each axis within a slice are asked.
 LEAST_VOXELS, EVERY = 50, 3
-#: The standard deviation by the median absolute deviation, and a median's standard error in that of a mean.
-NORMAL_MAD, OF_MEDIAN = 1.4826, 1.2533
+#: A median's standard error in that of a mean.
+OF_MEDIAN = 1.2533
 
 
 def alternating(image: Tensor, zero: Tensor, seen: Tensor) -> Tensor | None:

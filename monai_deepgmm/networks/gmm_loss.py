@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from monai_deepgmm.mixture import bias_field
-from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_joint, m_step, masked_mean
+from monai_deepgmm.mixture.gaussian import (
+    COVARIANCES,
+    VARIANCE_FLOOR,
+    Covariance,
+    Mixture,
+    log_joint,
+    m_step,
+    masked_mean,
+    unknown,
+)
 from monai_deepgmm.mixture.statistics import estimate
 from monai_deepgmm.networks.likelihood import likelihood, voxels
 from monai_deepgmm.networks.nll_loss import Regulariser, Term, parts
@@ -106,6 +115,9 @@ class GMMLoss(nn.Module):
         covariance: the shape of Σ.
         rounds: see ``shaded``.
         terms: regularisers with their weights.
+
+    Raises:
+        ValueError: there is no such covariance.
     """
 
     def __init__(
@@ -118,6 +130,8 @@ class GMMLoss(nn.Module):
         terms: Sequence[Term | tuple[float, Regulariser]] = (),
     ) -> None:
         super().__init__()
+        if covariance not in COVARIANCES:
+            raise unknown(covariance)
         self.gamma, self.degree, self.covariance, self.rounds = gamma, degree, covariance, rounds
         self.terms = tuple(Term(*term) for term in terms)
         # Regularisers that are modules follow the loss to its device.

@@ -15,7 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Covariance, Mixture, log_shares, m_step, masked_mean, nll
+from monai_deepgmm.mixture.gaussian import (
+    COVARIANCES,
+    VARIANCE_FLOOR,
+    Covariance,
+    Mixture,
+    log_shares,
+    m_step,
+    masked_mean,
+    nll,
+    unknown,
+)
 from monai_deepgmm.mixture.statistics import estimate
 from monai_deepgmm.networks.likelihood import Voxels, likelihood, voxels
 from monai_deepgmm.networks.registry import finest
@@ -48,6 +58,9 @@ class MixtureNLL(nn.Module):
         covariance: the shape of Σ.
         terms: regularisers with their weights, λ r(Π, μ, Σ).
         floor: the variance floor.
+
+    Raises:
+        ValueError: there is no such covariance.
     """
 
     def __init__(
@@ -59,6 +72,8 @@ class MixtureNLL(nn.Module):
         floor: float = VARIANCE_FLOOR,
     ) -> None:
         super().__init__()
+        if covariance not in COVARIANCES:
+            raise unknown(covariance)
         self.spatial, self.covariance, self.floor = spatial, covariance, floor
         self.terms = tuple(Term(*term) for term in terms)
         # Regularisers that are modules follow the loss to its device.

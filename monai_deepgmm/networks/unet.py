@@ -22,12 +22,19 @@ class UNet(nn.Module):
         in_channels: C.
         out_channels: K.
         filters: of each level, from the finest to the coarsest; each twice the one before, as the decoder halves them.
+
+    Raises:
+        ValueError: another number of dimensions, or no filters.
     """
 
     def __init__(
         self, spatial_dims: int, in_channels: int, out_channels: int, filters: tuple[int, ...] = FILTERS
     ) -> None:
         super().__init__()
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims: got {spatial_dims!r}, expected 2 or 3")
+        if not filters:
+            raise ValueError("filters: got none, expected the number of each level, such as (32, 64)")
         act, norm = ("leakyrelu", {"inplace": True}), "instance"
         self.stem = TwoConv(spatial_dims, in_channels, filters[0], act, norm, bias=True)
         self.down = nn.ModuleList(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ class Found:
         dicom: sequence without a NIfTI file → what stands in its place.
         foreign: sequence, "mask" or "truth" → files that match it in formats that are not read.
         passed: files that were understood, and are not meant: of another run, space or modality.
+        unused: files beside the images that no name of the layout fits.
         hints: sequence, "mask" or "truth" → how to choose where several files match, or why none does.
         labels: what a manifest says that the values in the reference labels mean.
         folder: the patient's folder, when nothing in it matched.
@@ -39,6 +41,7 @@ class Found:
     dicom: dict[str, str] = field(default_factory=dict)
     foreign: dict[str, list[str]] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
     hints: dict[str, str] = field(default_factory=dict)
     labels: str = ""
     folder: str | None = None
@@ -86,6 +89,7 @@ def claim(tree: Tree, reader: Reader, protocol: Protocol, wanted: bids.Filters |
     layout = reader.layout
     found: dict[tuple[str, str], Found] = {}
     labels: list[tuple[str, str, str]] = []
+    rest: list[str] = []
     for name in tree.files:
         other = None if READABLE.search(name) else foreign(name)
         if other is None and not READABLE.search(name):
@@ -98,11 +102,14 @@ def claim(tree: Tree, reader: Reader, protocol: Protocol, wanted: bids.Filters |
             (one.foreign if other else one.images).setdefault(image[1], []).append(name)
         elif image is None and (label := reader.labels(stem)) is not None:
             labels.append((bids.with_session(label[0], name) if layout.entities else label[0], label[1], name))
+        elif image is None:
+            rest.append(name)
     passed: list[str] = []
     if layout.entities:
         passed = _arrange(found, labels, protocol, reader, wanted or {})
     else:
         _add_labels(found.values(), labels)
+        _add_unused(found.values(), rest)
     _add_labels_beside(tree, reader, found.values())
     _add_dicom(tree, reader, protocol, found)
     if reader.ending:
@@ -130,6 +137,20 @@ def _add_label(one: Found, role: str, name: str) -> None:
         (one.mask if role == "mask" else one.truth).append(name)
     else:
         one.foreign.setdefault(role, []).append(name)
+
+
+def _add_unused(found: Iterable[Found], rest: Iterable[str]) -> None:
+    """What lies in the folder of a patient's images; where they share it with others', what begins with the id."""
+    homes: dict[str, list[Found]] = {}
+    for one in found:
+        for home in {name.rpartition("/")[0] for name in _all_images(one)}:
+            homes.setdefault(home, []).append(one)
+    for name in rest:
+        home, _, base = name.rpartition("/")
+        near = homes.get(home, ())
+        for one in near:
+            if (len(near) == 1 and home) or re.match(rf"{re.escape(one.patient)}(?![^\W_])", base, re.IGNORECASE):
+                one.unused.append(name)
 
 
 def _keep_ending(found: Iterable[Found], ending: str) -> None:

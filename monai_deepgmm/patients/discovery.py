@@ -28,7 +28,7 @@ from monai_deepgmm.patients.claims import Claims, Found, claim
 from monai_deepgmm.patients.dicom import cohort as dicom_cohort
 from monai_deepgmm.patients.dicom import layout as dicom_layout
 from monai_deepgmm.patients.dicom.layout import DicomLayout
-from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed, scan, shown
+from monai_deepgmm.patients.directory import READABLE, Tree, counted, holds_dicom, listed, scan, shown
 from monai_deepgmm.patients.formats import foreign
 from monai_deepgmm.patients.judge import Asked, failed, judge
 from monai_deepgmm.patients.layout import Layout
@@ -54,13 +54,13 @@ DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT")
 
 
 def find(
-    root: Path,
+    root: str | Path,
     protocol: Protocol,
     *,
     layout: str | Path | None = None,
-    manifest: Path | None = None,
+    manifest: str | Path | None = None,
     mask: str | None = None,
-    masks: Path | None = None,
+    masks: str | Path | None = None,
     mask_labels: Sequence[float] = (),
     truth_labels: Sequence[str] = (),
     filters: Sequence[str] = (),
@@ -95,14 +95,17 @@ def find(
 
     Raises:
         UsageError: no such folder, no patient, sequences of another protocol, or options that contradict each other.
+        TypeError: the protocol is a name.
     """
-    root = Path(root)
-    _check_options(root, layout, manifest, mask, mask_labels)
+    if not isinstance(protocol, Protocol):
+        raise TypeError(f"protocol: got {protocol!r}, expected a Protocol, as load_protocol makes of a name")
+    root, masks = Path(root), None if masks is None else Path(masks)
+    labels = schema.numbers(mask_labels, "--mask-labels")
+    _check_options(root, layout, manifest, mask, labels)
     _check_mask(protocol, mask, masks, mask_model)
-    wanted = bids.filters([filters] if isinstance(filters, str) else filters)
-    typed = "; ".join([truth_labels] if isinstance(truth_labels, str) else truth_labels)
+    wanted = bids.filters(schema.several(filters))
+    typed = "; ".join(schema.several(truth_labels))
     meanings = label_meanings.pairs(typed, protocol, "--truth-labels", strict=True) if typed else None
-    labels = tuple(float(value) for value in mask_labels)
     given = Asked(mask if masks is None and mask_model is None else "auto", labels, meanings)
     if manifest is not None:
         if wanted:
@@ -117,11 +120,11 @@ def find(
         cohort = replace(cohort, studies=tuple(replace(study, **found) for study in cohort.studies))
     rule = spacings.parse(spacing)
     studies = _unique(replace(_with_usable_id(study), spacing=rule) for study in cohort.studies)
-    return replace(cohort, studies=_selected(studies, (patients,) if isinstance(patients, str) else patients))
+    return replace(cohort, studies=_selected(studies, [str(one) for one in schema.several(patients)]))
 
 
 def _check_options(
-    root: Path, layout: str | Path | None, manifest: Path | None, mask: str | None, mask_labels: Sequence[float]
+    root: Path, layout: str | Path | None, manifest: str | Path | None, mask: str | None, mask_labels: Sequence[float]
 ) -> None:
     if not root.exists():
         beside = [p.name for p in root.absolute().parent.glob("*") if p.is_dir()]
@@ -231,7 +234,7 @@ def _from_dicom(
 
 
 def _no_dicom(tree: Tree) -> NoReturn:
-    raise NobodyError(f"{shown(tree.root.name or '.')} holds no DICOM file, of {len(tree.files)} files")
+    raise NobodyError(f"{shown(tree.root.name or '.')} holds no DICOM file, of {counted(len(tree.files), 'file')}")
 
 
 def _found_otherwise(tree: Tree, tried: Sequence[Layout]) -> tuple[Found, ...]:
@@ -280,13 +283,15 @@ def _holds_scans(tree: Tree, found: Found) -> bool:
 def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
     flat = [n for n in tree.files if "/" not in n]
     scans = [n for n in tree.files if READABLE.search(n)]
-    looked = f"{len(tree.files)} files in {len(tree.folders)} folders, of which {len(scans)} are NIfTI"
+    looked = f"{counted(len(tree.files), 'file')} in {counted(len(tree.folders), 'folder')}, {len(scans)} of them NIfTI"
     hint = ""
     inside = {n.split("/")[0] for n in tree.folders if "/" in n and n.split("/")[-1].casefold() in layouts.NOT_PATIENTS}
     if inside:
         hint = f" Give the data set's own folder: {listed(sorted(inside))}."
     elif holds_dicom(tree, flat):
         hint = " There are DICOM files: use --layout dicom, or convert them with dcm2niix."
+    elif any(_begins_with_sequence(n, protocol) for n in flat):
+        hint = " Names that begin with the sequence need a layout of your own with images: ['{sequence}_{patient}']."
     elif any(READABLE.search(n) for n in flat):
         hint = f" It holds {listed([n for n in flat if READABLE.search(n)])}: if it is one patient's folder, give the "
         hint += "folder around it."
@@ -296,6 +301,11 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
         f"{', '.join(one.name for one in tried)}.{hint} Choose --protocol or --layout "
         f"({', '.join(layouts.ORDER)}, or a YAML file), or list the files in a table (--manifest)"
     )
+
+
+def _begins_with_sequence(name: str, protocol: Protocol) -> bool:
+    first, _, rest = name.partition("_")
+    return bool(rest) and layouts.load("folder").aliases(protocol).get(first.casefold()) in protocol.sequences
 
 
 def _with_usable_id(study: Study) -> Study:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 from monai_deepgmm.patients import bids, label_meanings
+from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients.claims import Found
 from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed, shown
 from monai_deepgmm.patients.formats import foreign, pointer
@@ -85,6 +87,8 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
         truth_names=meanings,
         problems=tuple(problems),
         label_problems=tuple(_label_problems(found, tree, meanings)),
+        unused=tuple(map(_base, found.unused)),
+        mask_called=next(iter(layout.mask_examples(found.patient)), "") if layout else "",
     )
 
 
@@ -114,6 +118,10 @@ def _meanings(found: Found, truth: str | None, tree: Tree, protocol: Protocol, a
     except OSError:
         named = None
     return label_meanings.understood(named, protocol, shown((table or "").rpartition("/")[2])) if named else None
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _only(names: Sequence[str]) -> str | None:
@@ -173,6 +181,7 @@ def _no_mask(found: Found, layout: Layout | None, protocol: Protocol) -> Problem
     ]
     remedy = f"Either {', or '.join(ways)}; of a file, --mask-labels says which values count (else all but 0)"
     why = f"; {found.hints['mask']}" if found.hints.get("mask") else ""
+    why += f"; not used: {listed([_base(name) for name in found.unused])}" if found.unused else ""
     return Problem("E_MASK_NONE", f"no mask of the {protocol.mask} was found{why}", remedy)
 
 
@@ -187,11 +196,32 @@ def failed(found: Found, tree: Tree, protocol: Protocol) -> Study:
         if any(READABLE.search(n) for n in names):
             problem = _dicom("the folder holds DICOM files, and no NIfTI file of a sequence")
     else:
-        sequences = ", ".join(protocol.sequences)
-        remedy = f"Put each sequence ({sequences}) into this folder as <sequence>.nii.gz, or use a table (--manifest)"
         short = [n.removeprefix(f"{folder}/") for n in names]
-        problem = Problem("E_NO_SEQUENCE", f"no file is {sequences}; found {listed(short) or 'no file'}", remedy)
+        message = f"no file is {', '.join(protocol.sequences)}; found {listed(short) or 'no file'}"
+        problem = Problem("E_NO_SEQUENCE", message, _how_to_lay_out(folder, short, tree, protocol))
     return Study(found.patient, {}, problems=(problem,))
+
+
+def _how_to_lay_out(folder: str, names: Sequence[str], tree: Tree, protocol: Protocol) -> str:
+    """What to do with a folder in which no file is called like a sequence; names are below it."""
+    reader = layouts.reader(layouts.load("folder"), protocol, tree.root, needed=False)
+    meaning, known = reader.meaning, {alias for alias, s in reader.aliases.items() if s in protocol.sequences}
+    nearly = [name for name in names if "/" not in name and known & set(re.split(r"[\W_]+", name.casefold()))]
+    nested = [name for name in names if "/" in name]
+    inner = sorted({name.rpartition("/")[0] for name in nested})
+    if meaning(folder) in protocol.sequences:
+        own = "{sequence}/{patient}"
+    elif any(meaning(_base(home)) in protocol.sequences for home in inner):
+        own = "{patient}/{sequence}/*"
+    elif any(meaning(READABLE.sub("", _base(name))) in protocol.sequences for name in nested):
+        return f"If {listed(inner)} are patients, give this folder as DIR; else use a table (--manifest)"
+    elif nearly:
+        way = f"name each after its sequence alone, such as {protocol.sequences[0]}.nii.gz, or use a table (--manifest)"
+        return f"The last word of a name decides what {listed(nearly)} is: {way}"
+    else:
+        sequences = ", ".join(protocol.sequences)
+        return f"Put each sequence ({sequences}) into this folder as <sequence>.nii.gz, or use a table (--manifest)"
+    return f"Files are sorted by sequence: use a layout of your own with images: ['{own}'], or a table (--manifest)"
 
 
 def _dicom(message: str) -> Problem:

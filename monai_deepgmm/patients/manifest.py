@@ -23,6 +23,7 @@ from monai_deepgmm.protocol import Protocol
 _ROLES = ("patient", "mask", "truth", "labels")
 _FILE_WORDS = {"file", "filename", "path", "filepath", "image", "img", "nii", "nifti", "scan"}
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # C:\ or \\server
+_NOT_TEXT = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8
 
 
 class Table(NamedTuple):
@@ -84,6 +85,8 @@ def absent(here: Path, name: str, manifest: str) -> Problem | None:
         message = f"{manifest} names {shown(name)}, a path of Windows that begins with a drive or server"
         return Problem("E_FILE", message, "Name the file by its path on this computer, or relative to the manifest")
     message = f"{shown(Path(name).name)} is named in {manifest} but does not exist"
+    if _NOT_TEXT.search(name):
+        return Problem("E_FILE", message, f"{manifest} is not in UTF-8: save it as CSV UTF-8, or as UTF-8 text")
     return Problem("E_FILE", message, "Correct the path; relative paths begin at the manifest's folder")
 
 

@@ -92,6 +92,8 @@ class Study:
         label_problems: why the reference labels cannot be used; they do not stop a segmentation.
         mask_model: the bundle that finds the mask, with that rule.
         series: what was made of each series of a DICOM study.
+        unused: names of files beside the images that no name of the layout fits.
+        mask_called: what a mask's file would be called; "": there is no layout.
     """
 
     patient: str
@@ -108,6 +110,8 @@ class Study:
     label_problems: tuple[Problem, ...] = ()
     mask_model: MaskModel | None = None
     series: tuple[Series, ...] = ()
+    unused: tuple[str, ...] = ()
+    mask_called: str = ""
 
     def with_whole_paths(self) -> Self:
         """The same for a process with another working directory."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monai_deepgmm.images.atomic_files import write_whole
+from monai_deepgmm.patients.directory import counted
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.results import evaluate, markup
 from monai_deepgmm.results.agreement import Agreement, Pair, agreement, pairs
@@ -97,13 +98,13 @@ def methods(evaluation: Evaluation, protocol: Protocol, sidecars: Mapping[str, M
     kept = " that hold every tissue in the reference" if evaluation.slices == "complete" else ""
     shading = " Shading was taken off by N4 (Tustison et al. 2010)." if n4 else ""
     return (
-        f"{protocol.title}: the images ({used('sequences')}) of {len(evaluation.patients)} patients were segmented "
-        f"with monai-deepgmm {', '.join(sorted(versions)) or 'unknown'} (method {used('method')}, seed "
+        f"{protocol.title}: the images ({used('sequences')}) of {counted(len(evaluation.patients), 'patient')} were "
+        f"segmented with monai-deepgmm {', '.join(sorted(versions)) or 'unknown'} (method {used('method')}, seed "
         f"{used('seed')}), by {MIXTURES} on MONAI (Cardoso et al. 2022, arXiv:2211.02701).{shading} "
         f"For each {unit}{kept} we computed "
         f"{MEASURES}; means and standard deviations are over {unit}s, and those in which neither labelling holds a "
         f"tissue were not counted for it. Volumes, per patient over the same {unit}s, were compared by {VOLUMES}. "
-        f"{len(evaluation.problems)} patients could not be compared."
+        f"{counted(len(evaluation.problems), 'patient')} could not be compared."
     )
 
 

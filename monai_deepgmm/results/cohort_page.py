@@ -23,7 +23,7 @@ def index(
     colors: Mapping[str, str] | None = None,
     reviews: Mapping[str, Review] | None = None,
     *,
-    compared: bool = False,
+    compared: str | None = None,
 ) -> str:
     """The cohort's page: how many are done, who is flagged, who failed and what to do, and everyone's volumes.
 
@@ -33,7 +33,8 @@ def index(
         title: of the page.
         colors: tissue → colour, where another than the protocols' own was used.
         reviews: patient → what a reader decided.
-        compared: whether a page of agreement with reference labels lies beside.
+        compared: whose agreement with reference labels a page beside tells of: "these" results', or "others"; None:
+            there is none.
     """
     tissues = list(dict.fromkeys(str(m["tissue"]) for m in measurements))
     volumes = _volumes(measurements)
@@ -41,6 +42,7 @@ def index(
     known = markup.colors_of([{"name": n, "color": c} for n, c in (colors or {}).items()], tissues)
     patients = [_entry(row, volumes, largest, (reviews or {})) for row in ordered(rows, measurements)]
     percents = list(dict.fromkeys(str(m["tissue"]) for m in measurements if m.get("percent") not in (None, "")))
+    masses = [p["lv_mass_g"] for p in patients if is_number(p["lv_mass_g"])]
     return (
         markup.environment()
         .get_template("index.html.j2")
@@ -54,9 +56,10 @@ def index(
             codes=_codes(patients),
             tissues=tissues,
             percents=percents,
-            masses=any(is_number(markup.as_map(row.get("ventricle")).get("lv_mass_g")) for row in rows),
+            masses=bool(masses),
             percent_of=next((m["percent_of"] for m in measurements if m.get("percent_of")), "the mask"),
-            medians={key: _medians(measurements, key) for key in ("volume_ml", "percent")},
+            medians={key: _medians(measurements, key) for key in ("volume_ml", "percent")}
+            | {"lv_mass_g": statistics.median(masses) if masses else None},
             strips=strips(values_by_tissue(measurements)),
             colors=known,
             serious=markup.SERIOUS,

@@ -25,9 +25,11 @@ import numpy.typing as npt
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.images import labels as truth
+from monai_deepgmm.patients.directory import counted
 from monai_deepgmm.patients.discovery import Cohort, Problem, Study
 from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.results import label_order, metrics
+from monai_deepgmm.results.review import result_of
 
 Slices = Literal["all", "complete"]
 Unit = Literal["slice", "volume"]
@@ -85,6 +87,7 @@ class Evaluated:
         counts: (K+1, K+1) of all units, see ``metrics.confusion``.
         meaning: what the values of the reference labels were said to mean, and who says so.
         voxel_ml: of the grid that was compared on.
+        result: what tells the segmentation from one with other options, see ``review.result_of``.
     """
 
     sequences: tuple[str, ...]
@@ -94,6 +97,7 @@ class Evaluated:
     counts: metrics.Counts = field(compare=False)
     meaning: tuple[str, tuple[tuple[int, int], ...]]
     voxel_ml: float
+    result: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Evaluation:
 
 
 def evaluate(
-    out: Path, cohort: Cohort, protocol: Protocol, *, slices: Slices = "all", unit: Unit = "slice"
+    out: str | Path, cohort: Cohort, protocol: Protocol, *, slices: Slices = "all", unit: Unit = "slice"
 ) -> Evaluation:
     """Compares the segmentations in a folder with the cohort's reference labels.
 
@@ -152,6 +156,7 @@ def evaluate(
     for name, value, choices in (("slices", slices, get_args(Slices)), ("unit", unit, get_args(Unit))):
         if value not in choices:
             raise UsageError(f"--{name}: {value!r} is unknown; choose {' or '.join(choices)}")
+    out = Path(out)
     if not out.is_dir():
         raise UsageError(f"OUT: there is no folder {out.name}; run deepgmm segment first")
     patients, problems = {}, {}
@@ -214,8 +219,9 @@ def summary(evaluation: Evaluation) -> str:
     lines.append(("mean", *means, str(found["dice"]["mean_n"]), ""))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    who = "1 patient" if found["n_patients"] == 1 else f"{found['n_patients']} patients"
-    compared = f"{who}, {found['n_units']} {evaluation.unit}s ({evaluation.slices})"
+    compared = (
+        f"{counted(found['n_patients'], 'patient')}, {counted(found['n_units'], evaluation.unit)} ({evaluation.slices})"
+    )
     text.append(f"compared: {compared}; not evaluated: {len(evaluation.problems)}")
     for name, problem in evaluation.problems.items():
         text.append(f"  {name}: {problem.code}: {problem.message}. {problem.remedy}".rstrip(". "))
@@ -236,7 +242,7 @@ def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, uni
         why = "".join(f"; {p.code}: {p.message}" for p in study.problems)
         message = f"there is no {path.name}: the patient failed or was not segmented{why}"
         raise StudyError("E_FILE", message, "See summary.tsv, or run deepgmm segment")
-    sequences, axis = _sidecar(path.with_name(f"{study.patient}_dseg.json"), protocol)
+    sequences, axis, result = _sidecar(path.with_name(f"{study.patient}_dseg.json"), protocol)
     prediction = nifti.read(path, spacing=study.spacing, beside=nifti.DEFAULT_MAX_VOXELS, dtype=np.float64)
     labels, warnings = truth.read(study, protocol, sequences, like=prediction)
     tissues = protocol.visible(sequences)
@@ -250,11 +256,12 @@ def _patient(out: Path, study: Study, protocol: Protocol, *, slices: Slices, uni
     counts = metrics.confusion(prediction.data.astype(np.int64), labels, [t.index for t in tissues])
     source = study.truth_names.source if study.truth_names else "the layout" if study.truth_labels else "the protocol"
     meaning = (source, tuple(sorted((study.truth_labels or {}).items())))
-    return Evaluated(sequences, tuple(t.name for t in tissues), tuple(rows), warnings, counts, meaning, voxel_ml)
+    names = tuple(t.name for t in tissues)
+    return Evaluated(sequences, names, tuple(rows), warnings, counts, meaning, voxel_ml, result)
 
 
-def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int]:
-    """The sequences that a segmentation used, and its slice axis."""
+def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int, str]:
+    """The sequences that a segmentation used, its slice axis, and which result it is."""
     try:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
         sequences, axis = tuple(sidecar["sequences"]), int(sidecar.get("slice_axis", 2))
@@ -267,7 +274,7 @@ def _sidecar(path: Path, protocol: Protocol) -> tuple[tuple[str, ...], int]:
     if not found or found not in (expected, components) or axis not in range(3):
         message = f"{path.name} holds tissues {found} and slice axis {axis}; protocol {protocol.name} has {expected}"
         raise StudyError("E_TRUTH", message, "Evaluate with the protocol that the patient was segmented with")
-    return sequences, axis
+    return sequences, axis, result_of(sidecar.get("fingerprint"))
 
 
 def _units(
@@ -345,7 +352,7 @@ def _patient_json(patient: Evaluated) -> dict[str, Any]:
     for measure in ("dice", "dice_matched"):
         found = _statistics(patient.rows, measure, patient.tissues)
         document[measure] = {t: found[t]["mean"] for t in patient.tissues} | {"mean": found["mean"]}
-    return {**document, "warnings": list(patient.warnings)}
+    return {**document, "result": patient.result, "warnings": list(patient.warnings)}
 
 
 def _cell(value: str | float | None) -> str:

@@ -7,14 +7,14 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from monai_deepgmm.mixture.spread import NORMAL_MAD
+
 #: With fewer patients nobody is told apart; above this robust z-score a patient is.
 PATIENTS, Z = 10, 3.0
 #: Patients who are more alike than this, as a share, are taken to differ by so much.
 LEAST_SPREAD = 0.05
 #: Numbers of the whole ventricle that are compared.
 VENTRICLE = {"lv_mass_g": "LV mass (g)", "thickness_mean_mm": "mean wall thickness (mm)"}
-#: Turns a median absolute deviation into a standard deviation of a normal distribution.
-NORMAL = 1.4826
 
 
 def warnings(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -53,7 +53,7 @@ def _far(values: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:
         return
     logs = {patient: math.log(value) for patient, value in values.items()}
     middle = statistics.median(logs.values())
-    spread = NORMAL * statistics.median(abs(v - middle) for v in logs.values())
+    spread = NORMAL_MAD * statistics.median(abs(v - middle) for v in logs.values())
     for patient, value in logs.items():
         if spread > 1e-9 and (z := abs(value - middle) / max(spread, LEAST_SPREAD)) > Z:
             yield patient, z, math.exp(middle)

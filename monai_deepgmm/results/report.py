@@ -72,9 +72,19 @@ def rebuild_index(out: Path, title: str | None = None) -> None:
     """Writes ``index.html`` from the patients' rows; the title is the data set's name if none is given."""
     rows, measurements = _cohort(out)
     name = as_map(row_files.read_json(out / "dataset_description.json")).get("Name")
-    title, compared = title or str(name or "Segmentations"), (out / agreement_page.FILE).is_file()
+    title, compared = title or str(name or "Segmentations"), _compared(out, rows)
     html = index(rows, measurements, title, _written_colors(out), _reviews(out), compared=compared)
     write_whole(out / "index.html", encoded(html))
+
+
+def _compared(out: Path, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which results the page of agreement is of: "these", "others", where some have changed, or None without a page."""
+    if not (out / agreement_page.FILE).is_file():
+        return None
+    of = as_map(as_map(row_files.read_json(out / "evaluation.json")).get("patients"))
+    now = {str(row["patient"]): review.result_of(row.get("fingerprint")) for row in rows}
+    same = all(as_map(one).get("result", now.get(name)) == now.get(name) for name, one in of.items())
+    return "these" if same else "others"
 
 
 def _cohort(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

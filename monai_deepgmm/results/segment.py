@@ -60,7 +60,12 @@ def segment(
 
     Raises:
         StudyError: the patient cannot be segmented; the code says why.
+        TypeError: what was given is no study or no configuration.
     """
+    if not isinstance(study, Study):
+        raise TypeError(f"study: got {type(study).__name__}, expected a Study, one of find_cohort(…).studies")
+    if not isinstance(config, Config):
+        raise TypeError(f"config: got {type(config).__name__}, expected a Config, as configure(…) makes it")
     prepared = prepare(study, preprocessing or config.preprocessing.steps(config.protocol))
     if inferer is None and not config.method.surroundings:
         prepared = prepared.tight()

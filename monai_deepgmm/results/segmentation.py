@@ -53,7 +53,14 @@ class Segmentation:
     measured: dict[str, Any] = field(default_factory=dict)
 
     def where(self, *tissues: str) -> NDArray[np.bool_]:
-        """Where the labels (X, Y, Z) are of one of these tissues; nowhere for those that the patient cannot show."""
+        """Where the labels (X, Y, Z) are of one of these tissues; nowhere for those that the patient cannot show.
+
+        Raises:
+            ValueError: the protocol has no such tissue.
+        """
+        known = [t.name for t in self.protocol.tissues]
+        if unknown := [name for name in tissues if name not in known]:
+            raise ValueError(f"where: no tissue {unknown[0]!r} in protocol {self.protocol.name}: {', '.join(known)}")
         chosen: NDArray[np.bool_] = np.zeros(256, dtype=bool)
         chosen[[t.index for t in self.protocol.tissues if t.name in tissues]] = True
         found: NDArray[np.bool_] = chosen[self.labels]

@@ -96,6 +96,7 @@ TINY = np.abs(np.indices(SHAPE)[:2] - 48).max(0) < 5
 #: What is wrong with the mask → the mask, and the code.
 WRONG: dict[str, tuple[Array, str]] = {
     "several values": (heart(SHAPE), "E_MASK_LABELS"),
+    "probabilities": (np.rint(255 * gaussian_filter(organ().astype(float), 1)), "E_MASK_LABELS"),
     "soft edges": (gaussian_filter(organ().astype(float), 1), "E_MASK_FRACTIONAL"),
     "a ring": (np.isin(heart(SHAPE), (200, 1220, 2221)), "E_MASK_CAVITY"),
     "a hole": (leaky(), "W_MASK_CAVITY"),

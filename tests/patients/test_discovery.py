@@ -483,6 +483,12 @@ class TestManifest:
 
         return read
 
+    def test_a_table_that_is_no_utf_8(self, table, tmp_path):
+        touch(tmp_path, "Jörg.nii.gz")
+        (study,) = table("patient,LGE\np1,Jörg.nii.gz\n", encoding="cp1252").studies
+        assert [p.code for p in study.problems][:1] == ["E_FILE"]
+        assert study.problems[0].remedy == "m.csv is not in UTF-8: save it as CSV UTF-8, or as UTF-8 text"
+
     @pytest.mark.parametrize(
         ("name", "separator"), [("m.csv", ","), ("m.tsv", "\t"), ("m.csv", ";"), ("m.csv", "\t"), ("m.txt", ",")]
     )
@@ -579,3 +585,32 @@ class TestManifest:
     def test_not_together_with_a_layout(self, table):
         with pytest.raises(UsageError, match="one of them"):
             table("", layout="folder")
+
+
+class TestWhatIsNotUsed:
+    def test_files_beside_a_patients_images_that_no_name_fits(self, tmp_path):
+        found = cohort(tmp_path, "p1/{LGE,T2,mask,LVmask,mask_old,notes}.nii.gz", "p1/read.txt", "p2/LGE.nii.gz")
+        assert [s.unused for s in found.studies] == [("LVmask.nii.gz", "mask_old.nii.gz", "notes.nii.gz"), ()]
+        (problem,) = one(tmp_path / "alone", "p1/{LGE,LVmask}.nii.gz", mask="file").problems
+        assert problem.message == "no mask of the left ventricle was found; not used: LVmask.nii.gz"
+
+    def test_in_one_folder_for_all_only_what_begins_with_the_id(self, tmp_path):
+        found = cohort(tmp_path, "{a_LGE,a_Maske,a1_LGE,a1-roi,other}.nii.gz")
+        assert {s.patient: s.unused for s in found.studies} == {"a": ("a_Maske.nii.gz",), "a1": ("a1-roi.nii.gz",)}
+
+    @pytest.mark.parametrize(
+        ("files", "said"),
+        [
+            ("LGE/{1,2}.nii.gz", "layout of your own with images: ['{sequence}/{patient}']"),
+            ("p1/{LGE,T2,mask}/image.nii.gz", "images: ['{patient}/{sequence}/*']"),
+            ("batch1/{A,B}/LGE.nii.gz", "If A, B are patients, give this folder as DIR"),
+            ("p1/{LGE_SA,T2_4ch,scan}.nii.gz", "The last word of a name decides what LGE_SA.nii.gz, T2_4ch.nii.gz is"),
+            ("p1/{scan,other/scan}.nii.gz", "Put each sequence (LGE, T2, bSSFP) into this folder"),
+        ],
+    )
+    def test_a_folder_without_sequences_says_how_to_go_on(self, tmp_path, files, said):
+        assert said in cohort(tmp_path, files).studies[0].problems[0].remedy
+
+    def test_names_that_begin_with_the_sequence(self, tmp_path):
+        with pytest.raises(UsageError, match=r"images: \['{sequence}_{patient}'\]"):
+            cohort(tmp_path, "{LGE,T2}_1.nii.gz")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from monai_deepgmm import protocol
+from monai_deepgmm.cli import main
 from monai_deepgmm.patients.study import Problem
 from monai_deepgmm.results import agreement, agreement_page, report
 from monai_deepgmm.results.agreement import Pair
@@ -72,3 +73,19 @@ def test_the_index_leads_to_the_page_where_it_is(tmp_path):
     agreement_page.write(tmp_path, evaluation(p=(1, 1)), protocol.load("infarct"))
     report.rebuild(tmp_path)
     assert 'href="agreement.html"' in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_agreement_of_results_that_have_changed_since_is_told_from_that_of_these(tmp_path, make_patient):
+    make_patient(tmp_path / "in", "pat1")
+    out, where = tmp_path / "out", (str(tmp_path / "in"), str(tmp_path / "out"))
+
+    def said() -> bool:
+        return "reference labels, of earlier results" in (out / "index.html").read_text(encoding="utf-8")
+
+    for command, earlier in ((), False), (("--method", "gmm"), True):
+        assert main(["segment", *where, *command]) == 0
+        assert said() is earlier
+        assert main(["evaluate", *reversed(where)]) == 0
+        assert main(["report", where[1]]) == 0
+        assert not said()

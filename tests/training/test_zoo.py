@@ -114,6 +114,7 @@ def test_evaluation_on_its_own_segments_first(bundle, patients, tmp_path):
     run.finalize()
     assert labels(tmp_path, "pat1").any()
     assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["dice"]["blood"]["n"] > 0
+    assert "pat1" in (tmp_path / "agreement.html").read_text(encoding="utf-8")
 
 
 def test_evaluation_is_inference_and_more(bundle):
