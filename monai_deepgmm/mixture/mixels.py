@@ -26,7 +26,7 @@ from monai_deepgmm.mixture.mixel_statistics import MixelStatistics, Moments, Pat
 NODES = 5
 #: The share of voxels that are mixels when a fit begins, and at most: with more, tissues would have levels that hardly
 #: any voxel has, and no noise, which explains an image as well, or better.
-MIXELS, MOST_MIXELS = 0.3, 0.55
+MIXELS, MOST_MIXELS = 0.3, 0.6
 #: ε when a fit begins, and at most; the standard deviation of outliers in those of the whole image.
 OUTLIERS, MOST_OUTLIERS, OUTLIER_SPREAD = 0.02, 0.1, 3.0
 #: τ: how far the share that another sequence sees may differ from the first one's.
