@@ -24,7 +24,7 @@ class PartialVolumeConfig:
         degree: of the bias field's polynomials; 0 for no field; null: 3, and the field is dropped where it explains
             less than its parameters cost (BIC).
         pooling: how far each tissue's covariance is drawn towards the average of all.
-        coupling: how strongly neighbouring voxels agree.
+        coupling: how strongly neighbouring voxels agree; null: 8 with one sequence, 5 with several.
         tol: a fit has converged when responsibilities change by less, summed over a voxel, on average.
         max_iter: iterations at most.
         floor: the variance floor, as a fraction of a sequence's variance inside the mask.
@@ -42,7 +42,7 @@ class PartialVolumeConfig:
 
     degree: int | None = None
     pooling: float = 0.3
-    coupling: float = 3.0
+    coupling: float | None = None
     tol: float = partial_volume.TOL
     max_iter: int = 3000
     floor: float = VARIANCE_FLOOR

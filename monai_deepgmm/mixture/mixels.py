@@ -24,8 +24,9 @@ from monai_deepgmm.mixture.mixel_statistics import MixelStatistics, Moments, Pat
 
 #: Into how many equal parts the share u is cut; a node lies in the middle of each.
 NODES = 5
-#: The share of voxels that are mixels when a fit begins.
-MIXELS = 0.3
+#: The share of voxels that are mixels when a fit begins, and at most: with more, tissues would have levels that hardly
+#: any voxel has, and no noise, which explains an image as well, or better.
+MIXELS, MOST_MIXELS = 0.3, 0.6
 #: ε when a fit begins, and at most; the standard deviation of outliers in those of the whole image.
 OUTLIERS, MOST_OUTLIERS, OUTLIER_SPREAD = 0.02, 0.1, 3.0
 #: τ: how far the share that another sequence sees may differ from the first one's.
@@ -240,6 +241,16 @@ def begin(maximise: Step, expected: Tensor) -> tuple[Mixture, Tensor]:
     return maximise(torch.cat([expected, nothing], 1), None, None), weights
 
 
+def capped(weights: Tensor, tissues: int) -> Tensor:
+    """The likeliest weights of the nodes ``(1, N)`` with at most ``MOST_MIXELS`` of mixels, as counted otherwise."""
+    pure, mixed = weights[:, :tissues], weights[:, tissues:]
+    whole, shared = pure.sum(1, keepdim=True), mixed.sum(1, keepdim=True)
+    most = MOST_MIXELS * (whole + shared)
+    if bool((shared <= most).all()):
+        return weights
+    return torch.cat([pure * (whole + shared - most) / whole.clamp_min(1e-12), mixed * most / shared], 1)
+
+
 def _positive(covariances: Tensor) -> Tensor:
     """The nearest matrices ``(1, K, M, M)`` that are positive definite, but for roundings.
 
@@ -300,7 +311,7 @@ def run(
         if converged:
             break
         share = resp.sum(1).mean()
-        weights = resp.mean(-1) / share.clamp_min(1e-12)
+        weights = capped(resp.mean(-1) / share.clamp_min(1e-12), fractions.shape[1])
         outliers = min(max(1 - float(share), 1e-6), MOST_OUTLIERS)
         if anchor is not None:
             weights = anchor.weights

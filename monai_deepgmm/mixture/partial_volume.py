@@ -43,6 +43,10 @@ BORDER = 1
 CHUNK = 1 << 16
 #: The degree of the bias field's polynomials, and that of the first field, which must gain BIC.
 DEGREE, FIRST_DEGREE = 3, 2
+#: β of one sequence, and of several: they say more in each voxel, and the label of a small lesion hangs on it.
+COUPLING, COUPLING_SEVERAL = 8.0, 5.0
+#: A sequence tells something where two tissues are so many standard deviations apart.
+TELLING = 1.0
 #: Voxels repeat each other: so wide a patch of tissue, in mm, counts as one observation in BIC.
 PATCH_MM = 16.0
 
@@ -55,7 +59,7 @@ class Model(NamedTuple):
         degree: of the bias field; 0: none.
         require_bic_gain: whether the field must explain more than its parameters cost (``bic_penalty``), or is dropped.
         pooling: ν; a tissue's covariance is drawn towards the average of all, as by ν N voxels of N.
-        coupling: β, how strongly neighbours agree; 0: not at all.
+        coupling: β, how strongly neighbours agree; 0: not at all; None: by the number of sequences.
         sweeps: mean-field iterations.
         voxels: how many voxels of the mask the lattice holds, at most.
         anchored: tissues whose levels and proportions the first sequence alone defines; empty: all sequences together.
@@ -65,10 +69,18 @@ class Model(NamedTuple):
     degree: int = DEGREE
     require_bic_gain: bool = True
     pooling: float = 0.3
-    coupling: float = 3.0
+    coupling: float | None = None
     sweeps: int = 3
     voxels: int = 25_000
     anchored: tuple[int, ...] = ()
+
+    def beta(self, pure: Mixture) -> float:
+        """β, given the tissues; a sequence that cannot tell any two apart does not count."""
+        if self.coupling is not None:
+            return self.coupling
+        apart = pure.means.amax(1) - pure.means.amin(1)
+        spread = pure.covariances.diagonal(dim1=-2, dim2=-1).mean(1).sqrt()
+        return COUPLING_SEVERAL if int((apart > TELLING * spread).sum()) > 1 else COUPLING
 
 
 def fit_partial_volume(
@@ -368,10 +380,11 @@ def _everywhere(problem: _Problem, mask: Tensor, found: _Found) -> tuple[Tensor,
         last.append(target.logsumexp(0).sum())
     resp = fractions.new_zeros(1, fractions.shape[1], *mask.shape[2:])
     flat, agreed = resp.view(fractions.shape[1], -1), Neighbours(mask, problem.settings.spacing_mm)
-    for sweep in range(1 + model.sweeps if model.coupling else 1):
+    coupling = model.beta(found.state.pure)
+    for sweep in range(1 + model.sweeps if coupling else 1):
         pull = agreed(resp).flatten(2)[0] if sweep else None
         for slab, mine in zip(every, joint, strict=True):
-            pulled = mine if pull is None else torch.addmm(mine, fractions, pull[:, slab.flat], alpha=model.coupling)
+            pulled = mine if pull is None else torch.addmm(mine, fractions, pull[:, slab.flat], alpha=coupling)
             flat[:, slab.flat] = fractions.mT @ pulled.softmax(0)
     return resp, -(torch.stack(last).sum() / sum(sizes))[None]
 

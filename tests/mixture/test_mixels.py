@@ -100,3 +100,25 @@ def test_outliers_are_told_from_tissues():
     found = mixels.run(step, *mixels.begin(step, expected), None, Stop(1e-4, 200))
     assert 0.01 < found.outliers < 0.03
     assert torch.allclose(found.pure.means[0, :, 0], torch.tensor([0.0, 2.0]), atol=0.02)
+
+
+def test_of_a_fit_at_most_so_many_voxels_are_mixels():
+    few = torch.tensor([[0.3, 0.2, 0.1, 0.4]])
+    assert mixels.capped(few, 2) is few
+    most = mixels.MOST_MIXELS
+    # Each kind's parts stay in proportion, and so does the sum.
+    many = torch.tensor([[0.05, 0.15, 0.6, 0.2]])
+    assert torch.allclose(
+        mixels.capped(many, 2), torch.tensor([[(1 - most) / 4, (1 - most) * 3 / 4, most * 3 / 4, most / 4]])
+    )
+    assert torch.allclose(mixels.capped(many / 2, 2), mixels.capped(many, 2) / 2)
+
+
+def test_where_every_grey_is_as_frequent_many_voxels_are_still_pure():
+    """Free mixels explain such an image alone, of two tissues that no voxel is of."""
+    values = torch.linspace(1, 3, 2000)[None, None]
+    step = mixels.step(Observed(values, torch.ones_like(values) > 0), mixels.mixing(2, ((0, 1),)), 0.3, 1e-3)
+    expected = torch.cat([3 - values, values - 1], 1) / 2
+    found = mixels.run(step, *mixels.begin(step, expected), None, Stop(1e-3, 300))
+    assert torch.isclose(found.weights[0, 2:].sum(), torch.tensor(mixels.MOST_MIXELS), atol=1e-4)
+    assert torch.isclose(found.weights.sum(), torch.tensor(1.0), atol=1e-4)

@@ -15,7 +15,7 @@ from monai_deepgmm.mixture import bias_field, lattice
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.mixture.gaussian import Mixture
 from monai_deepgmm.mixture.mixels import BLUR, NODES, mixing, nodes
-from monai_deepgmm.mixture.partial_volume import PATCH_MM, Model, bic_penalty
+from monai_deepgmm.mixture.partial_volume import COUPLING, COUPLING_SEVERAL, PATCH_MM, Model, bic_penalty
 from monai_deepgmm.mixture.partial_volume import fit_partial_volume as fit
 
 BORDERS = ((0, 1), (1, 2))
@@ -196,6 +196,14 @@ def test_neighbours_that_agree_make_fewer_errors_under_noise(shape):
     assert torch.equal(alone.mixture.means, agreed.mixture.means)  # they are those of the lattice
     assert torch.equal(alone.diagnostics.nll, agreed.diagnostics.nll)
     assert_same(alone, still)
+
+
+@pytest.mark.parametrize(("sequences", "usual"), [(1, COUPLING), (2, COUPLING_SEVERAL)])
+def test_neighbours_pull_less_where_several_sequences_tell(sequences, usual):
+    scene = Scene(sequences=sequences, noise=0.6)
+    found, same, other = (scene.fitted(Model(BORDERS, degree=0, coupling=c)) for c in (None, usual, 3.0))
+    assert_same(found, same)
+    assert not torch.equal(found.resp, other.resp)
 
 
 @each_shape
