@@ -43,9 +43,6 @@ MIN_WALL, MIN_HEALTHY, MIN_BLOOD = 20, 10, 10
 MIN_HEALTHY_SHARE = 0.15
 #: The blood's standard deviation is the distance from its median to this quantile: papillary muscles lie below it.
 NOISE_QUANTILE = 0.84
-#: Scar's own level is this quantile of what is brighter than half of it, drawn to the blood pool's as if this share of
-#: the wall had shown it; half of it is at least this bright.
-SCAR_QUANTILE, SCAR_PRIOR, LEAST_HALF = 0.75, 0.1, 0.3
 #: Infarcts begin at the endocardium (Reimer and Jennings' wave front): so much of the wall's depth holds one that is
 #: there, up to so many mm. What lies beyond may be fat, or the right ventricle's blood.
 INNER_DEPTH, INNER_MM = 2 / 3, 12.0
@@ -140,7 +137,7 @@ def _measured(
     noise = (noise + blood_pool_scale.median(noise)) / 2
     noise = np.where(np.isnan(noise), blood_pool_scale.median(noise), noise)
     brightness = scale(smooth)
-    level = _scar_level(brightness[wall])
+    level = blood_pool_scale.scar_level(brightness[wall])
     # Where half of the wall is as bright as blood, its median is not healthy.
     local, evidence = _evidence(around, (cautious or scale, scale), noise, slices)
     found = float(quantiles(local[inner if inner.any() else wall], (1 - SHARE_WITH_EVIDENCE,))[0])
@@ -279,20 +276,6 @@ def _evidence(
         bright = (shares * factor).astype(total.dtype) @ total - (shares * offset).astype(total.dtype) @ weight
         found.append((bright / root).reshape(around.total.shape))
     return tuple(found)
-
-
-def _scar_level(brightness: Array) -> float:
-    """How bright the wall's scar is ``(N,)``, of the wall's brightness on the blood pool's scale.
-
-    ``m = (κ + s q) / (κ + s)``: q the quantile of what is brighter than m / 2, s its share of the wall, κ the prior.
-    """
-    level = 1.0
-    for _ in range(ROUNDS):
-        bright = brightness[brightness > level / 2]
-        share = len(bright) / len(brightness)
-        own = float(np.quantile(bright, SCAR_QUANTILE)) if len(bright) else 1.0
-        level = max((SCAR_PRIOR + share * own) / (SCAR_PRIOR + share), 2 * LEAST_HALF)
-    return level
 
 
 def _separation(values: Array) -> tuple[float, float]:
