@@ -29,8 +29,9 @@ Mask = NDArray[np.bool_]
 
 #: A voxel counts fully when it lies so far from both borders, in mm; one at a border counts this little.
 RIM_MM, RIM_WEIGHT = 3.0, 0.05
-#: The neighbourhoods over which brightness and evidence are averaged: a Gaussian's standard deviation, in mm.
-BRIGHTNESS_MM, EVIDENCE_MM = 1.4, 3.0
+#: The neighbourhoods over which brightness is averaged for levels and classes, for a voxel's share of scar, which is to
+#: follow its border, and over which evidence is: a Gaussian's standard deviation, in mm.
+BRIGHTNESS_MM, FRACTION_MM, EVIDENCE_MM = 1.4, 1.1, 3.0
 #: How much of a place's evidence lies in the neighbouring slices.
 NEIGHBOURS = 0.5
 #: The faintest enhancement that counts as scar, on the blood pool's scale.
@@ -105,11 +106,11 @@ def measure(
     """
     spacing, cavities = np.asarray(spacing_mm, dtype=float), np.stack(insides)
     weights, inner = _rim(mask, cavities, spacing)
-    smooth = Neighbourhood.of(image, weights, BRIGHTNESS_MM, spacing).mean()
+    smooth, fine = (Neighbourhood.of(image, weights, mm, spacing).mean() for mm in (BRIGHTNESS_MM, FRACTION_MM))
     around = Neighbourhood.of(image, weights, EVIDENCE_MM, spacing)
-    each = zip(cavities, inner, weights, smooth, *around, strict=True)
+    each = zip(cavities, inner, weights, smooth, fine, *around, strict=True)
     stack = _Stack(image, mask, slices, threshold)
-    return [_measured(stack, inside, i, w, level, Neighbourhood(*near)) for inside, i, w, level, *near in each]
+    return [_measured(stack, inside, i, w, (s, f), Neighbourhood(*near)) for inside, i, w, s, f, *near in each]
 
 
 class _Stack(NamedTuple):
@@ -122,10 +123,11 @@ class _Stack(NamedTuple):
 
 
 def _measured(
-    stack: _Stack, inside: Mask, inner: Mask, weights: Array, smooth: Array, around: Neighbourhood
+    stack: _Stack, inside: Mask, inner: Mask, weights: Array, means: tuple[Array, Array], around: Neighbourhood
 ) -> Enhancement | None:
     """What one inner border shows, all ``(B, H, W)``: see ``measure``."""
     image, slices = stack.image, stack.slices
+    smooth, fine = means
     wall = stack.mask & ~inside
     healthy, middle = _levels(image, wall, (HEALTHY_QUANTILE, 0.5))
     blood, upper = _levels(image, inside, (0.5, NOISE_QUANTILE), MIN_BLOOD)
@@ -143,7 +145,7 @@ def _measured(
     found = float(quantiles(local[inner if inner.any() else wall], (1 - SHARE_WITH_EVIDENCE,))[0])
     separation, apart = _separation(brightness[(weights > CORE_WEIGHT) & inner])
     return Enhancement(
-        fraction=np.where(wall, (brightness / level).clip(0, 1), 0),
+        fraction=np.where(wall, (scale(fine) / level).clip(0, 1), 0),
         evidence=np.where(wall, evidence, -np.inf),
         inner=inner,
         level=level,
