@@ -18,6 +18,11 @@ Array = NDArray[np.floating]
 POOLED = 0.5
 #: No slice's distance is smaller than this share of its patient's: a slice that shows no contrast is not stretched.
 LEAST = 0.3
+#: Scar's own level is this quantile of what is brighter than half of it, drawn to the blood pool's as if this share of
+#: the wall had shown it; half of it is at least this bright.
+SCAR_QUANTILE, SCAR_PRIOR, LEAST_HALF = 0.75, 0.1, 0.3
+#: How often that level is looked for.
+ROUNDS = 5
 
 
 class Scale(NamedTuple):
@@ -60,6 +65,20 @@ def scale(wall: Array, blood: Array, *, pooled: bool = True) -> Scale | None:
     own = np.where(np.isnan(unit), usual, unit)
     level = np.where(np.isnan(wall), median(wall), wall)
     return Scale(level, np.maximum(POOLED * usual + (1 - POOLED) * own, LEAST * usual))
+
+
+def scar_level(brightness: Array) -> float:
+    """How bright the wall's scar is ``(N,)``, of the wall's brightness on the blood pool's scale.
+
+    ``m = (κ + s q) / (κ + s)``: q the quantile of what is brighter than m / 2, s its share of the wall, κ the prior.
+    """
+    level = 1.0
+    for _ in range(ROUNDS):
+        bright = brightness[brightness > level / 2]
+        shown = len(bright) / len(brightness)
+        own = float(np.quantile(bright, SCAR_QUANTILE)) if len(bright) else 1.0
+        level = max((SCAR_PRIOR + shown * own) / (SCAR_PRIOR + shown), 2 * LEAST_HALF)
+    return level
 
 
 def median(values: Array) -> float:

@@ -8,7 +8,8 @@ readers do.
 
 On late enhancement scar is as bright as blood. What tells them apart is how much of the wall is bright at an angle: a
 thin rim is blood that the border has left out, a broad one is scar. So the border is sought several times, each time
-with the share of the wall that was bright at each angle as the chance that bright tissue is wall.
+with the share of the wall that was bright at each angle as the chance that bright tissue is wall. And scar may be
+brighter than blood: then what is nearer to the patient's own scar level is wall.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ SAME_THICKNESS = 0.5
 ROUNDS, INFORMED = 5, 2
 
 # Late enhancement, on the blood pool's scale.
-#: Standard deviation of healthy wall around 0 and of blood around 1; of scar around 1, as it is brighter or fainter.
-TISSUE_SD, SCAR_SD = 0.3, 0.6
+#: Standard deviation of healthy wall around 0 and of blood around 1; of scar below its level, from where all is scar.
+TISSUE_SD, SCAR_SD = 0.3, 0.35
 #: The share of the cavity that is as dark as the wall: papillary muscles, trabeculae.
 DARK_IN_CAVITY = 0.3
 #: The bright share of the wall: before it is known, and its limits.
@@ -132,13 +133,14 @@ def rings(
     means = np.array([a.radius[0] for a in anatomies])[:, None, None]
     thicker = _thicker(views, slices)
     usual = borders = np.broadcast_to(1 - (1 - means) * thicker, shape)
-    shares = np.full(shape, BRIGHT_IN_WALL)
+    shares, levels = np.full(shape, BRIGHT_IN_WALL), np.ones(shape[:2])
     for number in range(ROUNDS):
         contrast = plain
         if seen is not None:
             x = seen.on_scale(borders)
-            shares = seen.bright_share(x, borders) if number >= INFORMED else shares
-            contrast = plain + seen.contrast(x, shares)
+            if number >= INFORMED:
+                shares, levels = seen.bright_share(x, borders), seen.scar_level(x, borders)
+            contrast = plain + seen.contrast(x, shares, levels)
         gains = np.cumsum(contrast.clip(-CLIP, CLIP) * cells, -1)
         borders = _border(np.broadcast_to(gains, (*shape, RADII)), usual, anatomy.radius[1])
         usual = _usual(borders, means, anatomy.spread, slices, thicker)
@@ -225,21 +227,42 @@ class LateView:
         ]
         return np.stack([np.full_like(self.image, np.nan) if scale is None else scale(self.image) for scale in found])
 
-    def contrast(self, x: Array, shares: Array) -> Array:
+    def contrast(self, x: Array, shares: Array, levels: Array) -> Array:
         """The log-likelihood ratio of cavity against wall ``(V, B, ANGLES, RADII)``.
 
-        ``log [(1 − d) N(x | 1, s) + d N(x | 0, s)] − log [(1 − b(θ)) N(x | 0, s) + b(θ) N(x | 1, S)]`` with
-        d = ``DARK_IN_CAVITY``, b the bright share of the wall, s = ``TISSUE_SD``, S = ``SCAR_SD``.
+        ``log [(1 − d) N(x | 1, s) + d N(x | 0, s)] − log [(1 − b(θ)) N(x | 0, s) + b(θ) N(min(x, m) | m, S)]`` with
+        d = ``DARK_IN_CAVITY``, b the bright share of the wall, m the scar's level, s = ``TISSUE_SD``, S = ``SCAR_SD``:
+        where scar is brighter than blood, the border lies about half-way between the two, and not where blood's own
+        scatter ends; where it is not, bright tissue is told from blood by its share alone.
 
         Args:
             x: the image on the blood pool's scale ``(V, B, ANGLES, RADII)``.
             shares: b ``(V, B, ANGLES)``.
+            levels: m ``(V, B)``.
         """
-        dark, bright, scar = _normal(x, 0, TISSUE_SD), _normal(x, 1, TISSUE_SD), _normal(x, 1, SCAR_SD)
+        m = levels[..., None, None].astype(x.dtype)
+        dark, bright = _normal(x, 0, TISSUE_SD), _normal(x, 1, TISSUE_SD)
+        scar = _normal(np.minimum(x, m), m, SCAR_SD)
         b = shares[..., None].astype(x.dtype)
         cavity, wall = (1 - DARK_IN_CAVITY) * bright + DARK_IN_CAVITY * dark, (1 - b) * dark + b * scar
         ratio: Array = ENHANCEMENT_WEIGHT * np.log((cavity + 1e-3) / (wall + 1e-3))
         return np.where(np.isnan(ratio), 0.0, ratio)  # a slice without a scale of its own says nothing
+
+    def scar_level(self, x: Array, borders: Array) -> Array:
+        """How bright the wall's scar is in each image ``(V, B)``, one level for a stack; no less than blood's, 1.
+
+        Args:
+            x: the image on the blood pool's scale ``(V, B, ANGLES, RADII)``.
+            borders: the last ones ``(V, B, ANGLES)``.
+        """
+        wall = (borders[..., None] < MIDDLES) & (MIDDLES < WALL_END) & (self.weights > 0) & ~np.isnan(x)
+        found = np.ones(x.shape[:2])
+        images = [slice(None)] if self.slices else range(x.shape[1])
+        for levels, values, places in zip(found, x, wall, strict=True):
+            for i in images:
+                if (bright := values[i][places[i]]).size:
+                    levels[i] = max(blood_pool_scale.scar_level(bright), 1)
+        return found
 
     def bright_share(self, x: Array, borders: Array) -> Array:
         """The share of the wall that is bright at each angle, here and in the neighbouring slices ``(V, B, ANGLES)``.
@@ -262,7 +285,7 @@ class LateView:
         return limited
 
 
-def _normal(x: Array, mean: float, sd: float) -> Array:
+def _normal(x: Array, mean: float | Array, sd: float) -> Array:
     """A normal density without its constant factor."""
     density: Array = np.exp(-(((x - mean) / sd) ** 2) / 2) / sd
     return density

@@ -29,8 +29,9 @@ Mask = NDArray[np.bool_]
 
 #: A voxel counts fully when it lies so far from both borders, in mm; one at a border counts this little.
 RIM_MM, RIM_WEIGHT = 3.0, 0.05
-#: The neighbourhoods over which brightness and evidence are averaged: a Gaussian's standard deviation, in mm.
-BRIGHTNESS_MM, EVIDENCE_MM = 1.4, 3.0
+#: The neighbourhoods over which brightness is averaged for levels and classes, for a voxel's share of scar, which is to
+#: follow its border, and over which evidence is: a Gaussian's standard deviation, in mm.
+BRIGHTNESS_MM, FRACTION_MM, EVIDENCE_MM = 1.4, 1.1, 3.0
 #: How much of a place's evidence lies in the neighbouring slices.
 NEIGHBOURS = 0.5
 #: The faintest enhancement that counts as scar, on the blood pool's scale.
@@ -43,9 +44,6 @@ MIN_WALL, MIN_HEALTHY, MIN_BLOOD = 20, 10, 10
 MIN_HEALTHY_SHARE = 0.15
 #: The blood's standard deviation is the distance from its median to this quantile: papillary muscles lie below it.
 NOISE_QUANTILE = 0.84
-#: Scar's own level is this quantile of what is brighter than half of it, drawn to the blood pool's as if this share of
-#: the wall had shown it; half of it is at least this bright.
-SCAR_QUANTILE, SCAR_PRIOR, LEAST_HALF = 0.75, 0.1, 0.3
 #: Infarcts begin at the endocardium (Reimer and Jennings' wave front): so much of the wall's depth holds one that is
 #: there, up to so many mm. What lies beyond may be fat, or the right ventricle's blood.
 INNER_DEPTH, INNER_MM = 2 / 3, 12.0
@@ -108,11 +106,11 @@ def measure(
     """
     spacing, cavities = np.asarray(spacing_mm, dtype=float), np.stack(insides)
     weights, inner = _rim(mask, cavities, spacing)
-    smooth = Neighbourhood.of(image, weights, BRIGHTNESS_MM, spacing).mean()
+    smooth, fine = (Neighbourhood.of(image, weights, mm, spacing).mean() for mm in (BRIGHTNESS_MM, FRACTION_MM))
     around = Neighbourhood.of(image, weights, EVIDENCE_MM, spacing)
-    each = zip(cavities, inner, weights, smooth, *around, strict=True)
+    each = zip(cavities, inner, weights, smooth, fine, *around, strict=True)
     stack = _Stack(image, mask, slices, threshold)
-    return [_measured(stack, inside, i, w, level, Neighbourhood(*near)) for inside, i, w, level, *near in each]
+    return [_measured(stack, inside, i, w, (s, f), Neighbourhood(*near)) for inside, i, w, s, f, *near in each]
 
 
 class _Stack(NamedTuple):
@@ -125,10 +123,11 @@ class _Stack(NamedTuple):
 
 
 def _measured(
-    stack: _Stack, inside: Mask, inner: Mask, weights: Array, smooth: Array, around: Neighbourhood
+    stack: _Stack, inside: Mask, inner: Mask, weights: Array, means: tuple[Array, Array], around: Neighbourhood
 ) -> Enhancement | None:
     """What one inner border shows, all ``(B, H, W)``: see ``measure``."""
     image, slices = stack.image, stack.slices
+    smooth, fine = means
     wall = stack.mask & ~inside
     healthy, middle = _levels(image, wall, (HEALTHY_QUANTILE, 0.5))
     blood, upper = _levels(image, inside, (0.5, NOISE_QUANTILE), MIN_BLOOD)
@@ -140,13 +139,13 @@ def _measured(
     noise = (noise + blood_pool_scale.median(noise)) / 2
     noise = np.where(np.isnan(noise), blood_pool_scale.median(noise), noise)
     brightness = scale(smooth)
-    level = _scar_level(brightness[wall])
+    level = blood_pool_scale.scar_level(brightness[wall])
     # Where half of the wall is as bright as blood, its median is not healthy.
     local, evidence = _evidence(around, (cautious or scale, scale), noise, slices)
     found = float(quantiles(local[inner if inner.any() else wall], (1 - SHARE_WITH_EVIDENCE,))[0])
     separation, apart = _separation(brightness[(weights > CORE_WEIGHT) & inner])
     return Enhancement(
-        fraction=np.where(wall, (brightness / level).clip(0, 1), 0),
+        fraction=np.where(wall, (scale(fine) / level).clip(0, 1), 0),
         evidence=np.where(wall, evidence, -np.inf),
         inner=inner,
         level=level,
@@ -279,20 +278,6 @@ def _evidence(
         bright = (shares * factor).astype(total.dtype) @ total - (shares * offset).astype(total.dtype) @ weight
         found.append((bright / root).reshape(around.total.shape))
     return tuple(found)
-
-
-def _scar_level(brightness: Array) -> float:
-    """How bright the wall's scar is ``(N,)``, of the wall's brightness on the blood pool's scale.
-
-    ``m = (κ + s q) / (κ + s)``: q the quantile of what is brighter than m / 2, s its share of the wall, κ the prior.
-    """
-    level = 1.0
-    for _ in range(ROUNDS):
-        bright = brightness[brightness > level / 2]
-        share = len(bright) / len(brightness)
-        own = float(np.quantile(bright, SCAR_QUANTILE)) if len(bright) else 1.0
-        level = max((SCAR_PRIOR + share * own) / (SCAR_PRIOR + share), 2 * LEAST_HALF)
-    return level
 
 
 def _separation(values: Array) -> tuple[float, float]:

@@ -319,15 +319,19 @@ def test_towards_the_apex_the_heart_narrows_sooner_than_its_wall():
 
 
 def late(
-    *, rim_mm: float = 0.0, scar_mm: float = 0.0, half: float = np.pi / 3, seed: int = 0
+    *, rim_mm: float = 0.0, scar_mm: float = 0.0, half: float = np.pi / 3, level: float = 1.0, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LGE alone, five slices of a patient: a cavity of 19 mm; a bright rim around all of it, scar in a sector."""
+    """LGE alone, five slices of a patient: a cavity of 19 mm; a bright rim around all of it, scar in a sector.
+
+    Blood is 1, wall 0, scar as bright as asked.
+    """
     _, mask, cavity = scene(inner=19, sequences=("LGE",))
     x, y = np.meshgrid(*[np.arange(80) - 39.5] * 2, indexing="ij")
     radius, turn = np.hypot(x, y), np.abs(np.arctan2(y, x))
-    bright = (radius < 19 + rim_mm) | ((radius < 19 + scar_mm) & (turn < half))
+    clean = np.where(radius < 19 + rim_mm, 1.0, 0.0)
+    clean[(radius >= 19) & (radius < 19 + scar_mm) & (turn < half)] = level
     rng = np.random.default_rng(seed)
-    slices = [np.where(bright, 1.0, 0.0) + 0.15 * rng.normal(size=(80, 80)) for _ in range(5)]
+    slices = [clean + 0.15 * rng.normal(size=(80, 80)) for _ in range(5)]
     return torch.from_numpy(np.stack(slices))[:, None], *(t.expand(5, -1, -1, -1).clone() for t in (mask, cavity))
 
 
@@ -344,6 +348,13 @@ def test_on_late_enhancement_a_rim_is_blood_and_a_broad_sector_is_scar():
     scar, overlap = bright_inside(scar_mm=6.0)
     assert scar < 0.5 < 0.6 < rim
     assert overlap > 0.9
+
+
+def test_scar_brighter_than_blood_shows_where_it_begins():
+    """In half of the wall: there, too much of it to be told from blood by its share alone."""
+    image, mask, _ = late(scar_mm=5.0, half=np.pi / 2, level=1.4)
+    found = find(image, mask, sequences=("LGE",), slices=(0, 1, 2, 3, 4))
+    np.testing.assert_allclose(found.inner, 19, atol=1.5)
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(400.0, 0.0), (1e-3, -7.0)])
