@@ -21,8 +21,9 @@ from monai_deepgmm.mixture.spread import NORMAL_MAD
 Bools = NDArray[np.bool_]
 #: The quantiles that lie one standard deviation from the middle.
 ONE_SIGMA = (0.16, 0.84)
-#: Noise above this share of the spread of what is shown is smoothed, to this share.
-NOTABLE, LEFT = 0.15, 0.07
+#: Noise above this share of the spread of what is shown is smoothed, to this share; where a sequence's brightness is
+#: averaged over neighbourhoods anyway, to the second one, which blurs borders less.
+NOTABLE, LEFT, LEFT_AVERAGED = 0.15, 0.07, 0.14
 #: What is shown has at least this share of the spread inside the mask, or noise would have no bound.
 LEAST_SHOWN = 0.2
 #: The Gaussian's standard deviation is at most this share of the organ's diameter.
@@ -46,7 +47,7 @@ class Noise(NamedTuple):
         return f"has noise of {share} of what it shows in the mask, and was smoothed by {mm}"
 
 
-def examine(image: NDArray[Any], mask: Bools, pixel_mm: tuple[float, float]) -> Noise:
+def examine(image: NDArray[Any], mask: Bools, pixel_mm: tuple[float, float], *, left: float = LEFT) -> Noise:
     """How noisy a sequence is inside the mask, as the median over slices.
 
     ``n = 1.48 median |c ∗ x|`` with c the outer product of ``(1, −2, 1)`` with itself, over 6: edges and shading hardly
@@ -57,6 +58,7 @@ def examine(image: NDArray[Any], mask: Bools, pixel_mm: tuple[float, float]) -> 
         image: ``(B, H, W)``.
         mask: ``(B, H, W)``; slices without it tell nothing.
         pixel_mm: of H and W.
+        left: the share that smoothing is to leave.
     """
     found = [_noise_and_spread(values, inside) for values, inside in zip(image, mask, strict=True) if inside.any()]
     if not found:
@@ -67,7 +69,7 @@ def examine(image: NDArray[Any], mask: Bools, pixel_mm: tuple[float, float]) -> 
     if share <= NOTABLE:
         return Noise(share, 0.0)
     diameter_mm = 2 * math.sqrt(float(np.median(mask.sum((1, 2))[mask.any((1, 2))])) * math.prod(pixel_mm) / math.pi)
-    wanted = share / LEFT / (2 * math.sqrt(math.pi)) * math.sqrt(math.prod(pixel_mm))
+    wanted = share / left / (2 * math.sqrt(math.pi)) * math.sqrt(math.prod(pixel_mm))
     return Noise(share, min(wanted, MOST * diameter_mm))
 
 

@@ -120,7 +120,14 @@ class CorrectShadingd:
 
 
 class SmoothNoised:
-    """Smooths each sequence of ``scan`` that is much noisier than what it shows, slice by slice; says so (W_NOISE)."""
+    """Smooths each sequence of ``scan`` that is much noisier than what it shows, slice by slice; says so (W_NOISE).
+
+    Args:
+        averaged: a sequence whose brightness is averaged over neighbourhoods later on, and needs less of it.
+    """
+
+    def __init__(self, averaged: str | None = None) -> None:
+        self.averaged = averaged
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """``scan`` → ``scan``."""
@@ -133,7 +140,8 @@ class SmoothNoised:
         inputs = {name: dict(facts) for name, facts in patient.inputs.items()}
         for channel, sequence in enumerate(patient.sequences):
             stack = np.moveaxis(patient.image[channel], axis, 0)
-            found = noise.examine(stack, mask, (across, down))
+            left = noise.LEFT_AVERAGED if sequence == self.averaged else noise.LEFT
+            found = noise.examine(stack, mask, (across, down), left=left)
             inputs[sequence]["noise"] = {key: round(value, 4) for key, value in found._asdict().items()}
             if found.smoothing_mm > 0:
                 image = image.copy() if image is patient.image else image
@@ -164,7 +172,8 @@ def steps(
         align: how sequences are brought together.
     """
     between: list[Step] = [CorrectShadingd()] if n4 else []
-    between += [SmoothNoised()] if smooth_noise and protocol.unit == "slice" else []
+    late = protocol.anatomy.enhancement if protocol.anatomy else None
+    between += [SmoothNoised(late.sequence if late else None)] if smooth_noise and protocol.unit == "slice" else []
     return (LoadStudyd(protocol, frame=frame, max_voxels=max_voxels, align=align), *between, Cropd(protocol))
 
 
