@@ -80,13 +80,14 @@ class Kind(NamedTuple):
 
 PROBABLE = ("expected", "candidates")
 PLAIN = ("bright", "noise_T2", "uneven_T2", "contrast_T2", "noise_bSSFP", "uneven_bSSFP")
+SHOWN = ("level", "evidence", "separation")
 KINDS = (
     Kind(
         ("LGE", "T2", "bSSFP"),
         ("LGE", "T2"),
         {
             "blood": Width(PLAIN),
-            "myocardium": Width((*PROBABLE, *PLAIN), "edema", (0.055, 0.065), (0.3, 1.0)),
+            "myocardium": Width((*PROBABLE, *PLAIN, *SHOWN), "edema", (0.055, 0.065), (0.3, 1.0)),
             "edema": Width((*PROBABLE, *PLAIN), "edema", reach=(0.3, 1.3)),
             "scar": Width((*PROBABLE, *PLAIN), "scar", reach=(0.2, 1.2), share=0.75),
         },

@@ -37,7 +37,7 @@ class Cues(NamedTuple):
 
     Attributes:
         of_patient: ``present``, whether late enhancement shows any scar, 1 or 0; ``bright``, the share of the wall that
-            it shows as scar; and of each sequence ``noise`` (the blood's standard deviation over the wall's),
+            it shows as scar; ``level``, ``evidence`` and ``separation``, as it was measured (``Enhancement``); and of each sequence ``noise`` (the blood's standard deviation over the wall's),
             ``uneven`` (the healthy wall's likewise) and ``contrast`` (how much brighter blood is than the wall, in the
             wall's standard deviations).
         of_tissues: tissue → ``expected``, the log of the volume by probabilities over that by labels, ``candidates``,
@@ -83,20 +83,20 @@ def doubts_ml(regions: Sequence[Region], images: Images, *, voxel_ml: float) -> 
     """How much of each tissue hangs on regions near their threshold: ``sqrt(Σ π (1 − π) V²)``, in ml.
 
     ``π = 1 / (1 + exp(−(score − threshold) / s))``, less for a region that is too small or of a tissue that the patient
-    has not; the regions of a tissue are taken to be independent. Tissues without criteria have none.
+    has not; one that was refused since there is no scar counts as one at its threshold. The regions of a tissue are
+    taken to be independent. Tissues without criteria have none.
     """
     protocol, late = images.protocol, images.enhancement
     shown = None if protocol.anatomy is None else protocol.anatomy.enhancement
-    enhanced = late is None or late.present
-    absent = shown.tissue if shown is not None and not enhanced else None
+    absent = shown.tissue if shown is not None and late is not None and not late.present else None
     variances = {t.name: 0.0 for t in protocol.tissues if t.criteria is not None}
     for region in regions:
         criteria = protocol.tissue(region.tissue).criteria
         if criteria is None:
             continue
-        criteria = criteria.among(enhanced=enhanced)
         distance = (region_filter.score(region, criteria) - criteria.score) / SCORE_SCALE
         share = 1 / (1 + math.exp(-min(max(distance, -30.0), 30.0)))
+        share = share if region.accepted else min(share, 0.5)
         share *= SMALL if region.size < criteria.size or region.tissue == absent else 1
         variances[region.tissue] += share * (1 - share) * (region.voxels * voxel_ml) ** 2
     return {name: math.sqrt(value) for name, value in variances.items()}
@@ -118,6 +118,7 @@ def of_patient(images: Images, resp: Tensor) -> dict[str, float]:
     found: dict[str, float] = {}
     if late is not None and wall.any():
         found |= {"present": float(late.present), "bright": float((late.fraction[wall] > 0.5).mean())}
+        found |= {"level": late.level, "evidence": late.found, "separation": late.separation}
     for sequence, image in zip(images.sequences, images.image.cpu().numpy().swapaxes(0, 1), strict=True):
         told = _of_sequence(image, wall, cavity, (labels == healthy) & wall)
         found |= {f"{name}_{sequence}": value for name, value in told.items()}
