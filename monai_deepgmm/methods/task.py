@@ -109,12 +109,13 @@ class Images(NamedTuple):
         """The wall's borders as each anatomy would have them, and what late enhancement shows between them.
 
         They are sought first without the sequences on which blood is dark, since blood that flows slowly along the wall
-        shines there as edema does. Where late enhancement shows no scar in that wall, there is no edema to look for
-        either, and it is taken; else all sequences have their say.
+        shines there as edema does. Where late enhancement shows no scar in that wall, and its evidence speaks against
+        any, there is no edema to look for either, and it is taken; else all sequences have their say.
         """
         if self._shows_enhancement() and any(anatomies[0].contrast.get(s, 0) < 0 for s in self.sequences):
             walls = self._measured([a.where_blood_is_bright() for a in anatomies])
-            if (late := walls[0][1]) is not None and not late.present:
+            late = walls[0][1]
+            if late is not None and not late.present and late.found < 0:
                 return walls
         return self._measured(anatomies)
 

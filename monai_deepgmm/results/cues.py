@@ -37,9 +37,9 @@ class Cues(NamedTuple):
 
     Attributes:
         of_patient: ``present``, whether late enhancement shows any scar, 1 or 0; ``bright``, the share of the wall that
-            it shows as scar; ``level``, ``evidence`` and ``separation``, as it was measured (``Enhancement``); and of each sequence ``noise`` (the blood's standard deviation over the wall's),
-            ``uneven`` (the healthy wall's likewise) and ``contrast`` (how much brighter blood is than the wall, in the
-            wall's standard deviations).
+            it shows as scar; ``level``, ``evidence`` and ``separation``, as it was measured (``Enhancement``); and of
+            each sequence ``noise`` (the blood's standard deviation over the wall's), ``uneven`` (the healthy wall's
+            likewise) and ``contrast`` (how much brighter blood is than the wall, in the wall's standard deviations).
         of_tissues: tissue → ``expected``, the log of the volume by probabilities over that by labels, ``candidates``,
             the same before regions were refused, and ``doubt_ml``, what hangs on regions near their threshold.
     """

@@ -34,7 +34,7 @@ def images(*, present: bool = True) -> Images:
     )
     ring = Ring(inside, np.zeros((1, SIDE, SIDE), np.int64), np.full((1, ANGLES), 11.0), np.full((1, ANGLES), 6.0))
     shown = np.where(WALL & (X > 0), 0.9, 0.1)[None]
-    late = Enhancement(shown, shown, WALL[None], 1.0, 1.0, 0.5, present)
+    late = Enhancement(shown, shown, WALL[None], 1.2, 0.9, 0.5, present)
     tissues = tuple(t for t in INFARCT.tissues if t.name != "edema")
     return Images(image, mask, mask, INFARCT, tissues, ("LGE",), (1.0, 1.0), (0,), ring=ring, enhancement=late)
 
@@ -55,6 +55,9 @@ def test_the_patient_s_cues_by_hand():
         {
             "present": 1.0,
             "bright": float((X > 0)[WALL].mean()),
+            "level": 1.2,
+            "evidence": 0.9,
+            "separation": 0.5,
             "noise_LGE": blood.std() / wall.std(),
             "contrast_LGE": (blood.mean() - np.median(wall)) / wall.std(),
             "uneven_LGE": 0.0,
@@ -72,7 +75,7 @@ def test_without_borders_nothing_is_said_and_without_enhancement_nothing_of_it()
 def test_a_slice_without_a_cavity_is_left_out():
     bare = images()
     bare = bare._replace(ring=bare.ring._replace(inside=torch.zeros_like(bare.mask)))
-    assert set(cues.of_patient(bare, labelled(X > 0, 2))) == {"present", "bright"}
+    assert set(cues.of_patient(bare, labelled(X > 0, 2))) == {"present", "bright", "level", "evidence", "separation"}
 
 
 def test_the_tissues_cues_by_hand():
@@ -90,6 +93,12 @@ def doubt(regions: list[Region], **how: bool) -> float:
     tissues = tuple(dataclasses.replace(t, criteria=criteria) if t.name == "scar" else t for t in INFARCT.tissues)
     task = images(**how)._replace(protocol=dataclasses.replace(INFARCT, tissues=tissues))
     return cues.doubts_ml(regions, task, voxel_ml=0.01)["scar"]
+
+
+def test_what_was_refused_since_nothing_is_scarred_is_in_doubt_as_if_at_its_threshold():
+    refused = region(3.0)._replace(accepted=False)
+    assert doubt([refused]) == pytest.approx(0.5)
+    assert doubt([region(3.0)]) < 0.2
 
 
 def test_a_region_at_its_threshold_is_half_in_doubt_and_one_far_from_it_not_at_all():
