@@ -87,7 +87,7 @@ KINDS = (
         ("LGE", "T2"),
         {
             "blood": Width(PLAIN),
-            "myocardium": Width((*PROBABLE, *PLAIN, *SHOWN), "edema", (0.055, 0.065), (0.3, 1.0)),
+            "myocardium": Width((*PROBABLE, *PLAIN, *SHOWN), "edema", (0.055, 0.065), (0.2, 1.0)),
             "edema": Width((*PROBABLE, *PLAIN), "edema", reach=(0.3, 1.3)),
             "scar": Width((*PROBABLE, *PLAIN), "scar", reach=(0.2, 1.2), share=0.75),
         },
