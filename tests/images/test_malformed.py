@@ -220,7 +220,7 @@ WORKS: dict[str, tuple[Bend, str]] = {
     "both codes 0": (all_files(lambda what: fields(what, qform_code=0, sform_code=0)), "W_NOFORM"),
     "unit sform": (unit_sform(1.5, 1.5, 8), "W_SPACING"),
     "mask without a place": (without_place("gd"), "W_MASK_PLACE"),
-    "swapped": (swapped, "W_SWAPPED W_NAMES W_IMPLAUSIBLE"),
+    "swapped": (swapped, "W_SWAPPED"),
     "T2 missing": (lambda f: f["T2"].unlink(), "W_MISSING"),
     "T2 on another grid": (lambda f: aside(f["T2"], 1), "W_RESAMPLED"),  # less than a voxel is left as it is
     "T2 aside": (lambda f: aside(f["T2"], 4.5), "W_RESAMPLED W_ALIGNED"),
