@@ -65,7 +65,7 @@ class Images(NamedTuple):
 
     def border(self) -> Ring:
         """The wall's borders: ``ring``, or found now."""
-        return self._walls([self.anatomy()])[0][0] if self.ring is None else self.ring
+        return self._wall()[0] if self.ring is None else self.ring
 
     @property
     def whole(self) -> Tensor:
@@ -92,9 +92,7 @@ class Images(NamedTuple):
         """The same, with the wall's borders and enhancement, found once for all; itself where there is no anatomy."""
         if self.protocol.anatomy is None:
             return self
-        if self.ring is not None:
-            return self._replace(enhancement=self.enhanced())
-        ring, late = self._walls([self.anatomy()])[0]
+        ring, late = self._wall()
         return self._replace(ring=ring, enhancement=late)
 
     def enhanced(self) -> Enhancement | None:
@@ -103,7 +101,13 @@ class Images(NamedTuple):
         None where no sequence shows it, where the wall cannot have the tissue, and where the images are no stack of one
         patient.
         """
-        return self.enhancement or self._enhanced([self.border()])[0]
+        return self.enhancement or self._wall()[1]
+
+    def _wall(self) -> tuple[Ring, Enhancement | None]:
+        """The borders and the enhancement between them: what is known of them, the rest found now."""
+        if self.ring is None:
+            return self._walls([self.anatomy()])[0]
+        return self.ring, self.enhancement or self._enhanced([self.ring])[0]
 
     def _walls(self, anatomies: Sequence[protocols.Anatomy]) -> list[tuple[Ring, Enhancement | None]]:
         """The wall's borders as each anatomy would have them, and what late enhancement shows between them.
