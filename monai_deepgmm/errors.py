@@ -61,6 +61,11 @@ CODES: dict[str, str] = {
 }
 
 
+def exit_code(failed: int, total: int) -> int:
+    """What a command returns that went through so many patients, of which so many failed."""
+    return OK if failed == 0 else ALL_FAILED if failed == total else SOME_FAILED
+
+
 class UsageError(Exception):
     """A command cannot start: bad option, no patient, or an output folder that is refused (exit code 2)."""
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.errors import StudyError, UsageError, exit_code
 from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.images import labels as truth
 from monai_deepgmm.patients.directory import counted
@@ -131,6 +131,11 @@ class Evaluation:
             for group in groups.values()
         )
         return tuple(dict.fromkeys(warning for warning in found if warning))
+
+    @property
+    def exit_code(self) -> int:
+        """Whether every patient could be compared, some, or none."""
+        return exit_code(len(self.problems), len(self.problems) + len(self.patients))
 
     @property
     def rows(self) -> tuple[Row, ...]:
