@@ -37,7 +37,8 @@ def print_cohort(found: Cohort) -> None:
         _print_series(study)
     for study in found.studies:
         if study.unused:
-            print(f"{shown(study.patient)}: not used: {listed(study.unused)}")
+            said = [text for what, text in study.overlooked.items() if what != "mask" or study.mask is None]
+            print(f"{shown(study.patient)}: not used: {'; '.join([listed(study.unused), *map(shown, said)])}")
     failing = sum(bool(s.problems) for s in found.studies)
     labels = sum(bool(s.label_problems) for s in found.studies)
     more = f", {labels} whose reference labels cannot be used" if labels else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ CERTAIN = 0.5
 
 def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config) -> Iterator[str]:
     """All warnings that a fit gives rise to, in the order of reading."""
-    yield from _about_sequences(config.protocol, assembly.images.sequences)
+    yield from _about_sequences(config.protocol, assembly.images.sequences, prepared.scan.overlooked)
     yield from _about_order(prepared, assembly, config.protocol.components(assembly.images.sequences))
     yield from _about_fit(prepared, assembly, outcome)
     yield from _about_names(assembly, outcome, config)
@@ -30,13 +30,14 @@ def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Conf
     yield from _about_field(assembly, outcome)
 
 
-def _about_sequences(protocol: Protocol, sequences: tuple[str, ...]) -> Iterator[str]:
+def _about_sequences(protocol: Protocol, sequences: tuple[str, ...], overlooked: Mapping[str, str]) -> Iterator[str]:
     absent = [s for s in protocol.sequences if s not in sequences]
     if not absent:
         return
     by_index = {t.index: t.name for t in protocol.tissues}
     merged = [(by_index[a], by_index[b]) for a, b in protocol.merged(sequences).items() if a != b and b in by_index]
     told = "; ".join(f"{a} is counted as {b}" for a, b in merged) or "no tissue is lost"
+    told += "".join(f"; {overlooked[sequence]}" for sequence in absent if sequence in overlooked)
     yield f"W_MISSING: without {', '.join(absent)}: {told}"
 
 
