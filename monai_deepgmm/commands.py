@@ -19,8 +19,8 @@ from monai_deepgmm import terminal
 from monai_deepgmm.errors import OK, NobodyError, UsageError, exit_code
 from monai_deepgmm.methods import METHODS, settings
 from monai_deepgmm.patients import discovery
-from monai_deepgmm.patients.directory import counted
 from monai_deepgmm.patients.study import Cohort, Study
+from monai_deepgmm.wording import counted
 
 if TYPE_CHECKING:
     from monai_deepgmm.methods.config import Config

@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, USAGE, StudyError, users_own
-from monai_deepgmm.patients.directory import counted, listed
 from monai_deepgmm.patients.stack import Stack
 from monai_deepgmm.patients.study import Cohort, Problem, Study
+from monai_deepgmm.wording import counted, listed
 
 
 def print_cohort(found: Cohort) -> None:

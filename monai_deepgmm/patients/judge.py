@@ -12,11 +12,12 @@ from typing import NamedTuple
 from monai_deepgmm.patients import bids, label_meanings, overlooked
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients.claims import Found
-from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed, shown
+from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom
 from monai_deepgmm.patients.formats import foreign, pointer
 from monai_deepgmm.patients.layout import Layout
 from monai_deepgmm.patients.study import Meanings, Problem, Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.wording import listed, shown
 
 #: Finders of a mask that are asked also where a mask was found that is not meant, of another space or run.
 UNASKED = ("ventricle",)

@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 
 from monai_deepgmm.patients.claims import Found
-from monai_deepgmm.patients.directory import READABLE, shown
+from monai_deepgmm.patients.directory import READABLE
 from monai_deepgmm.patients.layout import Layout
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.wording import shown
 
 #: What stands in the names of masks.
 LIKE_A_MASK = re.compile(r"(?i)mask|roi|seg|label|contour|kontur|outline|epi|endo|myo|lv|manual|annot")

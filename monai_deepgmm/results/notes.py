@@ -15,6 +15,7 @@ from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.results import uncertainty
 from monai_deepgmm.results.assembly import Assembly
 from monai_deepgmm.results.provenance import Outcome
+from monai_deepgmm.wording import spans
 
 #: Names given with less certainty than this are reported.
 CERTAIN = 0.5
@@ -60,8 +61,8 @@ def _about_order(prepared: Prepared, assembly: Assembly, tissues: tuple[Tissue, 
 def _about_fit(prepared: Prepared, assembly: Assembly, outcome: Outcome) -> Iterator[str]:
     known, slices = outcome.fit.diagnostics, assembly.images.slices
     if slices and assembly.small:
-        listed = ", ".join(str(prepared.crops.slices[i]) for i in assembly.small)
-        yield f"W_SMALL: slice {listed} has too few voxels for a fit and uses its neighbour's mixture"
+        small = spans(prepared.crops.slices[i] for i in assembly.small)
+        yield f"W_SMALL: slice {small} has too few voxels for a fit and uses its neighbour's mixture"
     if known.converged is not None and not known.converged.all():
         place = _where(slices, ~known.converged)
         yield f"W_CONVERGENCE: the fit did not converge{place}; raise max_iter or tol"
@@ -104,4 +105,4 @@ def _about_field(assembly: Assembly, outcome: Outcome) -> Iterator[str]:
 def _where(slices: tuple[int, ...], flags: Tensor) -> str:
     """In which slices; nothing for a volume."""
     chosen = [slices[int(i)] for i in torch.nonzero(flags).flatten()] if slices else []
-    return f" in slice {', '.join(map(str, chosen))}" if chosen else ""
+    return f" in slice {spans(chosen)}" if chosen else ""
