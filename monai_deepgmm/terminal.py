@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, USAGE, StudyError, users_own
+from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, exit_code_of, users_own
 from monai_deepgmm.patients.stack import Stack
 from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.wording import counted, listed
@@ -202,7 +202,7 @@ def show_log(verbose: int, quiet: int) -> None:
 def end_with_one_line() -> None:
     """For bundles: a program that nobody's ``except`` saves ends with what the user can mend, not with a traceback.
 
-    Anything else ends as before. The exit code is that of the command: 2, or 1 for a patient's error.
+    Anything else ends as before. The exit code is that of the command: 2, or 4 for a full disk.
     """
     before = sys.excepthook
 
@@ -212,6 +212,6 @@ def end_with_one_line() -> None:
             before(kind, error, where)
         else:
             print(f"monai-deepgmm: {cause}", file=sys.stderr)
-            sys.exit(SOME_FAILED if isinstance(cause, StudyError) else USAGE)
+            sys.exit(exit_code_of(cause))
 
     sys.excepthook = hook

@@ -225,7 +225,8 @@ def _from_layout(
 def _about_dicom(tree: Tree) -> tuple[str, ...]:
     """What is told of DICOM files beside patients of other files."""
     names = [n for n in tree.files if n.lower().endswith((".dcm", ".ima", ".dicom")) and not layouts.in_results(n)]
-    return (f"{len(names)} DICOM files are not looked at; --layout dicom looks at nothing else",) if names else ()
+    way = "--layout dicom, in a run with an OUT of its own, looks at nothing else"
+    return (f"{len(names)} DICOM files are not looked at; {way}",) if names else ()
 
 
 def _from_dicom(

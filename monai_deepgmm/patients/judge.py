@@ -230,5 +230,5 @@ def _how_to_lay_out(folder: str, names: Sequence[str], tree: Tree, protocol: Pro
 
 
 def _dicom(message: str) -> Problem:
-    remedy = "Convert it with dcm2niix, and name the result after its sequence; or give the DICOM files alone as DIR"
+    remedy = "Convert it with dcm2niix, and name the result after its sequence; or segment DICOM with --layout dicom"
     return Problem("E_DICOM", message, remedy)

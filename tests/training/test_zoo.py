@@ -218,7 +218,8 @@ def test_a_wrong_folder_ends_with_one_line(tmp_path):
     ("error", "code"),
     [
         (UsageError("mend it"), 2),
-        (StudyError("E_GRID", "mend it", "so"), 1),
+        (StudyError("E_WRITE", "mend it", "so"), 2),
+        (StudyError("E_DISK", "mend it", "so"), 4),
         (OSError(2, "mend it"), 2),
         (KeyError(), 0),
     ],
