@@ -122,7 +122,7 @@ def test_evaluation_is_inference_and_more(bundle):
     inference, evaluation = (
         json.loads((bundle / "configs" / f"{name}.json").read_text("utf-8")) for name in ("inference", "evaluate")
     )
-    own = {"imports", "run"}
+    own = {"imports", "run", "finalize"}
     assert {k: v for k, v in inference.items() if k not in own} == {k: evaluation[k] for k in inference if k not in own}
     assert set(inference["imports"]) < set(evaluation["imports"])
 
