@@ -296,12 +296,11 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
         hint = " Names that begin with the sequence need a layout of your own with images: ['{sequence}_{patient}']."
     elif any(READABLE.search(n) for n in flat):
         hint = f" It holds {listed([n for n in flat if READABLE.search(n)])}: if it is one patient's folder, give the "
-        hint += "folder around it."
+        hint += f"folder around it, and --patients {shown(tree.root.absolute().name)}."
     return (
-        f"no patient found in {shown(tree.root.name or '.')} ({looked}): nothing is named like "
-        f"{', '.join(protocol.sequences)} in layout "
-        f"{', '.join(one.name for one in tried)}.{hint} Choose --protocol or --layout "
-        f"({', '.join(layouts.ORDER)}, or a YAML file), or list the files in a table (--manifest)"
+        f"no patient found in {shown(tree.root.name or '.')} ({looked}).{hint} No name is that of a patient's "
+        f"{', '.join(protocol.sequences)} in layout {', '.join(one.name for one in tried)}: choose --protocol or "
+        f"--layout ({', '.join(layouts.ORDER)}, or a YAML file), or list the files in a table (--manifest)"
     )
 
 
