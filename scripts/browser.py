@@ -118,6 +118,12 @@ class Browser:
             time.sleep(0.05)
         raise RuntimeError(f"never arrived at {end}")
 
+    def leave(self, expression: str, end: str) -> None:
+        """Evaluates what leads to another page, which may be there before the answer is, and waits for it."""
+        with contextlib.suppress(RuntimeError):
+            self.run(expression)
+        self.arrive(end)
+
     def run(self, expression: str) -> Any:
         """Evaluates JavaScript and returns its value."""
         found = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)

@@ -142,12 +142,10 @@ def test_the_index_filters_sorts_and_back_brings_its_state_back(tab, out):
     tab.run("document.querySelectorAll('#patients thead button')[0].click()")
     tab.run("document.querySelectorAll('#patients thead button')[0].click()")
     assert tab.run(names) == ["b", "a"]
-    tab.run("document.querySelector('td.name a').click()")
-    tab.arrive("b_report.html")
+    tab.leave("document.querySelector('td.name a').click()", "b_report.html")
     assert tab.run("document.querySelector('h1').textContent") == "b"
     assert tab.run("document.getElementById('previous').getAttribute('href')") == "../brain/brain_report.html"
-    tab.run("history.back()")
-    tab.arrive("index.html")
+    tab.leave("history.back()", "index.html")
     assert (tab.run(names), tab.run(SHOWN)) == (["b", "a"], "2 of 5")
     assert tab.errors == []
     tab.open((out / "index.html").as_uri() + "#broken")
