@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import re
 import time
 import traceback
@@ -221,7 +222,7 @@ def _run(studies: Sequence[Study], work: Rows, job: Job, options: BatchOptions, 
 def _work(studies: Sequence[Study], job: Job, options: BatchOptions) -> Rows:
     """Rows as they come. Only Dask's absence is found before the first is asked for."""
     if options.dask is not None:  # a worker that was started elsewhere has another working directory
-        job = dataclasses.replace(job, out=job.out.resolve())
+        job = dataclasses.replace(job, out=Path(os.path.realpath(job.out)))
         studies = [study.with_whole_paths() for study in studies]
     return workers.rows(
         studies,

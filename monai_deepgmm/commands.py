@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,7 +141,8 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _refuse_inside(target: Path, source: Path) -> None:
-    if source.resolve() in (target.resolve(), *target.resolve().parents):
+    place = Path(os.path.realpath(target))  # pathlib's own raises on a link that leads back to itself
+    if Path(os.path.realpath(source)) in (place, *place.parents):
         raise UsageError(f"MODEL_DIR: {target} lies inside the input folder; name a folder outside it")
 
 
@@ -208,7 +210,7 @@ def phantom(arguments: argparse.Namespace) -> int:
     kind, write = makers[arguments.protocol]
     config = infarcts.configured(kind, _phantom_settings(arguments.set, kind))
     target: Path = arguments.directory
-    if target.exists() and any(target.iterdir()):
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(f"DIR: {target} is not empty, and nothing is written over; name a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".deepgmm-") as work:  # all of it, or nothing
@@ -223,7 +225,7 @@ def phantom(arguments: argparse.Namespace) -> int:
 def init_manifest(arguments: argparse.Namespace) -> int:
     """Writes a manifest of what is found, to be corrected."""
     target: Path | None = arguments.output
-    if target is not None and target.exists():
+    if target is not None and os.path.lexists(target):
         raise UsageError(f"-o {target}: is there already, and nothing is written over; name another file")
     wanted = protocols.load(arguments.protocol)
     try:
@@ -233,7 +235,7 @@ def init_manifest(arguments: argparse.Namespace) -> int:
         studies = tuple(Study(name, {}) for name in folders)
     if any(study.series for study in studies):
         raise UsageError("init-manifest: a table names NIfTI files; of DICOM studies, --filter chooses the series")
-    here = arguments.directory.resolve() if target is None else target.resolve().parent
+    here = Path(os.path.realpath(arguments.directory if target is None else target.parent))
     table = manifest.draft(studies, wanted, here)
     values = next((study.mask_labels for study in studies if study.mask_labels), ())
     if target is None:

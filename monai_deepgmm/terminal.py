@@ -194,9 +194,13 @@ def show_log(verbose: int, quiet: int) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    # What MONAI's and ignite's own loggers would tell, our log tells.
-    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
+    # What MONAI's and ignite's own loggers would tell, our log tells. (MONAI's sets its level when it is imported.)
+    logging.getLogger("monai.bundle.workflows").addFilter(_errors_alone)
     logging.getLogger("ignite.engine.engine").setLevel(logging.CRITICAL)
+
+
+def _errors_alone(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def end_with_one_line() -> None:

@@ -364,6 +364,26 @@ def test_the_demo_ends_with_a_report(tmp_path, capsys):
     assert (tmp_path / "results" / "summary.tsv").read_text().count("\tok\t") == 1
 
 
+@pytest.mark.parametrize("name", ["loop", "nowhere"])
+@pytest.mark.parametrize(
+    "typed",
+    ["segment {} {link}", "segment {} {link}/out", "mask {} {link}", "phantom {link}", "init-manifest {} -o {link}"],
+)
+def test_a_link_that_leads_nowhere_is_no_place_for_results(cohort, tmp_path, capsys, typed, name):
+    link = tmp_path / name
+    link.symlink_to("loop" if name == "loop" else "gone")
+    assert main(typed.format(cohort, link=link).split()) == cli.USAGE
+    assert "unexpected" not in capsys.readouterr().err
+
+
+def test_a_draft_of_a_manifest_names_links_as_they_are_called(tmp_path, capsys):
+    touch(tmp_path / "in", "p1/LGE.nii.gz", "store/abc")
+    (tmp_path / "in" / "p1" / "T2.nii.gz").symlink_to("../store/abc")
+    (tmp_path / "in" / "p1" / "bSSFP.nii.gz").symlink_to("bSSFP.nii.gz")
+    assert main(["init-manifest", str(tmp_path / "in")]) == 0
+    assert "p1,p1/LGE.nii.gz,p1/T2.nii.gz,p1/bSSFP.nii.gz," in capsys.readouterr().out
+
+
 def test_silence_and_errors_are_as_asked_for(cohort, tmp_path, capsys):
     assert run("segment", cohort, tmp_path / "out", "-q") == 0
     assert capsys.readouterr() == ("", "")

@@ -48,7 +48,8 @@ def draft(studies: Sequence[Study], protocol: Protocol, here: Path) -> str:
     named = {tissue.index: tissue.name for tissue in protocol.tissues}
     for study in studies:
         sources = [*(study.images.get(s) for s in protocol.sequences), study.mask, study.truth]
-        paths = [os.path.relpath(one.resolve(), here) if isinstance(one, Path) else "" for one in sources]
+        places = (os.path.join(os.path.realpath(s.parent), s.name) if isinstance(s, Path) else "" for s in sources)
+        paths = [place and os.path.relpath(place, here) for place in places]
         values = (study.truth_labels or {}) if study.truth else {}
         labels = " ".join(f"{named[index]}={value}" for value, index in values.items())
         writer.writerow([study.patient, *paths, *([labels] if meant else [])])

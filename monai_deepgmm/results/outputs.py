@@ -52,7 +52,7 @@ def check(out: Path, cohort: Cohort) -> None:
         UsageError: it is the input folder, lies inside it (but for ``derivatives/`` of a BIDS data set), is a file, or
             cannot be written.
     """
-    target, source = out.resolve(), cohort.root.resolve()
+    target, source = Path(os.path.realpath(out)), Path(os.path.realpath(cohort.root))
     if target == source:
         raise UsageError(f"OUT: {out} is the input folder itself; name another one")
     derivatives = source / "derivatives"
@@ -63,8 +63,8 @@ def check(out: Path, cohort: Cohort) -> None:
     for study in cohort.studies:
         if not _unusable(study) and _harms(place := target / study.patient, source):
             raise UsageError(f"OUT: the results of {study.patient} would fall on the input folder, {place}")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"OUT: {out} is a file; name a folder")
+    if os.path.lexists(out) and not out.is_dir():
+        raise UsageError(f"OUT: {out} is a {'file' if out.exists() else 'link that leads nowhere'}; name a folder")
     near = next(p for p in (target, *target.parents) if p.exists())
     if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK) or _read_only(near):
         raise UsageError(f"OUT: {out} cannot be written here; check the permissions of {near}")
@@ -74,7 +74,7 @@ def _harms(place: Path, source: Path) -> bool:
     """Whether a patient's folder is the input folder or holds it, or is a link into it."""
     if place in (source, *source.parents):
         return True
-    return place.is_symlink() and source in (found := place.resolve(), *found.parents)
+    return place.is_symlink() and source in (found := Path(os.path.realpath(place)), *found.parents)
 
 
 def _read_only(folder: Path) -> bool:
