@@ -19,7 +19,8 @@ from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyEr
 from monai_deepgmm.images import atomic_files, loading
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
-from monai_deepgmm.results import dicom_seg, outputs
+from monai_deepgmm.results import dicom_seg, outputs, tables
+from monai_deepgmm.results.locks import lock
 from monai_deepgmm.results.log_file import log_file
 from monai_deepgmm.results.row_files import Row
 from monai_deepgmm.results.segment import Inferer, segment
@@ -275,7 +276,7 @@ def process(study: Study, job: Job) -> Row:
     """
     try:
         workers.give_memory_back()
-        with workers.one_thread(), outputs.lock(job.out, study.patient):
+        with workers.one_thread(), lock(job.out, study.patient):
             row = None if job.overwrite else outputs.done(job.out, study, job.config, job.customised)
             if row is None:
                 return _anew(study, job)
@@ -321,7 +322,7 @@ def _crashed(study: Study, why: str, job: Job) -> Row:
     if why != workers.DIED:
         remedy = "Look to the Dask cluster, and run the command again: what is done stays done"
     row = _row(study, job.config) | _failure(StudyError("E_CRASH", why, remedy))
-    with outputs.lock(job.out, study.patient, wait_s=STILL_WORKING_SECONDS) as ours:
+    with lock(job.out, study.patient, wait_s=STILL_WORKING_SECONDS) as ours:
         if not ours:  # the worker lives, and will write the row
             return row
         return outputs.done(job.out, study, job.config, job.customised) or _fail(job.out, study, row)
@@ -359,7 +360,7 @@ def _surprise(error: Exception) -> Row:
 
 def _skip(studies: Sequence[Study], job: Job) -> None:
     for study in studies:
-        with outputs.lock(job.out, study.patient):
+        with lock(job.out, study.patient):
             if not outputs.done(job.out, study, job.config, job.customised):
                 skipped = {"status": "skipped", "message": "left out after an earlier patient failed (--fail-fast)"}
                 _fail(job.out, study, _row(study, job.config) | skipped)
@@ -368,7 +369,7 @@ def _skip(studies: Sequence[Study], job: Job) -> None:
 def _tables(out: Path) -> str | None:
     """Writes the tables; the code of what prevented it."""
     try:
-        outputs.rebuild_tables(out)
+        tables.rebuild(out)
     except StudyError as error:
         logger.error("the tables could not be written: %s", error)
         return error.code

@@ -185,13 +185,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """Builds the pages and tables again."""
-    from monai_deepgmm.results import outputs
     from monai_deepgmm.results import report as pages
+    from monai_deepgmm.results import tables
 
     if not arguments.out.is_dir():
         raise UsageError(f"OUT: there is no folder {arguments.out}; give the folder that deepgmm segment wrote to")
     count = pages.rebuild(arguments.out, arguments.review)
-    outputs.rebuild_tables(arguments.out)
+    tables.rebuild(arguments.out)
     print(f"{count} pages and {arguments.out / 'index.html'}")
     return OK
 

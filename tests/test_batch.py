@@ -28,7 +28,8 @@ from monai_deepgmm.cli import main
 from monai_deepgmm.images import atomic_files
 from monai_deepgmm.methods.config import build
 from monai_deepgmm.patients import discovery
-from monai_deepgmm.results import outputs
+from monai_deepgmm.results import locks
+from monai_deepgmm.results.row_files import Row
 
 PATIENTS = [f"pat{number}" for number in range(1, 8)]
 
@@ -60,7 +61,7 @@ def left(out: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         name = str(path.relative_to(out))
-        if name.startswith(outputs.LOCKS) or name == "deepgmm.log":
+        if name.startswith(locks.FOLDER) or name == "deepgmm.log":
             continue
         content: object = path.read_bytes()
         if name.endswith("_row.json"):
@@ -250,7 +251,7 @@ def test_a_share_without_fsync_or_locks_is_noted_once_and_changes_nothing(source
 
     monkeypatch.setattr(atomic_files, "_flushes", True)
     monkeypatch.setattr(atomic_files.os, "fsync", unsupported)
-    monkeypatch.setattr(outputs.FileLock, "acquire", unsupported)
+    monkeypatch.setattr(locks.FileLock, "acquire", unsupported)
     out = tmp_path / "out"
     assert main(arguments(source, out, "--patients", "pat1")) == 0
     assert of_pat1(left(out)) == of_pat1(expected)
@@ -284,7 +285,7 @@ def run(source: Path, out: Path, *, change=lambda studies: studies, progress=lam
 def test_a_worker_that_dies_takes_nobody_with_it(source, expected, tmp_path):
     out, killed = tmp_path / "out", []
 
-    def kill_one(row: outputs.Row) -> None:
+    def kill_one(row: Row) -> None:
         if not killed:
             workers = multiprocessing.active_children()
             killed.append(workers[0].pid)

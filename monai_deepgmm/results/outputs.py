@@ -1,45 +1,31 @@
-"""The output folder: what lies in it, what is already done, and the tables rebuilt from the patients' own rows."""
+"""The output folder: whether it may be one, what is already done in it, and each patient's files."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from monai_deepgmm.errors import StudyError, UsageError
 from monai_deepgmm.images import COPIES, atomic_files, image_file, nifti
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
-from monai_deepgmm.results import dataset, dicom_seg, outliers, report, row_files, uncertainty
-from monai_deepgmm.results.measure import Measurement, SliceMeasurement
+from monai_deepgmm.results import dataset, dicom_seg, locks, report, row_files, uncertainty
 from monai_deepgmm.results.pictures import PICTURES, pictures
 from monai_deepgmm.results.provenance import versions
 from monai_deepgmm.results.row_files import REFUSED, Row
 from monai_deepgmm.results.segmentation import Segmentation
-from monai_deepgmm.results.ventricle import Ventricle
 
-SUMMARY = ("patient", "status", "code", "message", "seconds", "method", "warnings")
-MEASUREMENTS = (*Measurement._fields, *Ventricle._fields)
-SLICES = ("patient", *SliceMeasurement._fields)
 #: A sequence's bias field, and the image without it.
 SHADING = ("_bias.nii.gz", "_corrected.nii.gz")
 #: Ids that no folder can bear; their rows go where no patient's folder can be.
 UNUSABLE = {"E_ID", "E_NAME"}
-LOCKS = ".locks"
-
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-#: What a file system says that knows no locks; there, two runs must not share an output folder.
-_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 # Before any work ---------------------------------------------------------------------------------------------------
@@ -90,7 +76,7 @@ def prepare(out: Path, protocol: Protocol) -> None:
         StudyError: ``E_DISK``.
     """
     try:
-        (out / LOCKS).mkdir(parents=True, exist_ok=True)
+        (out / locks.FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         refusal = atomic_files.unwritten(out, error)
         raise refusal if refusal.code == "E_DISK" else UsageError(f"OUT: {refusal}") from error
@@ -202,21 +188,7 @@ def write(
         StudyError: ``E_DISK``, ``E_NAME`` or ``E_WRITE``; nothing of the patient is left then.
     """
     place, name = _fresh(out, study), study.patient
-    nifti.write_labels(place / f"{name}_dseg.nii.gz", segmentation.labels, like=segmentation.reference)
-    for ending in config.copies:
-        from monai_deepgmm.images import itk_file  # here, as SimpleITK takes 90 MB
-
-        itk_file.write_labels(place / f"{name}_dseg.{ending}", segmentation.labels, like=segmentation.reference)
-    if config.probabilities:
-        maps = place / f"{name}_probseg.nii.gz"
-        nifti.write_probabilities(maps, segmentation.probabilities, like=segmentation.reference)
-        entropy = uncertainty.entropy(segmentation.probabilities)
-        nifti.write_map(place / f"{name}_entropy.nii.gz", entropy, like=segmentation.reference)
-    if config.fields:
-        for sequence, field in segmentation.fields.items():
-            both = (field, segmentation.images[sequence] / field)
-            for suffix, values in zip(SHADING, both, strict=True):
-                nifti.write_map(place / f"{name}_{sequence}{suffix}", values, like=segmentation.reference)
+    _write_images(place, name, segmentation, config)
     for suffix, picture in pictures(study, segmentation).items():
         atomic_files.write_whole(place / f"{name}{suffix}", picture)
     made_from = fingerprint(study, config, _hashes_read(segmentation.sidecar), steps)
@@ -237,6 +209,25 @@ def write(
     atomic_files.write_whole(place / f"{name}_row.json", row_files.as_bytes(row))
     report.rebuild_patient(place)
     return row
+
+
+def _write_images(place: Path, name: str, segmentation: Segmentation, config: Config) -> None:
+    """Label map, and what else is asked for on its grid: copies, probabilities with their entropy, bias fields."""
+    nifti.write_labels(place / f"{name}_dseg.nii.gz", segmentation.labels, like=segmentation.reference)
+    for ending in config.copies:
+        from monai_deepgmm.images import itk_file  # here, as SimpleITK takes 90 MB
+
+        itk_file.write_labels(place / f"{name}_dseg.{ending}", segmentation.labels, like=segmentation.reference)
+    if config.probabilities:
+        maps = place / f"{name}_probseg.nii.gz"
+        nifti.write_probabilities(maps, segmentation.probabilities, like=segmentation.reference)
+        entropy = uncertainty.entropy(segmentation.probabilities)
+        nifti.write_map(place / f"{name}_entropy.nii.gz", entropy, like=segmentation.reference)
+    if config.fields:
+        for sequence, field in segmentation.fields.items():
+            both = (field, segmentation.images[sequence] / field)
+            for suffix, values in zip(SHADING, both, strict=True):
+                nifti.write_map(place / f"{name}_{sequence}{suffix}", values, like=segmentation.reference)
 
 
 def write_failure(out: Path, study: Study, row: Row) -> None:
@@ -267,7 +258,7 @@ def tidy(out: Path, study: Study) -> None:
     row = place / f"{study.patient}_row.json"
     if not place.is_dir() or row.exists():
         return
-    with contextlib.suppress(StudyError), lock(out, study.patient, wait_s=0) as ours:
+    with contextlib.suppress(StudyError), locks.lock(out, study.patient, wait_s=0) as ours:
         if ours and not row.exists():
             clear(out, study)
 
@@ -307,80 +298,3 @@ def _is_result(path: Path, patient: str) -> bool:
 
 def _unusable(study: Study) -> bool:
     return any(problem.code in UNUSABLE for problem in study.problems)
-
-
-@contextlib.contextmanager
-def lock(out: Path, what: str, *, wait_s: float = -1) -> Iterator[bool]:
-    """Holds a lock of the output folder while one patient (or the tables) is worked on; runs wait for each other.
-
-    Args:
-        out: the output folder.
-        what: the patient.
-        wait_s: how many seconds to wait for another run; below 0: as long as it takes.
-
-    Yields:
-        Whether the lock is held; False: another run had it for all that time.
-
-    Raises:
-        StudyError: ``E_DISK`` or ``E_WRITE``, the lock's file cannot be made.
-    """
-    path = atomic_files.folder(out / LOCKS) / row_files.digest(what)[:16]
-    held = FileLock(path)
-    try:
-        held.acquire(timeout=wait_s)
-    except Timeout:
-        yield False
-        return
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise atomic_files.unwritten(path, error) from error
-    try:
-        yield True
-    finally:
-        held.release()
-
-
-# Tables ------------------------------------------------------------------------------------------------------------
-
-
-def rebuild_tables(out: Path) -> list[Row]:
-    """Rebuilds summary, measurements and index from the patients' rows, so that parts and resumed runs agree."""
-    with lock(out, "tables"):
-        found = row_files.read_all(out)
-        beside = outliers.warnings(found)
-        summary = [{**row, "message": _sentence(row), "warnings": _joined(row, beside)} for row in found]
-        atomic_files.write_whole(out / "summary.tsv", _tsv(summary, SUMMARY))
-        measured = [{**(row.get("ventricle") or {}), **m} for row in found for m in row.get("measurements", ())]
-        atomic_files.write_whole(out / "measurements.tsv", _tsv(measured, MEASUREMENTS))
-        slices = [{"patient": row["patient"], **s} for row in found for s in row.get("slices", ())]
-        atomic_files.write_whole(out / "measurements_slices.tsv", _tsv(slices, SLICES))
-        report.rebuild_index(out)
-    for place, around in report.surroundings(out):
-        with lock(out, place.name, wait_s=0) as held:
-            if held:  # whoever is at work on the patient rebuilds all pages at the end
-                report.rebuild_patient(place, around)
-    return found
-
-
-def _joined(row: Mapping[str, Any], beside: Mapping[str, Sequence[str]]) -> str:
-    """A patient's own warnings, and those that only the others give rise to."""
-    return " | ".join([*row.get("warnings", ()), *beside.get(row["patient"], ())])
-
-
-def _sentence(row: Mapping[str, Any]) -> str:
-    parts = [str(row.get(key, "")).rstrip(". ") for key in ("message", "remedy")]
-    return ". ".join(part for part in parts if part)
-
-
-def _tsv(table: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
-    lines = ["\t".join(columns), *("\t".join(_cell(row.get(c)) for c in columns) for row in table)]
-    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    # Ids stay byte for byte but for what would end a line or a cell, or move the cursor of whoever looks at it.
-    return "" if value is None else _CONTROLS.sub(lambda found: repr(found[0])[1:-1], str(value))

@@ -24,7 +24,7 @@ from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import atomic_files
 from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import build
-from monai_deepgmm.results import outputs
+from monai_deepgmm.results import locks, outputs
 
 SECRET = b"Jane Doe"
 
@@ -357,8 +357,8 @@ def test_the_fingerprint_depends_on_all_that_can_change_a_label(cohort_dir):
 
 
 def test_a_lock_that_cannot_be_made_is_a_failure_with_a_code(tmp_path):
-    (tmp_path / outputs.LOCKS).write_text("in the way")
-    with pytest.raises(StudyError) as caught, outputs.lock(tmp_path, "x"):
+    (tmp_path / locks.FOLDER).write_text("in the way")
+    with pytest.raises(StudyError) as caught, locks.lock(tmp_path, "x"):
         pass
     assert caught.value.code == "E_WRITE"
 
