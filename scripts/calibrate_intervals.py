@@ -1,6 +1,6 @@
 """How far a 90 % interval of a volume must reach: measured on phantoms of some seeds, each checked on the others'.
 
-    python scripts/calibrate_intervals.py OUT [--methods anatomy svgmm cohort pvgmm] [--hearts 160] [--brains 24]
+    python scripts/calibrate_intervals.py OUT [--methods anatomy svgmm cohort pvgmm] [--hearts 120] [--brains 24]
 
 Each method segments the same phantoms. Where a method says what it knows of its own errors (``results/cues.py``), rules
 are fitted (``results/interval_rule.py``); everywhere, an interval by standard deviations: what the reference volume has
@@ -281,8 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = runner.parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--methods", nargs="+", choices=PROTOCOLS, default=["anatomy", "svgmm", "cohort", "pvgmm"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[100, 200, 300, 500])
-    parser.add_argument("--hearts", type=int, default=160, help="phantoms of each seed")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[100, 200, 300, 500, 800])
+    parser.add_argument("--hearts", type=int, default=120, help="phantoms of each seed")
     parser.add_argument("--brains", type=int, default=24, help="phantoms of each seed")
     parser.add_argument("--score", type=Path, metavar="DIR", help="hearts with reference labels, for scoring only")
     parser.add_argument("--write", action="store_true", help="put what was found into the package")
