@@ -90,11 +90,11 @@ def padding(image: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.b
         mask: (X, Y, Z).
 
     Returns:
-        (X, Y, Z); zeros that other voxels enclose are not padding.
+        (X, Y, Z); zeros that other voxels enclose are no padding, nor those of a signed image with such values.
     """
     empty: NDArray[np.bool_] = mask & (image == 0).all(0)
-    if not empty.any():
-        return empty
+    if not empty.any() or any(_zero_is_a_value(torch.from_numpy(channel[mask])) for channel in image):
+        return np.zeros_like(empty)
     beyond: NDArray[np.bool_] = np.pad(~mask, 1, constant_values=True)
     reached = binary_propagation(beyond, mask=beyond | np.pad(empty, 1))
     inner = tuple(slice(1, -1) for _ in mask.shape)

@@ -28,12 +28,13 @@ from monai_deepgmm.patients.claims import Claims, Found, claim
 from monai_deepgmm.patients.dicom import cohort as dicom_cohort
 from monai_deepgmm.patients.dicom import layout as dicom_layout
 from monai_deepgmm.patients.dicom.layout import DicomLayout
-from monai_deepgmm.patients.directory import READABLE, Tree, counted, holds_dicom, listed, scan, shown
+from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, scan
 from monai_deepgmm.patients.formats import foreign
 from monai_deepgmm.patients.judge import Asked, failed, judge
 from monai_deepgmm.patients.layout import Layout
 from monai_deepgmm.patients.study import Cohort, MaskModel, Meanings, Problem, Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.wording import counted, listed, shown
 
 __all__ = ["MAX_ID_BYTES", "Cohort", "Problem", "Study", "find"]
 
@@ -224,7 +225,8 @@ def _from_layout(
 def _about_dicom(tree: Tree) -> tuple[str, ...]:
     """What is told of DICOM files beside patients of other files."""
     names = [n for n in tree.files if n.lower().endswith((".dcm", ".ima", ".dicom")) and not layouts.in_results(n)]
-    return (f"{len(names)} DICOM files are not looked at; --layout dicom looks at nothing else",) if names else ()
+    way = "--layout dicom, in a run with an OUT of its own, looks at nothing else"
+    return (f"{len(names)} DICOM files are not looked at; {way}",) if names else ()
 
 
 def _from_dicom(

@@ -15,10 +15,11 @@ from typing import NamedTuple
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import label_meanings
 from monai_deepgmm.patients.claims import Found
-from monai_deepgmm.patients.directory import READABLE, shown
+from monai_deepgmm.patients.directory import READABLE
 from monai_deepgmm.patients.formats import foreign, pointer
 from monai_deepgmm.patients.study import Problem
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.wording import shown
 
 _ROLES = ("patient", "mask", "truth", "labels")
 _FILE_WORDS = {"file", "filename", "path", "filepath", "image", "img", "nii", "nifti", "scan"}
