@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +15,7 @@ from monai_deepgmm import protocol as protocols
 from monai_deepgmm import terminal
 from monai_deepgmm.errors import OK, NobodyError, UsageError, exit_code
 from monai_deepgmm.methods import METHODS, settings
-from monai_deepgmm.patients import discovery
+from monai_deepgmm.patients import discovery, manifest
 from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.wording import counted
 
@@ -237,24 +234,12 @@ def init_manifest(arguments: argparse.Namespace) -> int:
     if any(study.series for study in studies):
         raise UsageError("init-manifest: a table names NIfTI files; of DICOM studies, --filter chooses the series")
     here = arguments.directory.resolve() if target is None else target.resolve().parent
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    meant = any(study.truth and study.truth_labels for study in studies)  # a table does not know its layout's
-    writer.writerow(["patient", *wanted.sequences, "mask", "truth", *(["labels"] if meant else [])])
-    for study in studies:
-        sources = [*(study.images.get(s) for s in wanted.sequences), study.mask, study.truth]
-        files = [one if isinstance(one, Path) else None for one in sources]
-        named = {t.index: t.name for t in wanted.tissues}
-        labels = " ".join(
-            f"{named[index]}={value}" for value, index in (study.truth_labels or {}).items() if study.truth
-        )
-        paths = ["" if f is None else os.path.relpath(f.resolve(), here) for f in files]
-        writer.writerow([study.patient, *paths, *([labels] if meant else [])])
+    table = manifest.draft(studies, wanted, here)
     values = next((study.mask_labels for study in studies if study.mask_labels), ())
     if target is None:
-        print(table.getvalue(), end="")
+        print(table, end="")
     else:
-        target.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
+        target.write_bytes(table.encode("utf-8", "surrogateescape"))
         more = f" --mask-labels {' '.join(f'{value:g}' for value in values)}" if values else ""
         print(f"{counted(len(studies), 'patient')} in {target}: correct it, then add --manifest {target}{more}")
     return OK

@@ -189,7 +189,7 @@ def _dask_client(address: str) -> Any:
     without = [worker for worker, spec in found.items() if spec is None or isinstance(spec, BaseException)]
     if without:
         _leave(client)
-        hint = "pip install 'monai-deepgmm[dask]' there, in this version"
+        hint = "install it there, in this version"
         raise UsageError(f"--dask {address}: the worker {without[0]} lacks monai-deepgmm; {hint}")
     return client
 

@@ -14,7 +14,7 @@ from monai_deepgmm.results.strips import strips, values_by_tissue
 
 STATUSES = ("failed", "skipped", "ok")
 #: So many patients who failed for one reason are listed above the table, which lists all.
-LISTED = 20
+LISTED = 8
 Row = Mapping[str, Any]
 
 

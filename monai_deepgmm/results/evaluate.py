@@ -25,7 +25,7 @@ import numpy.typing as npt
 from monai_deepgmm.errors import StudyError, UsageError, exit_code
 from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.images import labels as truth
-from monai_deepgmm.patients.discovery import Cohort, Problem, Study
+from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.results import label_order, metrics
 from monai_deepgmm.results.review import result_of

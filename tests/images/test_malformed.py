@@ -22,7 +22,7 @@ from conftest import AFFINE, heart, save
 
 from monai_deepgmm.cli import main
 from monai_deepgmm.errors import CODES
-from monai_deepgmm.patients import discovery
+from monai_deepgmm.patients import ids
 
 Files = dict[str, Path]
 Bend = Callable[[Files], object]
@@ -365,7 +365,7 @@ def test_hostile_names_work_and_are_kept_byte_for_byte(tmp_path, make_patient, p
 
 
 def test_ids_of_a_manifest_that_cannot_be_folders_fail_alone(cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(discovery, "WINDOWS", True)
+    monkeypatch.setattr(ids, "WINDOWS", True)
     bad = {
         "../x": "E_ID", "a/b": "E_ID", "/abs": "E_ID", "a..b": "E_ID", ".locks": "E_ID", "index.html": "E_ID",
         "Nul.1": "E_NAME", "COM3": "E_NAME", "a:b": "E_NAME", "dot.": "E_NAME", "end ": "E_NAME", "y" * 201: "E_NAME",
