@@ -104,7 +104,8 @@ def load(
     axis = grid.slice_axis(reference.spacing_mm)
     about = (image, found.voxels, reference.spacing_mm, axis, protocol)
     edges = [*mask_edges.about(*about), *mask_cavities.about(*about, sequences)]
-    mask, beyond = masks.without_padding(image, found.voxels, len(protocol.components(sequences)))
+    stacked, tissues = axis if protocol.unit == "slice" else None, len(protocol.components(sequences))
+    mask, beyond = masks.without_padding(image, found.voxels, tissues, stacked)
     _refuse_constant(image, mask, sequences)
     inside = np.stack([one.inside for one in placed.values()])
     seen = coverage.find(image, mask, inside, axis)

@@ -175,10 +175,10 @@ def _from_file(
 
 
 def without_padding(
-    image: NDArray[np.float32], mask: NDArray[np.bool_], tissues: int
+    image: NDArray[np.float32], mask: NDArray[np.bool_], tissues: int, axis: int | None
 ) -> tuple[NDArray[np.bool_], list[str]]:
     """The mask without the zeros that lie between it and the image, as after another tool's skull stripping."""
-    padded = padding(image, mask)
+    padded = padding(image, mask, axis)
     share = padded.sum() / mask.sum()
     if share == 0 or int((mask & ~padded).sum()) < MIN_VOXELS_PER_TISSUE * tissues:
         return mask, []
