@@ -19,7 +19,7 @@ from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, StudyEr
 from monai_deepgmm.images import atomic_files, loading
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.patients.study import Cohort, Study
-from monai_deepgmm.results import dicom_seg, outputs, tables
+from monai_deepgmm.results import dicom_seg, notes, outputs, tables
 from monai_deepgmm.results.locks import lock
 from monai_deepgmm.results.log_file import log_file
 from monai_deepgmm.results.row_files import Row
@@ -258,7 +258,8 @@ def dry_run(cohort: Cohort, out: Path, config: Config, options: BatchOptions) ->
             dicom_seg.check_source(study, config)
             reading: dict[str, Any] = {"frame": given.frame, "max_voxels": given.max_voxels, "align": given.align}
             found = loading.load(study, config.protocol, **reading)
-            yield {**row, "status": "ready", "warnings": list(found.warnings)}
+            missing = notes.about_sequences(config.protocol, found.sequences, found.overlooked)
+            yield {**row, "status": "ready", "warnings": [*found.warnings, *missing]}
         except StudyError as error:
             yield {**row, **_failure(error)}
         except Exception as error:  # as in process

@@ -23,7 +23,7 @@ CERTAIN = 0.5
 
 def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config) -> Iterator[str]:
     """All warnings that a fit gives rise to, in the order of reading."""
-    yield from _about_sequences(config.protocol, assembly.images.sequences, prepared.scan.overlooked)
+    yield from about_sequences(config.protocol, assembly.images.sequences, prepared.scan.overlooked)
     yield from _about_order(prepared, assembly, config.protocol.components(assembly.images.sequences))
     yield from _about_fit(prepared, assembly, outcome)
     yield from _about_names(assembly, outcome, config)
@@ -31,7 +31,8 @@ def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Conf
     yield from _about_field(assembly, outcome)
 
 
-def _about_sequences(protocol: Protocol, sequences: tuple[str, ...], overlooked: Mapping[str, str]) -> Iterator[str]:
+def about_sequences(protocol: Protocol, sequences: tuple[str, ...], overlooked: Mapping[str, str]) -> Iterator[str]:
+    """A warning where sequences are missing: what is lost, and which unused file may be one of them."""
     absent = [s for s in protocol.sequences if s not in sequences]
     if not absent:
         return

@@ -178,10 +178,11 @@ def test_that_patient_alone_fails(cohort, tmp_path, case):
 
 def test_a_dry_run_finds_the_same_and_writes_nothing(cohort, tmp_path, capsys):
     FAILS["NaN inside"][0](files_of(cohort))
+    files_of(cohort, "good")["T2"].unlink()
     assert main(["segment", str(cohort), str(tmp_path / "out"), "--dry-run"]) == 1
     printed = capsys.readouterr().out
     assert "bad\tfailed\tE_NONFINITE" in printed
-    assert "good\tready" in printed
+    assert "good\tready\tW_MISSING: without T2" in printed
     assert not (tmp_path / "out").exists()
 
 
