@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_opening
 
 from monai_deepgmm.images.measured import from_edge
+from monai_deepgmm.wording import spans
 
 Bools = NDArray[np.bool_]
 
@@ -62,10 +63,7 @@ class Coverage(NamedTuple):
             lacking = 1 - float(seen[mask].mean())
             if lacking <= TOLD:
                 continue
-            blank, part = (
-                ", ".join(str(k) for k in np.flatnonzero(chosen))
-                for chosen in (shares == 0, (shares > 0) & (shares < 1))
-            )
+            blank, part = (spans(np.flatnonzero(chosen)) for chosen in (shares == 0, (shares > 0) & (shares < 1)))
             places = [f"no data in slice {blank}"] if blank else []
             places += [f"a part of slice {part}"] if part and len(part) < 60 else []
             told = f" ({', '.join(places)})" if places else ""
@@ -102,8 +100,7 @@ def without_blank(mask: Bools, found: Coverage) -> tuple[Bools, list[str]]:
     np.moveaxis(kept, found.axis, 0)[blank] = False
     if not kept.any():
         return mask, []
-    listed = ", ".join(map(str, blank))
-    return kept, [f"W_COVERAGE: no sequence has data in slice {listed}, which gets no label"]
+    return kept, [f"W_COVERAGE: no sequence has data in slice {spans(blank)}, which gets no label"]
 
 
 def _measured(values: NDArray[np.floating], here: Bools, wanted: Bools) -> Bools:

@@ -92,11 +92,12 @@ def padding(image: NDArray[np.float32], mask: NDArray[np.bool_], axis: int | Non
 
     Returns:
         (X, Y, Z); the zeros of the mask that zeros join to the image's edge. Those that tissue encloses are tissue:
-        healthy wall that was nulled, or dark values that an export of few grey levels has cut off.
+        healthy wall that was nulled, or dark values that an export of few grey levels has cut off. Of a signed image,
+        whose values go on below 0, none are.
     """
     empty: NDArray[np.bool_] = mask & (image == 0).all(0)
-    if not empty.any():
-        return empty
+    if not empty.any() or any(_zero_is_a_value(torch.from_numpy(channel[mask])) for channel in image):
+        return np.zeros_like(empty)
     if axis is None:
         return empty & from_edge((image == 0).all(0))
     for plane, values in zip(np.moveaxis(empty, axis, 0), np.moveaxis(image, axis + 1, 0), strict=True):
