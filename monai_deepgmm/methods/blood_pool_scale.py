@@ -52,7 +52,8 @@ def scale(wall: Array, blood: Array, *, pooled: bool = True) -> Scale | None:
         pooled: whether the slices are one patient's, and help each other out; else a slice without has NaN.
 
     Returns:
-        The scale; None where blood is not brighter than the wall (blood that was nulled, or a wrong sequence).
+        The scale; None where blood is not brighter than the wall (blood that was nulled, or a wrong sequence). A slice
+        that is scar all around shows no healthy wall, and has the other slices' level.
     """
     if not pooled:
         each = [scale(w, b) for w, b in zip(wall[:, None], blood[:, None], strict=True)]
@@ -62,8 +63,10 @@ def scale(wall: Array, blood: Array, *, pooled: bool = True) -> Scale | None:
     unit = blood - wall
     if not (usual := median(unit)) > 0:
         return None
-    own = np.where(np.isnan(unit), usual, unit)
-    level = np.where(np.isnan(wall), median(wall), wall)
+    # A wall that is as bright as blood, here and in the other slices, is scar all around: theirs is the healthy level.
+    scarred = (unit < usual / 2) & (wall > (median(wall) + median(blood)) / 2)
+    own = np.where(np.isnan(unit) | scarred, usual, unit)
+    level = np.where(np.isnan(wall) | scarred, median(wall), wall)
     return Scale(level, np.maximum(POOLED * usual + (1 - POOLED) * own, LEAST * usual))
 
 

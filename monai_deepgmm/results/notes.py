@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from monai_deepgmm.images.preparation import Prepared
-from monai_deepgmm.methods import exchange_check, naming
+from monai_deepgmm.methods import exchange_check, naming, presence_check
 from monai_deepgmm.methods.config import Config
 from monai_deepgmm.mixture import bias_field
 from monai_deepgmm.protocol import Protocol, Tissue
@@ -27,6 +27,9 @@ def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Conf
     yield from _about_order(prepared, assembly, config.protocol.components(assembly.images.sequences))
     yield from _about_fit(prepared, assembly, outcome)
     yield from _about_names(assembly, outcome, config)
+    if config.presence:
+        found = {region.tissue for region in outcome.regions if region.accepted}
+        yield from (f"W_UNSURE: {told}" for told in presence_check.undecided(assembly.images, found))
     yield from _about_volumes(assembly, outcome)
     yield from _about_field(assembly, outcome)
 

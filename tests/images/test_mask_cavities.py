@@ -34,6 +34,16 @@ def test_two_ventricles_are_told_and_one_is_not(noise):
     assert [*mask_cavities.about(*two, SPACING, 2, protocol.load("brain"), ["T1"])] == []
 
 
+def test_papillary_muscles_part_a_small_cavity_near_the_apex():
+    image, mask = pools((20, 20))
+    x, y, _ = np.meshgrid(*(np.arange(n) for n in mask.shape), indexing="ij")
+    parted = np.min([np.hypot(x - 20, y - b) for b in (15, 25)], axis=0) < 4
+    image[0, ..., 1] = np.where(parted, 200, np.where(mask, 60, 20))[..., 1]
+    assert [*mask_cavities.about(image, mask, SPACING, 2, INFARCT, ["bSSFP"])] == []
+    alone = image[..., 1:], mask[..., 1:]
+    assert len([*mask_cavities.about(*alone, SPACING, 2, INFARCT, ["bSSFP"])]) == 1
+
+
 @pytest.mark.usefixtures("no_picture")
 def test_through_the_command(make_patient, tmp_path, capsys):
     files = make_patient(tmp_path / "in", "p")

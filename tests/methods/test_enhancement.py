@@ -126,6 +126,21 @@ def test_blood_that_is_not_bright_says_nothing():
     assert measure(stack()[:1], MASK[None], [empty], (1.0, 1.0), slices=(0,), threshold=1.0) == [None]
 
 
+def test_an_apex_that_is_scar_all_around_takes_the_healthy_level_of_the_other_slices():
+    image = stack()
+    image[3:] += np.where(MASK & ~INSIDE, 1, 0)
+    scarred = found(image)
+    assert scarred is not None
+    assert scarred.present
+    assert scarred.fraction[3:, MASK & ~INSIDE].mean() > 0.9
+    assert scarred.fraction[:3].mean() < 0.05
+    image = stack()
+    image[3:] -= np.where(INSIDE, 1, 0)  # an apex without blood
+    bloodless = found(image)
+    assert bloodless is not None
+    assert not bloodless.present
+
+
 def test_the_scale_by_hand():
     """Slice 1 lacks blood, slice 2 shows hardly any contrast: both are helped by the patient's usual unit, 10."""
     made = blood_pool_scale.scale(np.array([5.0, 4.0, 6.0]), np.array([16.0, np.nan, 15.0 - 9.0 + 9.0]))
