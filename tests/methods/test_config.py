@@ -17,7 +17,7 @@ from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import Config, build
 from monai_deepgmm.methods.known_means import Means
 from monai_deepgmm.methods.registry import configure, default_method
-from monai_deepgmm.mixture import map_em, partial_volume
+from monai_deepgmm.mixture import map_em, mixel_model, partial_volume
 
 INFARCT, BRAIN = protocol.load("infarct"), protocol.load("brain")
 
@@ -126,11 +126,11 @@ def test_presence_is_asked_for_or_the_methods_own(without_anatomy):
     [
         ("gmm", [], 0),
         ("svgmm", [], 0),
-        ("pvgmm", [], partial_volume.DEGREE),
+        ("pvgmm", [], mixel_model.DEGREE),
         ("gmm", ["degree=3"], 3),
         ("pvgmm", ["degree=0"], 0),
         ("pvgmm", ["degree=6"], 6),
-        ("pvgmm", ["degree=null"], partial_volume.DEGREE),
+        ("pvgmm", ["degree=null"], mixel_model.DEGREE),
         ("pvgmm", ["n4=true"], 0),  # the shading is off already
         ("gmm", ["n4=true", "degree=0"], 0),
         ("deepg", [], 0),
