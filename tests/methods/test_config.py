@@ -49,6 +49,20 @@ def test_the_default_method(without_anatomy):
         assert default_method(of, model=object(), means=object()) == "network"
 
 
+@pytest.mark.parametrize("method", ["svgmm", "pvgmm", "gmm"])
+def test_tissues_that_nothing_tells_apart_are_refused(tmp_path, method):
+    raw = yaml.safe_load(protocol.as_yaml(BRAIN)) | {"name": "alike"}
+    grey, white = (tissue for tissue in raw["tissues"] if tissue["name"] in ("GM", "WM"))
+    white["signature"] = dict(grey["signature"])
+    file = tmp_path / "alike.yaml"
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with pytest.raises(UsageError, match=f"alike: GM and WM have the same signature.*{method}"):
+        build(protocol=file, method=method)
+    white["centrality"] = 0.7
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    assert build(protocol=file, method=method).method.name == method
+
+
 def test_a_method_needs_what_its_protocol_says(without_anatomy):
     assert build(protocol="infarct", method="anatomy") == build()
     assert build(protocol=without_anatomy, method="anatomy").method == build().method  # its tissues have levels
