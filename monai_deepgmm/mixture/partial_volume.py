@@ -369,7 +369,7 @@ def _joint(problem: _Problem, slab: Slab, found: _Found, outlying: Mixture) -> T
     """The logarithm of weight times contaminated density of every node at the voxels of a slab ``(N, V)``."""
     state, observed = found.state, problem.at(slab)
     b = None if found.field is None else found.field.flatten(2)[:, :, slab.flat]
-    mixture = nodes(state.pure._replace(field=b), state.weights, problem.fractions)
+    mixture = nodes(state.pure._replace(field=b), state.weights, problem.fractions, smooth=state.smooth)
     density = mixels.contaminated(
         mixels.marginal_density(observed, mixture), mixels.marginal_density(observed, outlying), state.outliers
     )

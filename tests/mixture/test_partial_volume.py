@@ -123,6 +123,8 @@ def test_nodes_leave_no_gaps_where_there_is_little_noise():
     found = nodes(pure, torch.ones(1, len(fractions)), fractions).covariances[0]
     assert torch.allclose(found[:2], pure.covariances[0])
     assert torch.allclose(found[2:, 0, 0], torch.tensor((LEAST_WIDTH * 10 / NODES) ** 2))
+    even = nodes(pure, torch.ones(1, len(fractions)), fractions, smooth=True).covariances[0]
+    assert torch.allclose(even[2:, 0, 0], torch.tensor(1e-4 + (10 / NODES) ** 2 / 12))  # of an even density
     assert (found[2:, 1, 1] > (LEAST_WIDTH * 4 / NODES) ** 2).all()  # by what the second sequence may see otherwise
 
 
