@@ -43,7 +43,23 @@ _EXPORTS = {
     "MixtureNLL": "networks.nll_loss",
     "UNet": "networks.unet",
 }
-__all__ = list(_EXPORTS)
+__all__ = [  # a list that type checkers can read
+    "Config",
+    "Fit",
+    "GMMLoss",
+    "Mixture",
+    "MixtureNLL",
+    "Protocol",
+    "Segmentation",
+    "Study",
+    "UNet",
+    "configure",
+    "evaluate",
+    "find_cohort",
+    "fit_em",
+    "load_protocol",
+    "segment",
+]
 
 
 def __getattr__(name: str) -> Any:

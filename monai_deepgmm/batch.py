@@ -23,6 +23,7 @@ from monai_deepgmm.results.log_file import log_file
 from monai_deepgmm.results.row_files import Row
 from monai_deepgmm.results.segment import Inferer, segment
 from monai_deepgmm.results.steps import Steps
+from monai_deepgmm.wording import shown
 from monai_deepgmm.workers import Rows
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def run(
         if not atomic_files.flushes():
             logger.warning("OUT's file system cannot flush files to its disk (fsync): keep its power on until the end")
         for note in cohort.notes:
-            logger.warning("note: %s", atomic_files.printable(note))
+            logger.warning("note: %s", shown(note))
         return _run(studies, work, job, options, progress)
 
 
@@ -376,10 +377,10 @@ def _tables(out: Path) -> str | None:
 def _log(row: Row) -> None:
     state = "done before" if row.get("resumed") else row["status"]
     detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else f"{row['seconds']:.1f} s"
-    patient = atomic_files.printable(row["patient"])
+    patient = shown(row["patient"])
     level = logging.WARNING if row["status"] == "failed" else logging.INFO  # told also with --quiet
-    logger.log(level, "%s: %s (%s)", patient, state, atomic_files.printable(detail))
+    logger.log(level, "%s: %s (%s)", patient, state, shown(detail))
     for warning in row["warnings"]:
-        logger.info("%s: %s", patient, atomic_files.printable(warning))
+        logger.info("%s: %s", patient, shown(warning))
     if "traceback" in row:
         logger.debug("%s", row["traceback"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import signal
 import sys
@@ -26,6 +25,7 @@ from monai_deepgmm.errors import (
     USAGE,
     StudyError,
     UsageError,
+    exit_code_of,
 )
 from monai_deepgmm.images import COPIES
 from monai_deepgmm.methods import METHODS
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     except StudyError as error:
         print(f"deepgmm: {error.code}: {error}", file=sys.stderr)
-        return DISK_FULL if error.code == "E_DISK" else SOME_FAILED
+        return exit_code_of(error)
     except KeyboardInterrupt:
         again = "the same command with --resume" if command is commands.train else "the same command again"
         print(f"deepgmm: interrupted; run {again} to go on", file=sys.stderr)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = isinstance(error.filename, str | bytes | Path)
         where = f"{terminal.shown(os.fsdecode(error.filename))}: " if named else ""
         print(f"deepgmm: {where}{error.strerror or error}; check the path and its permissions", file=sys.stderr)
-        return DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else USAGE
+        return exit_code_of(error)
     except Exception as error:  # a mistake in this software: nobody should have to read a traceback, or lose it
         kept = terminal.keep_traceback(error, getattr(arguments, "out", None))
         reason = terminal.shown(str(error).partition("\n")[0])[:200]

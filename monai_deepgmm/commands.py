@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from monai_deepgmm import protocol as protocols
 from monai_deepgmm import terminal
-from monai_deepgmm.errors import ALL_FAILED, OK, SOME_FAILED, NobodyError, UsageError
+from monai_deepgmm.errors import OK, NobodyError, UsageError, exit_code
 from monai_deepgmm.methods import METHODS, settings
-from monai_deepgmm.patients import discovery
-from monai_deepgmm.patients.directory import counted
+from monai_deepgmm.patients import discovery, manifest
 from monai_deepgmm.patients.study import Cohort, Study
+from monai_deepgmm.wording import counted
 
 if TYPE_CHECKING:
     from monai_deepgmm.methods.config import Config
@@ -56,7 +53,7 @@ def scan(arguments: argparse.Namespace) -> int:
         print(json.dumps(terminal.cohort_json(found), indent=1))
     else:
         terminal.print_cohort(found)
-    return _exit_code(sum(bool(s.problems) for s in found.studies), len(found.studies))
+    return exit_code(sum(bool(s.problems) for s in found.studies), len(found.studies))
 
 
 def segment(arguments: argparse.Namespace) -> int:
@@ -79,7 +76,7 @@ def segment(arguments: argparse.Namespace) -> int:
         for row in rows:
             detail = f"{row['code']}: {row['message']}. {row['remedy']}" if row["code"] else "; ".join(row["warnings"])
             print(f"{terminal.shown(row['patient'])}\t{row['status']}\t{terminal.shown(detail)}")
-        return _exit_code(sum(row["status"] == "failed" for row in rows), len(rows))
+        return exit_code(sum(row["status"] == "failed" for row in rows), len(rows))
     with terminal.progress_bar(len(batch.select(found, options))) as bar:
         code: int = batch.run(found, arguments.out, config, options, progress=lambda row: bar.update())
     logger.log(logging.INFO if code == OK else logging.WARNING, "%s", terminal.closing_line(arguments.out, code))
@@ -139,7 +136,7 @@ def train(arguments: argparse.Namespace) -> int:
     for patient, error in prepared.failed.items():
         logger.warning("%s was not used: %s: %s", terminal.shown(patient), error.code, terminal.shown(str(error)))
     logger.info("the network and its bundle are in %s", arguments.model_dir)
-    return _exit_code(len(prepared.failed), len(found.studies))
+    return exit_code(len(prepared.failed), len(found.studies))
 
 
 def _refuse_inside(target: Path, source: Path) -> None:
@@ -165,7 +162,7 @@ def means(arguments: argparse.Namespace) -> int:
         print(f"{tissue:12s}" + "".join(f"  {sequence} {value:7.3f}" for sequence, value in row.items()))
     who = counted(len(found.studies) - len(unused), "patient")
     print(f"from {counted(computed.n_slices, 'image')} of {who} → {arguments.output}")
-    return _exit_code(len(unused), len(found.studies))
+    return exit_code(len(unused), len(found.studies))
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -181,7 +178,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     agreement.write(arguments.out, result)
     agreement_page.write(arguments.out, result, protocol)
     print(agreement.summary(result))
-    return _exit_code(len(result.problems), len(found.studies))
+    return result.exit_code
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -237,24 +234,12 @@ def init_manifest(arguments: argparse.Namespace) -> int:
     if any(study.series for study in studies):
         raise UsageError("init-manifest: a table names NIfTI files; of DICOM studies, --filter chooses the series")
     here = arguments.directory.resolve() if target is None else target.resolve().parent
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    meant = any(study.truth and study.truth_labels for study in studies)  # a table does not know its layout's
-    writer.writerow(["patient", *wanted.sequences, "mask", "truth", *(["labels"] if meant else [])])
-    for study in studies:
-        sources = [*(study.images.get(s) for s in wanted.sequences), study.mask, study.truth]
-        files = [one if isinstance(one, Path) else None for one in sources]
-        named = {t.index: t.name for t in wanted.tissues}
-        labels = " ".join(
-            f"{named[index]}={value}" for value, index in (study.truth_labels or {}).items() if study.truth
-        )
-        paths = ["" if f is None else os.path.relpath(f.resolve(), here) for f in files]
-        writer.writerow([study.patient, *paths, *([labels] if meant else [])])
+    table = manifest.draft(studies, wanted, here)
     values = next((study.mask_labels for study in studies if study.mask_labels), ())
     if target is None:
-        print(table.getvalue(), end="")
+        print(table, end="")
     else:
-        target.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
+        target.write_bytes(table.encode("utf-8", "surrogateescape"))
         more = f" --mask-labels {' '.join(f'{value:g}' for value in values)}" if values else ""
         print(f"{counted(len(studies), 'patient')} in {target}: correct it, then add --manifest {target}{more}")
     return OK
@@ -327,7 +312,3 @@ def _config(arguments: argparse.Namespace) -> Config:
         device=_device(arguments.device),
         trust_code=arguments.trust_code,
     )
-
-
-def _exit_code(failed: int, total: int) -> int:
-    return OK if failed == 0 else ALL_FAILED if failed == total else SOME_FAILED

@@ -6,6 +6,8 @@ and a remedy. The same table stands in the documentation (``bundle/docs/codes.md
 
 from __future__ import annotations
 
+import errno
+
 #: What a command returns: nothing failed, some patients did, it could not start, all failed, a full disk, a mistake in
 #: this software, Ctrl-C.
 OK, SOME_FAILED, USAGE, ALL_FAILED, DISK_FULL, SOFTWARE, INTERRUPTED = 0, 1, 2, 3, 4, 70, 130
@@ -61,6 +63,11 @@ CODES: dict[str, str] = {
 }
 
 
+def exit_code(failed: int, total: int) -> int:
+    """What a command returns that went through so many patients, of which so many failed."""
+    return OK if failed == 0 else ALL_FAILED if failed == total else SOME_FAILED
+
+
 class UsageError(Exception):
     """A command cannot start: bad option, no patient, or an output folder that is refused (exit code 2)."""
 
@@ -102,3 +109,10 @@ def users_own(error: BaseException) -> UsageError | StudyError | OSError | None:
     while found is not None and not isinstance(found, UsageError | StudyError | OSError):
         found = found.__cause__ or found.__context__
     return found
+
+
+def exit_code_of(error: UsageError | StudyError | OSError) -> int:
+    """What a command returns that such an error ends: what it was to do is not done."""
+    disk_full = isinstance(error, StudyError) and error.code == "E_DISK"
+    disk_full |= isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return DISK_FULL if disk_full else USAGE

@@ -21,6 +21,7 @@ from monai_deepgmm.patients.study import Cohort, Study
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.registration import Align
 from monai_deepgmm.results import outputs
+from monai_deepgmm.wording import shown
 
 logger = logging.getLogger("monai_deepgmm")
 
@@ -82,7 +83,7 @@ def run(
 def _log(row: Row) -> None:
     detail = row["message"] or f"confidence {row['confidence']:.2f}"
     told = f"{row['patient']}: {row['status']} ({row['code'] and row['code'] + ': '}{detail})"
-    logger.log(logging.WARNING if row["status"] == "failed" else logging.INFO, "%s", atomic_files.printable(told))
+    logger.log(logging.WARNING if row["status"] == "failed" else logging.INFO, "%s", shown(told))
 
 
 def _one(study: Study, out: Path, protocol: Protocol, reading: dict[str, Any]) -> Row:

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, USAGE, StudyError, users_own
-from monai_deepgmm.patients.directory import counted, listed
+from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, exit_code_of, users_own
 from monai_deepgmm.patients.stack import Stack
 from monai_deepgmm.patients.study import Cohort, Problem, Study
+from monai_deepgmm.wording import counted, listed
 
 
 def print_cohort(found: Cohort) -> None:
@@ -37,7 +37,8 @@ def print_cohort(found: Cohort) -> None:
         _print_series(study)
     for study in found.studies:
         if study.unused:
-            print(f"{shown(study.patient)}: not used: {listed(study.unused)}")
+            said = [text for what, text in study.overlooked.items() if what != "mask" or study.mask is None]
+            print(f"{shown(study.patient)}: not used: {'; '.join([listed(study.unused), *map(shown, said)])}")
     failing = sum(bool(s.problems) for s in found.studies)
     labels = sum(bool(s.label_problems) for s in found.studies)
     more = f", {labels} whose reference labels cannot be used" if labels else ""
@@ -201,7 +202,7 @@ def show_log(verbose: int, quiet: int) -> None:
 def end_with_one_line() -> None:
     """For bundles: a program that nobody's ``except`` saves ends with what the user can mend, not with a traceback.
 
-    Anything else ends as before. The exit code is that of the command: 2, or 1 for a patient's error.
+    Anything else ends as before. The exit code is that of the command: 2, or 4 for a full disk.
     """
     before = sys.excepthook
 
@@ -211,6 +212,6 @@ def end_with_one_line() -> None:
             before(kind, error, where)
         else:
             print(f"monai-deepgmm: {cause}", file=sys.stderr)
-            sys.exit(SOME_FAILED if isinstance(cause, StudyError) else USAGE)
+            sys.exit(exit_code_of(cause))
 
     sys.excepthook = hook

@@ -33,8 +33,10 @@ Rows = Generator[Row, None, None]
 Step = Callable[[Study], Row]
 #: From a patient who has no row, and the reason, to one.
 Crash = Callable[[Study, str], Row]
-#: How long a scheduler, and then a first worker, is waited for.
-WAIT_SECONDS = 30
+#: Dask's setting of how long a first worker is waited for (unless set: as long as a queue needs).
+WORKER_WAIT = "distributed.scheduler.no-workers-timeout"
+#: How often it is said that none has come yet.
+TOLD_SECONDS = 60
 #: glibc's option, and what is large.
 M_MMAP_THRESHOLD, LARGE_BYTES = -3, 8 << 20
 _counting, _patients, _threads = threading.Lock(), 0, 1
@@ -165,32 +167,50 @@ def _dask_client(address: str) -> Any:
     """A client of a scheduler that has workers, all of them with this package.
 
     Raises:
-        UsageError: one of these is not so; after ``WAIT_SECONDS`` for a scheduler, and for a first worker.
+        UsageError: one of these is not so, after the time that Dask's settings give a scheduler and a first worker.
     """
     try:
         from distributed import Client
     except ImportError:
         raise UsageError("--dask needs Dask: pip install distributed") from None
     try:
-        client = Client(address, timeout=WAIT_SECONDS)
+        client = Client(address)
     except (OSError, ValueError) as error:
         raise UsageError(f"--dask {address}: no scheduler answers there ({error})") from error
     try:
-        client.wait_for_workers(1, timeout=WAIT_SECONDS)
+        _await_worker(client, address)
         found = client.run(importlib.util.find_spec, "monai_deepgmm", on_error="return")
-    except TimeoutError:
+    except UsageError:
         _leave(client)
-        hint = "start some with dask worker"
-        raise UsageError(f"--dask {address}: no worker came within {WAIT_SECONDS} seconds; {hint}") from None
+        raise
     except OSError as error:
         _leave(client)
         raise UsageError(f"--dask {address}: the workers do not answer ({error})") from error
     without = [worker for worker, spec in found.items() if spec is None or isinstance(spec, BaseException)]
     if without:
         _leave(client)
-        hint = "pip install 'monai-deepgmm[dask]' there, in this version"
+        hint = "install it there, in this version"
         raise UsageError(f"--dask {address}: the worker {without[0]} lacks monai-deepgmm; {hint}")
     return client
+
+
+def _await_worker(client: Any, address: str) -> None:
+    """Waits for a first worker, which a cluster's queue may let wait for hours, and says so."""
+    import dask
+    from dask.utils import parse_timedelta
+
+    limit = parse_timedelta(dask.config.get(WORKER_WAIT, None))
+    waited = 0.0
+    while not client.nthreads():
+        logger.info("--dask %s: no worker yet, after %.0f seconds; one starts with dask worker", address, waited)
+        step = TOLD_SECONDS if limit is None else min(TOLD_SECONDS, limit - waited)
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=step)
+            return
+        waited += step
+        if waited == limit:
+            hint = f"start some with dask worker, or have them waited for longer ({WORKER_WAIT})"
+            raise UsageError(f"--dask {address}: no worker came within {limit:.0f} seconds; {hint}")
 
 
 def _leave(client: Any) -> None:

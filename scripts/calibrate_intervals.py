@@ -1,6 +1,6 @@
 """How far a 90 % interval of a volume must reach: measured on phantoms of some seeds, each checked on the others'.
 
-    python scripts/calibrate_intervals.py OUT [--methods anatomy svgmm cohort pvgmm] [--hearts 160] [--brains 24]
+    python scripts/calibrate_intervals.py OUT [--methods anatomy svgmm cohort pvgmm] [--hearts 120] [--brains 24]
 
 Each method segments the same phantoms. Where a method says what it knows of its own errors (``results/cues.py``), rules
 are fitted (``results/interval_rule.py``); everywhere, an interval by standard deviations: what the reference volume has
@@ -80,25 +80,26 @@ class Kind(NamedTuple):
 
 PROBABLE = ("expected", "candidates")
 PLAIN = ("bright", "noise_T2", "uneven_T2", "contrast_T2", "noise_bSSFP", "uneven_bSSFP")
+PLAIN_LGE = ("bright", "noise_LGE", "uneven_LGE", "contrast_LGE")
 SHOWN = ("level", "evidence", "separation")
 KINDS = (
     Kind(
         ("LGE", "T2", "bSSFP"),
         ("LGE", "T2"),
         {
-            "blood": Width(PLAIN),
-            "myocardium": Width((*PROBABLE, *PLAIN, *SHOWN), "edema", (0.055, 0.065), (0.2, 1.0)),
+            "blood": Width((*PLAIN, *SHOWN, "present")),
+            "myocardium": Width((*PROBABLE, *PLAIN, *SHOWN, "present"), "edema", (0.055, 0.065), (0.2, 1.0)),
             "edema": Width((*PROBABLE, *PLAIN), "edema", reach=(0.3, 1.3)),
-            "scar": Width((*PROBABLE, *PLAIN), "scar", reach=(0.2, 1.2), share=0.75),
+            "scar": Width((*PROBABLE, *PLAIN, *SHOWN), "scar", reach=(0.2, 1.2), share=0.75),
         },
     ),
     Kind(
         ("LGE",),
         ("LGE",),
         {
-            "blood": Width(()),
-            "myocardium": Width(("candidates",)),
-            "scar": Width(PROBABLE, "scar", reach=(0.1, 1.1)),
+            "blood": Width((*PLAIN_LGE, *SHOWN, "present")),
+            "myocardium": Width(("candidates", *PLAIN_LGE, *SHOWN, "present"), "scar", (0.02, 0.06), (0.4, 1.0)),
+            "scar": Width((*PROBABLE, *PLAIN_LGE, *SHOWN), "scar", reach=(0.1, 1.1)),
         },
     ),
 )
@@ -106,7 +107,8 @@ KINDS = (
 RULED, TAUGHT = {"anatomy": KINDS}, {"cohort": "anatomy"}
 #: Methods whose intervals are those that another gives of the same patient.
 OPINION_OF = {"svgmm": "anatomy"}
-#: How many healthy phantoms there are for each with an infarct, for what is said where nothing was found.
+#: How many healthy phantoms there are for each with an infarct: their blood and wall are fitted with the others', and
+#: they say what there may be where nothing was found.
 HEALTHY = 0.1
 #: What is said of a tissue that was not found needs so many phantoms.
 LEAST_ABSENT = 10
@@ -191,14 +193,20 @@ def reaches(rows: Sequence[Volume]) -> tuple[float, float]:
     return round(float(low), 3), round(float(high), 3)
 
 
-def rule(rows: Sequence[Volume], width: Width, healthy: Sequence[Volume] = ()) -> IntervalRule:
+def _by_sd(rows: Sequence[Volume], _healthy: Sequence[Volume]) -> tuple[float, float]:
+    return reaches(rows)
+
+
+def rule(rows: Sequence[Volume], healthy: Sequence[Volume] = (), *, width: Width) -> IntervalRule:
     """The rule of a tissue: slopes by least squares, weighed by how wide the interval is, and the reach that holds.
 
     Args:
         rows: the volumes to be held.
-        width: how they are.
-        healthy: those of patients who have none of the tissue, for what is said where none is found.
+        healthy: those of patients without infarct: held, too, of what they have; of what they have not, they tell what
+            to say where none is found.
+        width: how they are held.
     """
+    rows, healthy = [*rows, *(r for r in healthy if r.reference_ml)], [r for r in healthy if not r.reference_ml]
     z, usual = _standardised(rows, width.cues)
     target = np.array([np.log((r.reference_ml + LEAST_ML) / (r.found_ml + LEAST_ML)) for r in rows])
     spread = np.array([_spread(row, width) for row in rows])
@@ -273,8 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = runner.parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--methods", nargs="+", choices=PROTOCOLS, default=["anatomy", "svgmm", "cohort", "pvgmm"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[100, 200, 300, 500])
-    parser.add_argument("--hearts", type=int, default=160, help="phantoms of each seed")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[100, 200, 300, 500, 800])
+    parser.add_argument("--hearts", type=int, default=120, help="phantoms of each seed")
     parser.add_argument("--brains", type=int, default=24, help="phantoms of each seed")
     parser.add_argument("--score", type=Path, metavar="DIR", help="hearts with reference labels, for scoring only")
     parser.add_argument("--write", action="store_true", help="put what was found into the package")
@@ -288,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scored = asked.score if protocol == "infarct" else None
         seeds = _of_seeds(where, None)
         found = {name: reaches([row for one in seeds for row in one[name]]) for name in seeds[0]}
-        _tell(f"`{method}`, by σ", seeds, dict.fromkeys(found, reaches), _scored(asked.out, scored, method, None))
+        _tell(f"`{method}`, by σ", seeds, dict.fromkeys(found, _by_sd), _scored(asked.out, scored, method, None))
         table.setdefault(protocol, {})[method] = {name: list(reach) for name, reach in found.items()}
         entries = [_entry(where, kind, scored) for kind in RULED.get(method, ())]
         if entries:
@@ -297,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _tell(f"`{method}`, as `{teacher}`", seeds, _taught(protocol, teacher, seeds), {})
             ruled.setdefault(protocol, {})[method] = teacher
         if other := OPINION_OF.get(method):
-            ways: dict[str, Way] = dict.fromkeys(seeds[0], lambda _: None)
+            ways: dict[str, Way] = dict.fromkeys(seeds[0], lambda *_: None)
             _tell(f"`{method}`, as `{other}` tells", seeds, ways, _scored(asked.out, scored, method, None))
             ruled.setdefault(protocol, {})[method] = {"opinion_of": other}
     if asked.write:
@@ -306,8 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-#: From the volumes of one tissue in some patients to its interval.
-Way = Callable[[Sequence[Volume]], "IntervalRule | tuple[float, float] | None"]
+#: From the volumes of one tissue in patients with an infarct and in healthy ones to its interval.
+Way = Callable[[Sequence[Volume], Sequence[Volume]], "IntervalRule | tuple[float, float] | None"]
 Volumes = dict[str, list[Volume]]
 
 
@@ -345,20 +353,15 @@ def _entry(where: Where, kind: Kind, scored: Path | None) -> dict[str, Any]:
     healthy = _of_seeds(where, kind.sequences, healthy=True)
     ways: dict[str, Way] = {name: functools.partial(rule, width=width) for name, width in kind.widths.items()}
     title = f"`{where.method}`, {', '.join(kind.sequences)}"
-    _tell(title, seeds, ways, _scored(where.out, scored, where.method, kind))
-    tissues = {}
-    for name, width in kind.widths.items():
-        rows, none = ([r for one in several for r in one.get(name, ())] for several in (seeds, healthy))
-        tissues[name] = _fields(rule(rows, width, none))
-        absent = [row for row in none if row.found_ml == 0]
-        print(f"| {title} | {name}, healthy | none found in {len(absent)} of {len(none)} | |", flush=True)
-    return {"needs": list(kind.needs), "tissues": tissues}
+    _tell(title, seeds, ways, _scored(where.out, scored, where.method, kind), healthy)
+    found = {name: way(_of_all(seeds, name), _of_all(healthy, name)) for name, way in ways.items()}
+    return {"needs": list(kind.needs), "tissues": {name: _fields(one) for name, one in found.items()}}  # type: ignore[arg-type]
 
 
 def _taught(protocol: str, teacher: str, seeds: Sequence[Volumes]) -> dict[str, Way]:
     """The rules in the package, whatever the rows."""
     found = interval_rule.rules(protocol, teacher, KINDS[0].sequences)
-    return {name: lambda _, one=found[name]: one for name in seeds[0]}  # type: ignore[misc]
+    return {name: lambda *_, one=found[name]: one for name in seeds[0]}  # type: ignore[misc]
 
 
 def _fields(found: IntervalRule) -> dict[str, Any]:
@@ -373,18 +376,37 @@ def _fields(found: IntervalRule) -> dict[str, Any]:
     }
 
 
-def _tell(title: str, seeds: Sequence[Volumes], ways: Mapping[str, Way], scored: Volumes) -> None:
+def _tell(
+    title: str, seeds: Sequence[Volumes], ways: Mapping[str, Way], scored: Volumes, healthy: Sequence[Volumes] = ()
+) -> None:
     """Prints how each seed's volumes fare with the intervals of the others, and patients with those of all."""
     held: list[float] = []
     for name, way in ways.items():
-        folds = [[r for other in seeds if other is not one for r in other[name]] for one in seeds]
-        found = [checked(one[name], way(rest)) for one, rest in zip(seeds, folds, strict=True)]
-        held += [share for share, _ in found]
-        told = [", ".join(f"{value:.0%}" for value in values) for values in zip(*found, strict=True)]
+        found = [way(_of_all(seeds, name, but=i), _of_all(healthy, name, but=i)) for i in range(len(seeds))]
+        told = [_row([checked(one[name], way_) for one, way_ in zip(seeds, found, strict=True)])]
+        held += [checked(one[name], way_)[0] for one, way_ in zip(seeds, found, strict=True)]
         if scored.get(name):
-            told.append("{:.0%}, {:.0%}".format(*checked(scored[name], way([r for one in seeds for r in one[name]]))))
-        print(f"| {title} | {name} | {' | '.join([*told, ''][:3])} |", flush=True)
+            told.append(_row([checked(scored[name], way(_of_all(seeds, name), _of_all(healthy, name)))]))
+        print(f"| {title} | {name} | {' | '.join([*told, ''][:2])} |", flush=True)
+        well = [[r for r in one[name] if r.reference_ml] for one in healthy]
+        if any(well):
+            print(f"| {title} | {name}, healthy | {_row([checked(*one) for one in zip(well, found, strict=True)])} | |")
+        elif healthy:
+            none = _of_all(healthy, name)
+            print(
+                f"| {title} | {name}, healthy | none found in {sum(r.found_ml == 0 for r in none)} of {len(none)} | | |"
+            )
     print(f"| {title} | all | {np.mean(held):.0%} | | |", flush=True)
+
+
+def _row(figures: Sequence[tuple[float, float]]) -> str:
+    """Shares and widths, in two cells."""
+    return " | ".join(", ".join(f"{value:.0%}" for value in values) for values in zip(*figures, strict=True))
+
+
+def _of_all(seeds: Sequence[Volumes], name: str, *, but: int | None = None) -> list[Volume]:
+    """One tissue's volumes of all seeds, perhaps but one."""
+    return [row for i, one in enumerate(seeds) if i != but for row in one.get(name, ())]
 
 
 def _write(place: Path, content: object) -> None:

@@ -242,7 +242,7 @@ def api() -> Iterator[str]:
     yield "# The Python API\n"
     yield "What `monai_deepgmm` exports; each is imported when it is first used. Shapes: B images, K components, M"
     yield "sequences, `*S` any spatial shape. [A tutorial](python.md).\n"
-    for name in monai_deepgmm.__all__:
+    for name in monai_deepgmm._EXPORTS:  # in the order of a script
         thing = getattr(monai_deepgmm, name)
         yield f"## {name}\n"
         yield signature(name, thing)

@@ -2,7 +2,7 @@
 
     python scripts/phantom_dicom.py DIR -n 2 --vendor philips
 
-Needs pydicom (``pip install 'monai-deepgmm[dicom]'``). ``siemens`` writes every slice of the cine as a series of its
+Needs pydicom (``pip install pydicom``). ``siemens`` writes every slice of the cine as a series of its
 own, and magnitude and PSIR apart; ``ge`` all phases of all slices into one series, from the last slice on; ``philips``
 enhanced multi-frame files with a scale for each frame, magnitude and PSIR in one; ``canon`` implicit data sets.
 Every study also holds what is to be left out: a localiser, a four-chamber view, a map and a screen capture.

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -114,6 +115,19 @@ def test_a_failed_patient_is_the_exit_code_of_the_bundle(tmp_path, make_patient)
     with pytest.raises(SystemExit) as stopped:
         workflow.finalize()
     assert stopped.value.code == 3
+
+
+def test_a_patient_without_reference_labels_is_the_exit_code_of_an_evaluation(patients, tmp_path):
+    shutil.copytree(patients, tmp_path / "in")
+    (tmp_path / "in" / "pat2_gd.nii.gz").rename(tmp_path / "in" / "pat2_mask.nii.gz")
+    given = {"method": "gmm", "set": {"max_iter": 5}, "mask": "file", "mask_labels": [200, 500, 1220, 2221]}
+    places = {"bundle_root": CONFIGS.parent, "dataset_dir": tmp_path / "in", "output_dir": tmp_path / "out"}
+    workflow = inference(CONFIGS / "evaluate.json", **places, **given)
+    workflow.run()
+    with pytest.raises(SystemExit) as stopped:
+        workflow.finalize()
+    assert stopped.value.code == 1
+    assert main(["evaluate", str(tmp_path / "out"), str(tmp_path / "in")]) == 1
 
 
 def test_brains_are_not_segmented_as_hearts_unless_that_is_asked(tmp_path):

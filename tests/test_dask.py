@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from monai_deepgmm.methods.config import build
 from monai_deepgmm.patients import discovery
 
 distributed = pytest.importorskip("distributed")
+dask = pytest.importorskip("dask")
 DEEP = ("--method", "deepsvg", "--set", "steps=2", "start_steps=2")
 
 
@@ -62,11 +64,31 @@ def test_no_worker_or_one_without_the_package_is_said(source, tmp_path, monkeypa
         patched.setattr(workers.importlib.util, "find_spec", int)  # which has no answer for a name
         assert main(argv) == cli.USAGE
     assert "lacks monai-deepgmm" in capsys.readouterr().err
-    monkeypatch.setattr(workers, "WAIT_SECONDS", 1)
-    with cluster(n_workers=0) as empty:
+    with cluster(n_workers=0) as empty, dask.config.set({workers.WORKER_WAIT: "1s"}):
         assert main([*argv[:-1], empty.scheduler_address]) == cli.USAGE
     assert "no worker came within 1 seconds" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_is_waited_for_as_long_as_a_queue_needs(monkeypatch):
+    class Queue:
+        """A client whose first worker comes when it has been waited for three times."""
+
+        waits = 0
+
+        def nthreads(self) -> dict[str, int]:
+            return {}
+
+        def wait_for_workers(self, number: int, timeout: float) -> None:
+            self.waits += 1
+            if self.waits < 3:
+                raise TimeoutError
+
+    said: list[str] = []
+    monkeypatch.setattr(workers.logger, "info", lambda text, *words: said.append(text % words))
+    workers._await_worker(queue := Queue(), "tcp://there:8786")
+    assert queue.waits == 3
+    assert [re.search(r"after (\d+) seconds", one)[1] for one in said] == ["0", "60", "120"]
 
 
 def test_when_the_scheduler_dies_rows_and_labels_agree(source, tmp_path, here):

@@ -139,7 +139,7 @@ class TestOneCommand:
         assert "E_SEG" in capsys.readouterr().out
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         assert run(tmp_path / "in") == 2
-        assert "pip install 'monai-deepgmm[dicom]'" in capsys.readouterr().err
+        assert "pip install highdicom" in capsys.readouterr().err
 
 
 # What stops a patient ------------------------------------------------------------------------------------------------

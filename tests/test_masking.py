@@ -50,7 +50,7 @@ def test_masks_are_written_with_how_sure_they_are_and_failures_stay_alone(cohort
     rows = table(masks / "masks.tsv")
     assert (rows["heart"]["status"], rows["none"]["status"], rows["none"]["code"]) == ("ok", "failed", "E_MASK_UNSURE")
     for told in (rows["heart"]["warnings"], rows["none"]["message"]):
-        assert "; not used: Maske.nii.gz (if that is the mask, name it" in told
+        assert "; if Maske.nii.gz is the mask, name it " in told
     assert float(rows["heart"]["confidence"]) > 0.9
     assert "W_MASK_AUTO" in rows["heart"]["warnings"]
     written = nib.load(masks / "heart" / "heart_desc-lv_mask.nii.gz")

@@ -19,6 +19,7 @@ from monai_deepgmm.images.grid import Placed
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.registration import Align, in_plane
+from monai_deepgmm.wording import spans
 
 Mask = NDArray[np.bool_]
 
@@ -104,7 +105,7 @@ def _slices(planes: in_plane.Reference, before: Placed, source: Volume, referenc
     if not chosen:
         return _Moved(before, {"slices": told}, "")
     far = max(float(np.linalg.norm(away[z])) for z in chosen)
-    how = f"by up to {far:.1f} mm in slice {', '.join(map(str, chosen))}"
+    how = f"by up to {far:.1f} mm in slice {spans(chosen)}"
     return _Moved(before._replace(data=data, inside=inside), {"slices": told}, how)
 
 

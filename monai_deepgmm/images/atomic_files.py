@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from monai_deepgmm import wording
 from monai_deepgmm.errors import StudyError
 
 if sys.platform != "win32":
@@ -29,12 +30,7 @@ _flushes = True
 
 def shown(path: Path) -> str:
     """A file's name as it may stand in a message: no folder, no control characters, no lone surrogates."""
-    return printable(Path(path).name or str(path))
-
-
-def printable(text: str) -> str:
-    """A text, such as a file's name, with escapes for what is no character to be seen."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return wording.shown(Path(path).name or str(path))
 
 
 def refused(path: Path, code: str, found: str, remedy: str) -> StudyError:

@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_opening, binary_propagation
+from scipy.ndimage import binary_opening
+
+from monai_deepgmm.images.measured import from_edge
+from monai_deepgmm.wording import spans
 
 Bools = NDArray[np.bool_]
 
 #: Exact zeros that fill a square of so many voxels are padding, if they take so much of the mask in their slice and go
-#: on beyond it: those that the mask encloses are dark blood or wall, rounded down in an export of few grey levels.
+#: on to the image's edge: those that tissue encloses are dark blood or wall, cut off in an export of few grey levels.
 PADDING_SIDE, PADDING_SHARE = 3, 0.05
 #: A sequence that lacks more of the mask than this is told of.
 TOLD = 0.01
@@ -60,10 +63,7 @@ class Coverage(NamedTuple):
             lacking = 1 - float(seen[mask].mean())
             if lacking <= TOLD:
                 continue
-            blank, part = (
-                ", ".join(str(k) for k in np.flatnonzero(chosen))
-                for chosen in (shares == 0, (shares > 0) & (shares < 1))
-            )
+            blank, part = (spans(np.flatnonzero(chosen)) for chosen in (shares == 0, (shares > 0) & (shares < 1)))
             places = [f"no data in slice {blank}"] if blank else []
             places += [f"a part of slice {part}"] if part and len(part) < 60 else []
             told = f" ({', '.join(places)})" if places else ""
@@ -100,8 +100,7 @@ def without_blank(mask: Bools, found: Coverage) -> tuple[Bools, list[str]]:
     np.moveaxis(kept, found.axis, 0)[blank] = False
     if not kept.any():
         return mask, []
-    listed = ", ".join(map(str, blank))
-    return kept, [f"W_COVERAGE: no sequence has data in slice {listed}, which gets no label"]
+    return kept, [f"W_COVERAGE: no sequence has data in slice {spans(blank)}, which gets no label"]
 
 
 def _measured(values: NDArray[np.floating], here: Bools, wanted: Bools) -> Bools:
@@ -113,7 +112,7 @@ def _measured(values: NDArray[np.floating], here: Bools, wanted: Bools) -> Bools
     padded = np.zeros_like(wanted)
     if (inside == 0).mean() > PADDING_SHARE:
         zeros = binary_opening(values == 0, np.ones((PADDING_SIDE, PADDING_SIDE)))
-        zeros = binary_propagation(zeros & ~wanted, mask=zeros)
+        zeros = from_edge(zeros)
         padded = zeros if (zeros & wanted).sum() > PADDING_SHARE * wanted.sum() else padded
     found: Bools = np.ones_like(wanted) if everywhere and not padded.any() else here & ~padded
     return found

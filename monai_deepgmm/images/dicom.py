@@ -49,8 +49,6 @@ def read(stack: Stack, *, frame: int | None = None, max_voxels: int) -> Volume:
     data = np.empty(shape[:3], dtype=np.float32)
     for one, values in _stored_values(stack, slices):
         data[:, :, one] = slices[one].slope * values.T.astype(np.float64) + slices[one].intercept
-    if data.min() < 0:  # elsewhere 0 means that nothing was measured; in a signed image it is a value like any other
-        data[data == 0] = np.finfo(np.float32).tiny
     return Volume(data, affine, _header(affine), data.shape, stack.name, sha256(stack), tuple(warnings))
 
 

@@ -74,8 +74,8 @@ def on_grid(volume: Volume, reference: Volume, *, nearest: bool) -> Placed:
     how = "nearest neighbour" if nearest else "linear interpolation"
     note = (
         f"{volume.name} lies on another grid than {reference.name} ({_sizes(volume)} voxels of {_spacing(volume)} mm "
-        f"instead of {_sizes(reference)} of {_spacing(reference)} mm, corners up to {apart_mm(volume, reference):.3g} "
-        f"mm apart); it was resampled by {how}"
+        f"instead of {_sizes(reference)} of {_spacing(reference)} mm, corners up to "
+        f"{float(f'{apart_mm(volume, reference):.3g}'):g} mm apart); it was resampled by {how}"
     )
     inside = centres_inside(reference, volume)
     return Placed(volumes.resample(volume, reference, nearest=nearest), inside, note)

@@ -17,6 +17,7 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 (the name its own manual uses)
 from numpy.typing import DTypeLike, NDArray
 
+from monai_deepgmm import wording
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import atomic_files, header
 from monai_deepgmm.images.atomic_files import refused
@@ -231,5 +232,5 @@ def _as_study_error(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # SimpleITK has no finer kind
         words = str(error).rsplit("ERROR: ", 1)[-1].rsplit("Error: ", 1)[-1].split("\n")[-1].strip()
-        message = f"SimpleITK cannot read it ({atomic_files.printable(words)[:160]})"
+        message = f"SimpleITK cannot read it ({wording.shown(words)[:160]})"
         raise refused(path, "E_FORMAT", message, "Copy the file again, or convert it to NIfTI") from None

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import image_file, voxelwise
 from monai_deepgmm.images import volume as volumes
-from monai_deepgmm.patients.discovery import Study
+from monai_deepgmm.patients.study import Study
 from monai_deepgmm.protocol import Protocol
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Scan:
         warnings: each begins with its code.
         coverage: where each sequence was measured; None: everywhere.
         alignment: how sequences were brought together, for the sidecar; None where that was not looked for.
+        overlooked: sequence that is missing → what to do if an unused file is that.
     """
 
     patient: str
@@ -49,6 +51,7 @@ class Scan:
     warnings: tuple[str, ...]
     coverage: Coverage | None = None
     alignment: dict[str, Any] | None = None
+    overlooked: Mapping[str, str] = field(default_factory=dict)
 
 
 def load(
@@ -101,14 +104,16 @@ def load(
     axis = grid.slice_axis(reference.spacing_mm)
     about = (image, found.voxels, reference.spacing_mm, axis, protocol)
     edges = [*mask_edges.about(*about), *mask_cavities.about(*about, sequences)]
-    mask, beyond = masks.without_padding(image, found.voxels, len(protocol.components(sequences)))
+    stacked, tissues = axis if protocol.unit == "slice" else None, len(protocol.components(sequences))
+    mask, beyond = masks.without_padding(image, found.voxels, tissues, stacked)
     _refuse_constant(image, mask, sequences)
     inside = np.stack([one.inside for one in placed.values()])
     seen = coverage.find(image, mask, inside, axis)
     mask, blank = coverage.without_blank(mask, seen)
     warnings += [*found.warnings, *aligned.notes, *edges, *broken, *beyond, *blank, *seen.notes(mask, sequences)]
     reference = dataclasses.replace(reference, data=image[0])  # one copy of a head is enough
-    return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings), seen, aligned.facts)
+    known = (seen, aligned.facts, study.overlooked)
+    return Scan(study.patient, sequences, image, mask, reference, inputs, tuple(warnings), *known)
 
 
 def _refuse_identical(volumes: dict[str, Volume]) -> None:

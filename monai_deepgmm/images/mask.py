@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +15,11 @@ from monai_deepgmm.images import background, grid, image_file, mask_examination
 from monai_deepgmm.images.measured import padding
 from monai_deepgmm.images.volume import Volume
 from monai_deepgmm.localisation import brain, network_mask, probable_mask, ventricle
-from monai_deepgmm.patients.directory import listed, shown
 from monai_deepgmm.patients.study import MaskModel, Study
 from monai_deepgmm.protocol import Protocol
 
 #: The least confidence of a mask that was found.
 LEAST_CONFIDENCE = 0.6
-#: In the name of a file that may have been meant as a mask.
-LIKE_A_MASK = re.compile(r"(?i)mask|roi|seg|label|contour|kontur|outline|epi|endo|myo|lv|manual|annot")
 #: A mask needs at least this many voxels for each tissue.
 MIN_VOXELS_PER_TISSUE = 10
 
@@ -70,7 +66,8 @@ def read(
         found = background.foreground(reference, sequences[0], protocol)
         mask, facts, name, notes = found.mask, {"rule": found.rule}, reference.name, list(found.warnings)
     elif study.mask_rule == "auto":
-        mask, facts, notes, name = _found(protocol, sequences, reference, image, _overlooked(study))
+        overlooked = f"; {study.overlooked['mask']}" if "mask" in study.overlooked else ""
+        mask, facts, notes, name = _found(protocol, sequences, reference, image, overlooked)
     elif study.mask_model is not None:
         mask, facts, notes, name = _by_model(study.mask_model, protocol, sequences, reference, image)
     else:
@@ -117,15 +114,6 @@ def _found(
     note = f"W_MASK_AUTO: the {protocol.mask} was found {how}, with confidence {sure}; look at its outline{overlooked}"
     facts = {"rule": f"found {how}", "confidence": round(found.confidence, 4)}
     return found.mask, facts, [note], f"found {how}"
-
-
-def _overlooked(study: Study) -> str:
-    """What to say of files beside the images that look like masks, and were not taken for any."""
-    names = [name for name in study.unused if LIKE_A_MASK.search(name)]
-    if not names:
-        return ""
-    called = f"name it {shown(study.mask_called)}, or " if study.mask_called else ""
-    return f"; not used: {listed(names)} (if that is the mask, {called}name it in a table, --manifest)"
 
 
 def _by_model(
@@ -187,10 +175,10 @@ def _from_file(
 
 
 def without_padding(
-    image: NDArray[np.float32], mask: NDArray[np.bool_], tissues: int
+    image: NDArray[np.float32], mask: NDArray[np.bool_], tissues: int, axis: int | None
 ) -> tuple[NDArray[np.bool_], list[str]]:
     """The mask without the zeros that lie between it and the image, as after another tool's skull stripping."""
-    padded = padding(image, mask)
+    padded = padding(image, mask, axis)
     share = padded.sum() / mask.sum()
     if share == 0 or int((mask & ~padded).sum()) < MIN_VOXELS_PER_TISSUE * tissues:
         return mask, []

@@ -20,6 +20,7 @@ from monai_deepgmm.images.grid import slice_axis
 from monai_deepgmm.images.volume import Volume, corners_apart_mm
 from monai_deepgmm.mask_shape import MaskShape
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.wording import spans
 
 Bools = NDArray[np.bool_]
 
@@ -196,7 +197,7 @@ def _pieces(mask: Bools, axis: int | None, voxel_ml: float) -> tuple[Bools, list
     if lost > TOLD * mask.sum():
         notes = [f"W_MASK_PIECES: {dropped} small pieces of the mask ({lost * voxel_ml:.2f} ml) were left out"]
     if several:
-        place = "" if axis is None else f" in slice {', '.join(str(i) for i, _ in several)}"
+        place = "" if axis is None else f" in slice {spans(i for i, _ in several)}"
         most = max(n for _, n in several)
         notes.append(f"W_MASK_PIECES: the mask lies in {most} large pieces{place}; check that all are of one organ")
     return kept, notes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import binary_propagation
+from scipy.ndimage import label
 from torch import Tensor
 
 #: The quantiles inside the mask that all tissues reach, and how many times as far from the median values may lie.
@@ -82,21 +82,34 @@ def _limits(values: Tensor) -> tuple[float, float]:
     return middle - REACH * (middle - low), middle + REACH * (high - middle)
 
 
-def padding(image: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """What the mask has beyond the image: from its border inwards, voxels that are exactly 0 in every sequence.
+def padding(image: NDArray[np.float32], mask: NDArray[np.bool_], axis: int | None = None) -> NDArray[np.bool_]:
+    """What the mask has beyond the image: voxels that are exactly 0 in every sequence, as all is from there outwards.
 
     Args:
         image: (M, X, Y, Z).
         mask: (X, Y, Z).
+        axis: along which slices are stacked, each an image of its own; None: a volume.
 
     Returns:
-        (X, Y, Z); zeros that other voxels enclose are not padding.
+        (X, Y, Z); the zeros of the mask that zeros join to the image's edge. Those that tissue encloses are tissue:
+        healthy wall that was nulled, or dark values that an export of few grey levels has cut off. Of a signed image,
+        whose values go on below 0, none are.
     """
     empty: NDArray[np.bool_] = mask & (image == 0).all(0)
-    if not empty.any():
-        return empty
-    beyond: NDArray[np.bool_] = np.pad(~mask, 1, constant_values=True)
-    reached = binary_propagation(beyond, mask=beyond | np.pad(empty, 1))
-    inner = tuple(slice(1, -1) for _ in mask.shape)
-    found: NDArray[np.bool_] = reached[inner] & mask
+    if not empty.any() or any(_zero_is_a_value(torch.from_numpy(channel[mask])) for channel in image):
+        return np.zeros_like(empty)
+    if axis is None:
+        return empty & from_edge((image == 0).all(0))
+    for plane, values in zip(np.moveaxis(empty, axis, 0), np.moveaxis(image, axis + 1, 0), strict=True):
+        if plane.any():
+            plane &= from_edge((values == 0).all(0))
+    return empty
+
+
+def from_edge(place: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The parts of a place, an image or a volume, that reach its edge."""
+    parts, _ = label(place)
+    ends = [parts.take(end, axis).ravel() for axis in range(place.ndim) for end in (0, -1)]
+    reach = np.unique(np.concatenate(ends))
+    found: NDArray[np.bool_] = np.isin(parts, reach[reach > 0])
     return found

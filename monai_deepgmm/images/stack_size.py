@@ -6,8 +6,8 @@ import math
 
 from monai_deepgmm.errors import StudyError
 from monai_deepgmm.images import image_file
-from monai_deepgmm.images.atomic_files import printable
 from monai_deepgmm.patients.study import Source, Study
+from monai_deepgmm.wording import shown
 
 
 def check(study: Study, sequences: tuple[str, ...], *, frame: int | None, max_voxels: int) -> None:
@@ -38,5 +38,5 @@ def check(study: Study, sequences: tuple[str, ...], *, frame: int | None, max_vo
         largest = max(shapes, key=lambda name: math.prod(shapes[name]))
         stack = f"{len(sequences)} sequences and a mask of {' × '.join(map(str, reference))} voxels"
         stack += f", and {sum(others.values())} voxels of files of another shape" if others else ""
-        message = f"{stack} are {total}, more than {max_voxels}; the largest file is {printable(files[largest].name)}"
+        message = f"{stack} are {total}, more than {max_voxels}; the largest file is {shown(files[largest].name)}"
         raise StudyError("E_SIZE", message, f"Raise --max-voxels to {total} if the images are really that large")

@@ -17,7 +17,7 @@ from monai_deepgmm.localisation import probable_mask
 from monai_deepgmm.localisation.probable_mask import Found
 
 #: What a message tells to type.
-PIP = "pip install 'monai-deepgmm[brain-mask]'"
+PIP = "pip install deepbet"
 #: From this probability on a voxel is brain.
 LEAST = 0.5
 

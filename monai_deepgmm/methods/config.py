@@ -77,7 +77,7 @@ class Config:
         if self.means is not None and not self.method.takes_means:
             raise UsageError(f"--means: --method {name} has the protocol's own priors; use another with means")
         if self.dicom_seg and importlib.util.find_spec("highdicom") is None:
-            raise UsageError("--dicom-seg needs highdicom: pip install 'monai-deepgmm[dicom]'")
+            raise UsageError("--dicom-seg needs highdicom: pip install highdicom")
         for format_name in self.copies:
             settings.check_choice("--copies", format_name, COPIES)
         if not isinstance(self.seed, Integral) or not 0 <= self.seed < 1 << 63:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from monai_deepgmm.errors import UsageError
-from monai_deepgmm.patients.directory import READABLE, listed, shown
+from monai_deepgmm.patients.directory import READABLE
 from monai_deepgmm.patients.formats import foreign
+from monai_deepgmm.wording import listed, shown
 
 #: Entity → the values that are wanted; "" stands for files without that entity.
 Filters = Mapping[str, tuple[str, ...]]

@@ -7,7 +7,7 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ SEGMENTATION = re.compile(r"\.seg\.nrrd$", re.IGNORECASE)
 #: Deeper than derivatives/pipeline/sub/ses/anat, and an end to links that lead ever deeper.
 MAX_DEPTH = 8
 
-_SHOWN = 6  # names in a message
 _IGNORED = {"__MACOSX"}
 _SNIFFED = 8  # files without an extension that are opened per folder in search of DICOM
 
@@ -106,22 +105,6 @@ def holds_dicom(tree: Tree, names: Iterable[str]) -> bool:
         if not dot or not stem or extension.isdigit():
             bare.append(name)
     return any(_has_dicom_mark(tree.path(name)) for name in bare[:_SNIFFED])
-
-
-def shown(name: str | Path) -> str:
-    """A file's name as it can be printed on one line: control characters and bytes that are not text are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 patient``, ``2 patients``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many there are besides."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(shown, names[:_SHOWN])) + more
 
 
 def _has_dicom_mark(path: Path) -> bool:

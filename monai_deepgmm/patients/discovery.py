@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +14,7 @@ from monai_deepgmm.patients import (
     bids,
     dataset_json,
     given_masks,
+    ids,
     label_meanings,
     task_check,
 )
@@ -28,29 +25,18 @@ from monai_deepgmm.patients.claims import Claims, Found, claim
 from monai_deepgmm.patients.dicom import cohort as dicom_cohort
 from monai_deepgmm.patients.dicom import layout as dicom_layout
 from monai_deepgmm.patients.dicom.layout import DicomLayout
-from monai_deepgmm.patients.directory import READABLE, Tree, counted, holds_dicom, listed, scan, shown
+from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, scan
 from monai_deepgmm.patients.formats import foreign
 from monai_deepgmm.patients.judge import Asked, failed, judge
 from monai_deepgmm.patients.layout import Layout
-from monai_deepgmm.patients.study import Cohort, MaskModel, Meanings, Problem, Study
+from monai_deepgmm.patients.study import Cohort, MaskModel, Meanings, Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.wording import counted, listed, shown
 
-__all__ = ["MAX_ID_BYTES", "Cohort", "Problem", "Study", "find"]
+__all__ = ["Cohort", "Study", "find"]
 
-#: The longest id, in bytes: 255 less what is appended to it in the names of results.
-MAX_ID_BYTES = 200
 #: Where a mask comes from; without one of these, from a file, or else from the images where the protocol can.
 MASK_RULES = ("file", "auto", "nonzero")
-#: What lies beside the patients' folders in a run's results.
-RESERVED = {
-    *("summary.tsv", "measurements.tsv", "dseg.tsv", "dataset_description.json", "index.html", "deepgmm.log"),
-    *("itksnap_labels.txt", "readme.md", ".bidsignore", "measurements_slices.tsv", "masks.tsv"),
-    *("agreement.html", "review.tsv"),
-    *("evaluation.tsv", "evaluation.json", ".locks", ".refused", "model", ".cohort"),
-}
-#: Where names of files must be such as Windows takes, and what it takes for a device, whatever follows a dot.
-WINDOWS = os.name == "nt"
-DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
 
 def find(
@@ -119,8 +105,8 @@ def find(
         found: dict[str, Any] = {"mask": None, "mask_labels": (), "mask_rule": "model", "mask_model": mask_model}
         cohort = replace(cohort, studies=tuple(replace(study, **found) for study in cohort.studies))
     rule = spacings.parse(spacing)
-    studies = _unique(replace(_with_usable_id(study), spacing=rule) for study in cohort.studies)
-    return replace(cohort, studies=_selected(studies, [str(one) for one in schema.several(patients)]))
+    studies = ids.unique(replace(ids.usable(study), spacing=rule) for study in cohort.studies)
+    return replace(cohort, studies=ids.selected(studies, [str(one) for one in schema.several(patients)]))
 
 
 def _check_options(
@@ -188,13 +174,7 @@ def _from_layout(
     if name is not None and (series := dicom_layout.load(name)) is not None:
         return _from_dicom(tree, series, protocol, given, wanted, asked=asked) or _no_dicom(tree)
     tried = [layouts.load(n) for n in ((name,) if name is not None else layouts.ORDER)]
-    fitting = [one for one in tried if one.fits(protocol) and (one.entities or not wanted)]
-    if not fitting:
-        if wanted:
-            raise UsageError(f"--filter chooses between files by their BIDS names; layout {name} has none")
-        raise UsageError(
-            f"--layout {name} holds other sequences or tissues than protocol {protocol.name}: choose another --protocol"
-        )
+    fitting = _fitting(name, tried, protocol, wanted)
     there, title = task_check.sequences_by_name(tree), shown(root.name or ".")
     try:
         claims = [claim(tree, _reader(one, protocol, tree), protocol, wanted) for one in fitting]
@@ -221,10 +201,25 @@ def _from_layout(
     return Cohort(root, chosen.layout.name, tuple(studies), (*notes, *_about_dicom(tree)))
 
 
+def _fitting(
+    name: str | Path | None, tried: Sequence[Layout], protocol: Protocol, wanted: bids.Filters
+) -> list[Layout]:
+    """The layouts that can hold what is looked for; of those that come with the package there always is one."""
+    fitting = [one for one in tried if one.fits(protocol) and (one.entities or not wanted)]
+    if fitting:
+        return fitting
+    if wanted:
+        raise UsageError(f"--filter chooses between files by their BIDS names; layout {name} has none")
+    raise UsageError(
+        f"--layout {name} holds other sequences or tissues than protocol {protocol.name}: choose another --protocol"
+    )
+
+
 def _about_dicom(tree: Tree) -> tuple[str, ...]:
     """What is told of DICOM files beside patients of other files."""
     names = [n for n in tree.files if n.lower().endswith((".dcm", ".ima", ".dicom")) and not layouts.in_results(n)]
-    return (f"{len(names)} DICOM files are not looked at; --layout dicom looks at nothing else",) if names else ()
+    way = "--layout dicom, in a run with an OUT of its own, looks at nothing else"
+    return (f"{len(names)} DICOM files are not looked at; {way}",) if names else ()
 
 
 def _from_dicom(
@@ -294,76 +289,14 @@ def _nobody(tree: Tree, protocol: Protocol, tried: Sequence[Layout]) -> str:
         hint = " Names that begin with the sequence need a layout of your own with images: ['{sequence}_{patient}']."
     elif any(READABLE.search(n) for n in flat):
         hint = f" It holds {listed([n for n in flat if READABLE.search(n)])}: if it is one patient's folder, give the "
-        hint += "folder around it."
+        hint += f"folder around it, and --patients {shown(tree.root.absolute().name)}."
     return (
-        f"no patient found in {shown(tree.root.name or '.')} ({looked}): nothing is named like "
-        f"{', '.join(protocol.sequences)} in layout "
-        f"{', '.join(one.name for one in tried)}.{hint} Choose --protocol or --layout "
-        f"({', '.join(layouts.ORDER)}, or a YAML file), or list the files in a table (--manifest)"
+        f"no patient found in {shown(tree.root.name or '.')} ({looked}).{hint} No name is that of a patient's "
+        f"{', '.join(protocol.sequences)} in layout {', '.join(one.name for one in tried)}: choose --protocol or "
+        f"--layout ({', '.join(layouts.ORDER)}, or a YAML file), or list the files in a table (--manifest)"
     )
 
 
 def _begins_with_sequence(name: str, protocol: Protocol) -> bool:
     first, _, rest = name.partition("_")
     return bool(rest) and layouts.load("folder").aliases(protocol).get(first.casefold()) in protocol.sequences
-
-
-def _with_usable_id(study: Study) -> Study:
-    """The study, with a problem if its id cannot be the name of a folder and of files."""
-    name = study.patient
-    problem = None
-    odd = any(c in "/\\" or unicodedata.category(c) == "Cc" for c in name)
-    if odd or not name.strip() or name == "." or ".." in name:
-        remedy = "Use an id without separators, '..' or control characters: it becomes a folder's name"
-        problem = Problem("E_ID", f"the id {name!r} cannot be a folder's name", remedy)
-    elif name.casefold() in RESERVED:
-        problem = Problem("E_ID", f"the id {name!r} is the name of a file that every run writes", "Use another id")
-    elif (size := len(os.fsencode(name))) > MAX_ID_BYTES:
-        message = f"the id begins with {shown(name[:20])!r} and has {size} bytes; {MAX_ID_BYTES} are possible"
-        problem = Problem("E_NAME", message, "Shorten it")
-    elif WINDOWS and (name.partition(".")[0].strip().upper() in DEVICES or name[-1] in ". " or ":" in name):
-        message = f"the id {name!r} cannot be a folder's name on Windows"
-        problem = Problem("E_NAME", message, "Use an id that is no device, without a colon, a last dot or a last space")
-    return replace(study, problems=(problem, *study.problems)) if problem else study
-
-
-def _unique(studies: Iterable[Study]) -> tuple[Study, ...]:
-    """Sorted by id; those whose ids a file system may take for one another all fail."""
-
-    def key(patient: str) -> str:
-        return unicodedata.normalize("NFC", unicodedata.normalize("NFC", patient).casefold())
-
-    first: dict[str, Study] = {}
-    times: Counter[str] = Counter()
-    for study in studies:
-        times[study.patient] += 1
-        first.setdefault(study.patient, study)
-    alike: dict[str, list[str]] = {}
-    for patient in sorted(first):
-        alike.setdefault(key(patient), []).append(patient)
-    result = []
-    for patient in sorted(first):
-        study, group = first[patient], alike[key(patient)]
-        problem = None
-        if times[patient] > 1:
-            problem = f"{times[patient]} patients have the id {shown(patient)}"
-        elif len(group) > 1:
-            problem = f"the ids {', '.join(shown(p) for p in group)} differ only by case or by how accents are encoded"
-        if problem:
-            duplicate = Problem("E_DUPLICATE", problem, "Rename all but one of them")
-            study = replace(study, problems=(duplicate, *study.problems))
-        result.append(study)
-    return tuple(result)
-
-
-def _selected(studies: tuple[Study, ...], patients: Sequence[str]) -> tuple[Study, ...]:
-    """The studies of these ids; all of them if none is given."""
-    have = [study.patient for study in studies]
-    for patient in patients:
-        if patient not in have:
-            near = difflib.get_close_matches(patient, have, n=3, cutoff=0.4) or have[:3]
-            raise UsageError(
-                f"--patients: there is no patient {shown(patient)} among {len(have)}; "
-                f"near: {', '.join(map(shown, near))}"
-            )
-    return tuple(study for study in studies if not patients or study.patient in patients)

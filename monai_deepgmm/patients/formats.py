@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from monai_deepgmm.patients.directory import READABLE, shown
+from monai_deepgmm.patients.directory import READABLE
 from monai_deepgmm.patients.study import Problem
+from monai_deepgmm.wording import shown
 
 _DCM2NIIX = "Convert it with dcm2niix"
 _ONE_FILE = "Save both as one file (.nrrd, .mha or .nii.gz), with 3D Slicer or SimpleITK's WriteImage"

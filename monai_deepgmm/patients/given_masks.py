@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from monai_deepgmm.patients.directory import shown
 from monai_deepgmm.patients.study import Problem, Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.wording import shown
 
 
 def name(patient: str, protocol: Protocol) -> str:

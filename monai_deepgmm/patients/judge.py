@@ -9,14 +9,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from monai_deepgmm.patients import bids, label_meanings
+from monai_deepgmm.patients import bids, label_meanings, overlooked
 from monai_deepgmm.patients import layout as layouts
 from monai_deepgmm.patients.claims import Found
-from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom, listed, shown
+from monai_deepgmm.patients.directory import READABLE, Tree, holds_dicom
 from monai_deepgmm.patients.formats import foreign, pointer
 from monai_deepgmm.patients.layout import Layout
 from monai_deepgmm.patients.study import Meanings, Problem, Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.wording import listed, shown
 
 #: Finders of a mask that are asked also where a mask was found that is not meant, of another space or run.
 UNASKED = ("ventricle",)
@@ -55,7 +56,8 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
         asked: what the user says besides.
     """
     present = {s: found.images[s] for s in protocol.sequences if s in found.images}
-    problems = [*_sequence_problems(found, present, protocol)]
+    told = overlooked.find(found, layout, protocol)
+    problems = [*_sequence_problems(found, present, protocol, told)]
     for sequence, names in present.items():
         problems += _file_problems(found, tree, sequence, names)
     known = layout.mask_labels if layout else ()
@@ -88,7 +90,7 @@ def judge(found: Found, tree: Tree, layout: Layout | None, protocol: Protocol, a
         problems=tuple(problems),
         label_problems=tuple(_label_problems(found, tree, meanings)),
         unused=tuple(map(_base, found.unused)),
-        mask_called=next(iter(layout.mask_examples(found.patient)), "") if layout else "",
+        overlooked=told,
     )
 
 
@@ -128,7 +130,9 @@ def _only(names: Sequence[str]) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _sequence_problems(found: Found, present: Mapping[str, object], protocol: Protocol) -> Iterable[Problem]:
+def _sequence_problems(
+    found: Found, present: Mapping[str, object], protocol: Protocol, told: Mapping[str, str]
+) -> Iterable[Problem]:
     for sequence, name in found.dicom.items():
         yield _dicom(f"{shown(name)} is DICOM where the NIfTI file of {sequence} belongs")
     unread = [s for s in protocol.sequences if found.foreign.get(s) and s not in present]
@@ -139,6 +143,7 @@ def _sequence_problems(found: Found, present: Mapping[str, object], protocol: Pr
         wanted = " and ".join(missing) or f"any of {', '.join(protocol.sequences)}"
         have = ", ".join(present) or "none"
         why = "".join(f"; {hint}" for s, hint in found.hints.items() if s in protocol.sequences and hint)
+        why += "".join(f"; {told[s]}" for s in protocol.sequences if s in told)
         remedy = f"Protocol {protocol.name} needs {wanted}: add its file, or name it in a table (--manifest)"
         yield Problem("E_NO_SEQUENCE", f"{wanted} is missing; sequences found: {have}{why}", remedy)
 
@@ -225,5 +230,5 @@ def _how_to_lay_out(folder: str, names: Sequence[str], tree: Tree, protocol: Pro
 
 
 def _dicom(message: str) -> Problem:
-    remedy = "Convert it with dcm2niix, and name the result after its sequence; or give the DICOM files alone as DIR"
+    remedy = "Convert it with dcm2niix, and name the result after its sequence; or segment DICOM with --layout dicom"
     return Problem("E_DICOM", message, remedy)

@@ -104,6 +104,19 @@ class Layout:
         filled = [n.replace("{words}", word).replace("{patient}", patient) for n in names]
         return [f"{name}.nii.gz" for name in dict.fromkeys(filled)]
 
+    def names_of(self, sequence: str) -> tuple[str, ...]:
+        """A sequence's names in any of the layouts that come with the package, and in this one, casefolded."""
+        known = [one.sequences or {} for one in (self, *map(load, ORDER))]
+        names = (sequence, *(alias for aliases in known for alias in aliases.get(sequence, ())))
+        return tuple(dict.fromkeys(name.casefold() for name in names))
+
+    def image_example(self, patient: str, sequence: str) -> str:
+        """What a file of this sequence may be called; "" where its name does not tell the sequence."""
+        name = self.images[0].rpartition("/")[2].replace("{patient}*", "{patient}").replace("{patient}", patient)
+        called = next(iter((self.sequences or {}).get(sequence, ())), sequence)
+        filled = name.replace("{words}", called).replace("{sequence}", called)
+        return f"{filled}.nii.gz" if filled != name and not set("*{") & set(filled) else ""
+
     @property
     def _is_open(self) -> bool:
         """Whether a sequence's name stands in the file's name, so that any protocol's names can."""

@@ -15,10 +15,11 @@ from typing import NamedTuple
 from monai_deepgmm.errors import UsageError
 from monai_deepgmm.patients import label_meanings
 from monai_deepgmm.patients.claims import Found
-from monai_deepgmm.patients.directory import READABLE, shown
+from monai_deepgmm.patients.directory import READABLE
 from monai_deepgmm.patients.formats import foreign, pointer
-from monai_deepgmm.patients.study import Problem
+from monai_deepgmm.patients.study import Problem, Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.wording import shown
 
 _ROLES = ("patient", "mask", "truth", "labels")
 _FILE_WORDS = {"file", "filename", "path", "filepath", "image", "img", "nii", "nifti", "scan"}
@@ -36,6 +37,22 @@ class Table(NamedTuple):
 
     patients: tuple[Found, ...]
     notes: tuple[str, ...]
+
+
+def draft(studies: Sequence[Study], protocol: Protocol, here: Path) -> str:
+    """A manifest of what was found, as CSV, to be corrected; paths are relative to the folder that it is to lie in."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    meant = any(study.truth and study.truth_labels for study in studies)  # a table does not know its layout's
+    writer.writerow(["patient", *protocol.sequences, "mask", "truth", *(["labels"] if meant else [])])
+    named = {tissue.index: tissue.name for tissue in protocol.tissues}
+    for study in studies:
+        sources = [*(study.images.get(s) for s in protocol.sequences), study.mask, study.truth]
+        paths = [os.path.relpath(one.resolve(), here) if isinstance(one, Path) else "" for one in sources]
+        values = (study.truth_labels or {}) if study.truth else {}
+        labels = " ".join(f"{named[index]}={value}" for value, index in values.items())
+        writer.writerow([study.patient, *paths, *([labels] if meant else [])])
+    return table.getvalue()
 
 
 def read(path: Path, aliases: Mapping[str, str], protocol: Protocol) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -93,7 +93,7 @@ class Study:
         mask_model: the bundle that finds the mask, with that rule.
         series: what was made of each series of a DICOM study.
         unused: names of files beside the images that no name of the layout fits.
-        mask_called: what a mask's file would be called; "": there is no layout.
+        overlooked: "mask", or a sequence that is missing → what to do if an unused file is that.
     """
 
     patient: str
@@ -111,7 +111,7 @@ class Study:
     mask_model: MaskModel | None = None
     series: tuple[Series, ...] = ()
     unused: tuple[str, ...] = ()
-    mask_called: str = ""
+    overlooked: Mapping[str, str] = field(default_factory=dict)
 
     def with_whole_paths(self) -> Self:
         """The same for a process with another working directory."""

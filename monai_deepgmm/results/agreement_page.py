@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monai_deepgmm.images.atomic_files import write_whole
-from monai_deepgmm.patients.directory import counted
 from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.results import evaluate, markup
 from monai_deepgmm.results.agreement import Agreement, Pair, agreement, pairs
 from monai_deepgmm.results.evaluate import Evaluation
 from monai_deepgmm.results.markup import as_map
+from monai_deepgmm.wording import counted
 
 FILE = "agreement.html"
 WIDTH, HEIGHT, EDGE = 300.0, 150.0, 8.0

@@ -13,6 +13,8 @@ from monai_deepgmm.results.review import Review, result_of
 from monai_deepgmm.results.strips import strips, values_by_tissue
 
 STATUSES = ("failed", "skipped", "ok")
+#: So many patients who failed for one reason are listed above the table, which lists all.
+LISTED = 8
 Row = Mapping[str, Any]
 
 
@@ -50,6 +52,7 @@ def index(
             title=title,
             compared=compared,
             patients=patients,
+            failures=_failures(patients),
             counts={status: sum(row.get("status") == status for row in rows) for status in STATUSES},
             warned=sum(bool(p["warnings"]) for p in patients),
             flagged=sum(p["flagged"] for p in patients),
@@ -106,6 +109,26 @@ def _entry(row: Row, volumes: Mapping[str, Mapping[str, Row]], largest_ml: float
         "result": result_of(row.get("fingerprint")),
         "review": review._asdict() if review else None,
     }
+
+
+def _failures(patients: Sequence[Row]) -> list[Row]:
+    """Why patients failed, and what to do; those with the same reason together."""
+    together: dict[tuple[str, ...], list[Row]] = {}
+    for patient in patients:
+        row = patient["row"]
+        if row.get("status") == "failed":
+            reason = (row.get("code"), row.get("message") or patient["meaning"], row.get("remedy"))
+            together.setdefault(tuple(str(part or "") for part in reason), []).append(patient)
+    return [
+        {
+            "code": code,
+            "message": message,
+            "remedy": remedy,
+            "patients": who[:LISTED],
+            "more": max(len(who) - LISTED, 0),
+        }
+        for (code, message, remedy), who in together.items()
+    ]
 
 
 def link(row: Row) -> str | None:

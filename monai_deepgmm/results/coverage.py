@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from monai_deepgmm.results.segmentation import Segmentation
+from monai_deepgmm.wording import spans
 
 
 def facts(segmentation: Segmentation) -> dict[str, Any]:
@@ -31,8 +32,7 @@ def facts(segmentation: Segmentation) -> dict[str, Any]:
 def about(segmentation: Segmentation) -> Iterator[str]:
     """A warning where slices within the organ have no mask; what else ``facts`` tells is usual in clean stacks."""
     if gaps := facts(segmentation)["gaps"]:
-        listed = ", ".join(map(str, gaps))
         yield (
-            f"W_COVERAGE: the mask leaves out slice {listed} between slices that it covers, so volumes lack what lies "
-            "there; draw it on them, or check that they are empty"
+            f"W_COVERAGE: the mask leaves out slice {spans(gaps)} between slices that it covers, so volumes lack what "
+            "lies there; draw it on them, or check that they are empty"
         )

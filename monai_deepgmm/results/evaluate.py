@@ -22,14 +22,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from monai_deepgmm.errors import StudyError, UsageError
+from monai_deepgmm.errors import StudyError, UsageError, exit_code
 from monai_deepgmm.images import atomic_files, nifti
 from monai_deepgmm.images import labels as truth
-from monai_deepgmm.patients.directory import counted
-from monai_deepgmm.patients.discovery import Cohort, Problem, Study
+from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.results import label_order, metrics
 from monai_deepgmm.results.review import result_of
+from monai_deepgmm.wording import counted, shown
 
 Slices = Literal["all", "complete"]
 Unit = Literal["slice", "volume"]
@@ -133,6 +133,11 @@ class Evaluation:
         return tuple(dict.fromkeys(warning for warning in found if warning))
 
     @property
+    def exit_code(self) -> int:
+        """Whether every patient could be compared, some, or none."""
+        return exit_code(len(self.problems), len(self.problems) + len(self.patients))
+
+    @property
     def rows(self) -> tuple[Row, ...]:
         """The rows of all patients."""
         return tuple(row for patient in self.patients.values() for row in patient.rows)
@@ -228,7 +233,7 @@ def summary(evaluation: Evaluation) -> str:
     odd = [f"  {name}: {warning}" for name, one in evaluation.patients.items() for warning in one.warnings]
     text += odd[:_SHOWN] + ([f"  and {len(odd) - _SHOWN} more warnings: see evaluation.json"] * (len(odd) > _SHOWN))
     text += evaluation.warnings
-    text = [atomic_files.printable(line) for line in text]
+    text = [shown(line) for line in text]
     return "\n".join(text)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from monai_deepgmm.protocol import Protocol, Tissue
 from monai_deepgmm.results import uncertainty
 from monai_deepgmm.results.assembly import Assembly
 from monai_deepgmm.results.provenance import Outcome
+from monai_deepgmm.wording import spans
 
 #: Names given with less certainty than this are reported.
 CERTAIN = 0.5
@@ -22,7 +23,7 @@ CERTAIN = 0.5
 
 def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Config) -> Iterator[str]:
     """All warnings that a fit gives rise to, in the order of reading."""
-    yield from _about_sequences(config.protocol, assembly.images.sequences)
+    yield from _about_sequences(config.protocol, assembly.images.sequences, prepared.scan.overlooked)
     yield from _about_order(prepared, assembly, config.protocol.components(assembly.images.sequences))
     yield from _about_fit(prepared, assembly, outcome)
     yield from _about_names(assembly, outcome, config)
@@ -30,13 +31,14 @@ def about(prepared: Prepared, assembly: Assembly, outcome: Outcome, config: Conf
     yield from _about_field(assembly, outcome)
 
 
-def _about_sequences(protocol: Protocol, sequences: tuple[str, ...]) -> Iterator[str]:
+def _about_sequences(protocol: Protocol, sequences: tuple[str, ...], overlooked: Mapping[str, str]) -> Iterator[str]:
     absent = [s for s in protocol.sequences if s not in sequences]
     if not absent:
         return
     by_index = {t.index: t.name for t in protocol.tissues}
     merged = [(by_index[a], by_index[b]) for a, b in protocol.merged(sequences).items() if a != b and b in by_index]
     told = "; ".join(f"{a} is counted as {b}" for a, b in merged) or "no tissue is lost"
+    told += "".join(f"; {overlooked[sequence]}" for sequence in absent if sequence in overlooked)
     yield f"W_MISSING: without {', '.join(absent)}: {told}"
 
 
@@ -59,8 +61,8 @@ def _about_order(prepared: Prepared, assembly: Assembly, tissues: tuple[Tissue, 
 def _about_fit(prepared: Prepared, assembly: Assembly, outcome: Outcome) -> Iterator[str]:
     known, slices = outcome.fit.diagnostics, assembly.images.slices
     if slices and assembly.small:
-        listed = ", ".join(str(prepared.crops.slices[i]) for i in assembly.small)
-        yield f"W_SMALL: slice {listed} has too few voxels for a fit and uses its neighbour's mixture"
+        small = spans(prepared.crops.slices[i] for i in assembly.small)
+        yield f"W_SMALL: slice {small} has too few voxels for a fit and uses its neighbour's mixture"
     if known.converged is not None and not known.converged.all():
         place = _where(slices, ~known.converged)
         yield f"W_CONVERGENCE: the fit did not converge{place}; raise max_iter or tol"
@@ -103,4 +105,4 @@ def _about_field(assembly: Assembly, outcome: Outcome) -> Iterator[str]:
 def _where(slices: tuple[int, ...], flags: Tensor) -> str:
     """In which slices; nothing for a volume."""
     chosen = [slices[int(i)] for i in torch.nonzero(flags).flatten()] if slices else []
-    return f" in slice {', '.join(map(str, chosen))}" if chosen else ""
+    return f" in slice {spans(chosen)}" if chosen else ""

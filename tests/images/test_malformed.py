@@ -22,7 +22,7 @@ from conftest import AFFINE, heart, save
 
 from monai_deepgmm.cli import main
 from monai_deepgmm.errors import CODES
-from monai_deepgmm.patients import discovery
+from monai_deepgmm.patients import ids
 
 Files = dict[str, Path]
 Bend = Callable[[Files], object]
@@ -222,6 +222,7 @@ WORKS: dict[str, tuple[Bend, str]] = {
     "mask without a place": (without_place("gd"), "W_MASK_PLACE"),
     "swapped": (swapped, "W_SWAPPED"),
     "T2 missing": (lambda f: f["T2"].unlink(), "W_MISSING"),
+    "T2 called otherwise": (lambda f: f["T2"].rename(f["T2"].with_name("bad_T2_SA.nii.gz")), "W_MISSING"),
     "T2 on another grid": (lambda f: aside(f["T2"], 1), "W_RESAMPLED"),  # less than a voxel is left as it is
     "T2 aside": (lambda f: aside(f["T2"], 4.5), "W_RESAMPLED W_ALIGNED"),
 }
@@ -237,6 +238,9 @@ def test_what_is_odd_is_segmented_and_recorded(cohort, tmp_path, case):
     row = summary(out)["bad"]
     found = {warning.split(":")[0] for warning in row["warnings"].split(" | ") if warning}
     assert (row["status"], found) == ("ok", set(code.split()))
+    assert ("; if bad_T2_SA.nii.gz is T2, name it bad_T2.nii.gz, or " in row["warnings"]) == (
+        case == "T2 called otherwise"
+    )
     sidecar = json.loads((out / "bad" / "bad_dseg.json").read_text())
     assert " | ".join(sidecar["warnings"]) == row["warnings"]
     labels = nib.load(out / "bad" / "bad_dseg.nii.gz")
@@ -361,7 +365,7 @@ def test_hostile_names_work_and_are_kept_byte_for_byte(tmp_path, make_patient, p
 
 
 def test_ids_of_a_manifest_that_cannot_be_folders_fail_alone(cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(discovery, "WINDOWS", True)
+    monkeypatch.setattr(ids, "WINDOWS", True)
     bad = {
         "../x": "E_ID", "a/b": "E_ID", "/abs": "E_ID", "a..b": "E_ID", ".locks": "E_ID", "index.html": "E_ID",
         "Nul.1": "E_NAME", "COM3": "E_NAME", "a:b": "E_NAME", "dot.": "E_NAME", "end ": "E_NAME", "y" * 201: "E_NAME",

@@ -60,3 +60,23 @@ def test_padding_is_what_lies_at_the_border_and_not_what_is_enclosed():
     found = padding(image, mask)
     assert found[:2].all()
     assert found.sum() == 2 * 64
+
+
+def test_zeros_at_the_border_of_a_signed_image_are_values_unless_they_are_padding():
+    image = (np.arange(-256, 256, dtype=np.float32) // 4).reshape(1, 8, 8, 8)
+    image[0, 0, 0, :2] = image[0, 7, 7, 7] = 0
+    mask = np.ones((8, 8, 8), bool)
+    assert not padding(image, mask).any()
+    assert padding(np.abs(image), mask).sum() == 3 + 4
+    image[0, :2] = 0
+    assert padding(image, mask)[:2].all()
+
+
+def test_nulled_tissue_at_the_masks_border_is_no_padding():
+    image = np.ones((1, 12, 12, 2), np.float32)
+    image[0, 2:10, 3:6] = 0  # wall and lung, both nulled, which fat encloses
+    mask = np.zeros((12, 12, 2), bool)
+    mask[4:8, 4:9] = True
+    assert not padding(image, mask, 2).any()
+    image[0, 2:10, :6, 1] = 0  # the same, but open to the image's edge in one slice
+    assert padding(image, mask, 2).sum((0, 1)).tolist() == [0, 8]

@@ -56,7 +56,7 @@ def test_without_the_extra_a_head_fails_with_its_pip_line_and_a_stripped_brain_n
     assert run("mask", cohort, "--mask", "auto") == 1
     found = rows(cohort, "masks.tsv")
     assert found["head"]["code"] == "E_MASK_NONE"
-    assert "pip install 'monai-deepgmm[brain-mask]'" in found["head"]["message"]
+    assert "pip install deepbet" in found["head"]["message"]
     assert "W_MASK_AUTO: T1.nii.gz is stripped already" in found["stripped"]["warnings"]
     written = np.asarray(nib.load(cohort / "out" / "stripped" / "stripped_desc-brain_mask.nii.gz").dataobj)
     assert np.array_equal(written > 0, BRAIN)
@@ -66,7 +66,7 @@ def test_the_mask_that_holds_a_head_says_how_to_strip_it(cohort, capsys):
     assert run("segment", cohort, "--mask", "nonzero", "--dry-run") == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("head"))
     assert "E_HEAD" in line
-    assert "--mask auto, after pip install 'monai-deepgmm[brain-mask]'" in line
+    assert "--mask auto, after pip install deepbet" in line
 
 
 @pytest.mark.usefixtures("absent")

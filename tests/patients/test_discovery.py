@@ -599,6 +599,32 @@ class TestWhatIsNotUsed:
         assert {s.patient: s.unused for s in found.studies} == {"a": ("a_Maske.nii.gz",), "a1": ("a1-roi.nii.gz",)}
 
     @pytest.mark.parametrize(
+        ("files", "layout", "said"),
+        [
+            ("p1/{LGE,T2_SA}.nii.gz", "folder", {"T2": "if T2_SA.nii.gz is T2, name it T2.nii.gz, or "}),
+            ("p1/{LGE,T2-STIR_sa,Cine2ch}.nii", None, {"T2": "if T2-STIR_sa.nii ", "bSSFP": "if Cine2ch.nii is bSSFP"}),
+            ("{p1_LGE,p1_t2w,p10_t2w}.nii.gz", "myops", {"T2": "if p1_t2w.nii.gz is T2, name it p1_T2.nii.gz, or "}),
+            (
+                "p1/{LGE,T2_mask_old,stir2}.mha",
+                "folder",
+                {"T2": "if stir2.mha is", "mask": "if T2_mask_old.mha is the"},
+            ),
+            ("p1/{LGE,T2,T2_SA,model,a_de_b}.nii.gz", "folder", {}),
+            ("p1/Images/a.nii.gz", "emidec", {}),
+        ],
+    )
+    def test_those_that_may_be_a_missing_sequence(self, tmp_path, files, layout, said):
+        found = one(tmp_path, files, layout=layout).overlooked
+        assert found.keys() == said.keys()
+        for what, text in said.items():
+            assert found[what].startswith(text)
+            assert found[what].endswith("name it in a table (--manifest)")
+
+    def test_one_that_may_be_a_sequence_without_which_nothing_goes(self, tmp_path):
+        (problem,) = one(tmp_path, "p1/{T1_brain,T2,mask}.nii.gz", protocol=BRAIN).problems
+        assert "found: T2; if T1_brain.nii.gz is T1, name it T1.nii.gz, or " in problem.message
+
+    @pytest.mark.parametrize(
         ("files", "said"),
         [
             ("LGE/{1,2}.nii.gz", "layout of your own with images: ['{sequence}/{patient}']"),

@@ -192,3 +192,12 @@ def test_nothing_overflows_at_800_pixels_and_print_bears_id_and_disclaimer(tab, 
     assert display == "table-header-group"  # which is printed on every sheet
     assert "Research use only, not a medical device" in told
     assert (patient or "Segmentations") in told
+
+
+@pytest.mark.parametrize("width", [1400, 420])
+def test_many_warnings_and_a_narrow_window_do_not_widen_the_index(tab, out, width):
+    tab.open((out / "index.html").as_uri(), width=width)
+    tab.run("(w => w.innerHTML = w.innerHTML.repeat(12))(document.querySelector('tr.flagged td.w'))")
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    told = tab.run("[...document.querySelectorAll('.failures tbody td')].map(d => d.getBoundingClientRect().width)")
+    assert min(told) > 90  # so that no word stands on several lines

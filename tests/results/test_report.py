@@ -175,6 +175,13 @@ def test_a_failed_patients_page_says_what_to_do():
     assert "data:image" not in html
 
 
+def test_a_mask_that_was_found_has_no_file():
+    found = {"rule": "found from the images", "confidence": 0.875}
+    row = {"patient": "sub-1", "status": "ok"}
+    shown = report.page(row, hearts().sidecar | {"inputs": {"mask": found}}, [], None)
+    assert "<dt>mask</dt><dd>found from the images, with confidence 0.88</dd>" in shown
+
+
 def test_hostile_text_is_escaped_everywhere():
     heart = hearts(HOSTILE)
     heart.sidecar.update(method=HOSTILE, sequences=[HOSTILE], versions={HOSTILE: HOSTILE}, configuration=HOSTILE)
@@ -222,6 +229,14 @@ def test_index_counts_and_puts_the_failed_first():
     assert "Copy it again" in html
     assert 'href="summary.tsv"' in html
     assert 'href="measurements.tsv"' in html
+
+
+def test_who_failed_for_one_reason_stands_in_one_line():
+    rows = [failed(f"p{number:02d}") for number in range(23)] + [failed("other", message="x_LGE.nii.gz: cut")]
+    above, _, table = report.index(rows, [], "t").partition('<table id="patients"')
+    assert above.count("x_T2.nii.gz: cut &lt;short&gt;") == above.count("x_LGE.nii.gz: cut") == 1
+    assert "p07</strong></a> and 15 more" in above
+    assert table.count(">E_GZIP<") == 24  # so that the search finds all of them
 
 
 def test_bars_share_one_scale():

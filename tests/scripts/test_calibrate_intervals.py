@@ -28,7 +28,7 @@ def patients(number: int, seed: int) -> list[script.Volume]:
 
 
 def test_a_rule_finds_the_slope_and_the_reach_and_holds_further_patients():
-    found = script.rule(patients(400, 1), WIDTH)
+    found = script.rule(patients(400, 1), width=WIDTH)
     slope, usual, sd = found.cues.pop("noise")
     assert not found.cues  # what no sidecar says is left out
     assert slope / sd == pytest.approx(SLOPE, rel=0.1)
@@ -40,7 +40,7 @@ def test_a_rule_finds_the_slope_and_the_reach_and_holds_further_patients():
 
 def test_intervals_by_cues_hold_as_many_and_are_narrower_than_by_standard_deviations():
     here, there = patients(300, 2), patients(300, 3)
-    by_cues = script.checked(there, script.rule(here, WIDTH))
+    by_cues = script.checked(there, script.rule(here, width=WIDTH))
     by_sd = script.checked(there, script.reaches(here))
     for held, _ in (by_cues, by_sd):
         assert 0.85 <= held <= 0.96
@@ -49,7 +49,7 @@ def test_intervals_by_cues_hold_as_many_and_are_narrower_than_by_standard_deviat
 
 def test_half_of_the_mean_error_is_taken_over():
     rows = [r._replace(reference_ml=100.0) for r in patients(100, 4)]
-    found = script.rule(rows, WIDTH)
+    found = script.rule(rows, width=WIDTH)
     assert found.centre == pytest.approx(WIDTH.share * math.log(100.5 / 80.5), abs=1e-3)
 
 
@@ -57,9 +57,17 @@ def test_where_nothing_was_found_nine_in_ten_of_the_missed_and_the_healthy_are_h
     rows = patients(100, 6)
     missed = [r._replace(found_ml=0.0, reference_ml=9.0) for r in rows[:3]]
     healthy = [r._replace(found_ml=0.0, reference_ml=0.0) for r in rows[:27]]
-    assert script.rule([*rows, *missed], WIDTH, healthy[:6]).absent_ml is None  # too few to tell
-    assert script.rule([*rows, *missed], WIDTH, healthy[:17]).absent_ml == 9
-    assert script.rule([*rows, *missed], WIDTH, [*healthy] * 2).absent_ml == 0
+    assert script.rule([*rows, *missed], healthy[:6], width=WIDTH).absent_ml is None  # too few to tell
+    assert script.rule([*rows, *missed], healthy[:17], width=WIDTH).absent_ml == 9
+    assert script.rule([*rows, *missed], [*healthy] * 2, width=WIDTH).absent_ml == 0
+
+
+def test_of_what_the_healthy_have_their_volumes_are_held_too():
+    rows = patients(200, 7)
+    healthy = [r._replace(reference_ml=140.0) for r in patients(40, 8)]
+    alone, both = script.rule(rows, width=WIDTH), script.rule(rows, healthy, width=WIDTH)
+    assert script.checked(healthy, alone)[0] < 0.1
+    assert script.checked([*rows, *healthy], both)[0] == pytest.approx(0.9, abs=0.01)
 
 
 def test_the_kinds_agree_with_what_a_patient_needs():

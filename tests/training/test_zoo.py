@@ -122,7 +122,7 @@ def test_evaluation_is_inference_and_more(bundle):
     inference, evaluation = (
         json.loads((bundle / "configs" / f"{name}.json").read_text("utf-8")) for name in ("inference", "evaluate")
     )
-    own = {"imports", "run"}
+    own = {"imports", "run", "finalize"}
     assert {k: v for k, v in inference.items() if k not in own} == {k: evaluation[k] for k in inference if k not in own}
     assert set(inference["imports"]) < set(evaluation["imports"])
 
@@ -218,7 +218,8 @@ def test_a_wrong_folder_ends_with_one_line(tmp_path):
     ("error", "code"),
     [
         (UsageError("mend it"), 2),
-        (StudyError("E_GRID", "mend it", "so"), 1),
+        (StudyError("E_WRITE", "mend it", "so"), 2),
+        (StudyError("E_DISK", "mend it", "so"), 4),
         (OSError(2, "mend it"), 2),
         (KeyError(), 0),
     ],

@@ -15,9 +15,10 @@ from monai_deepgmm.patients.dicom.choice import Wanted
 from monai_deepgmm.patients.dicom.elements import DamagedError
 from monai_deepgmm.patients.dicom.header import Header
 from monai_deepgmm.patients.dicom.layout import DicomLayout
-from monai_deepgmm.patients.directory import READABLE, Tree, listed, shown
+from monai_deepgmm.patients.directory import READABLE, Tree
 from monai_deepgmm.patients.study import Cohort, Problem, Study
 from monai_deepgmm.protocol import Protocol
+from monai_deepgmm.wording import listed, shown
 
 #: What a folder is called by a disk or a program, and not by a person who names a patient.
 _NO_NAMES = {"dicom", "dcm", "images", "image", "export", "data", "study"}
