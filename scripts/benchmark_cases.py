@@ -225,7 +225,7 @@ def volume(size: Size) -> Sides:
 
 def pvgmm(size: Size) -> Sides:
     """Partial volume with field and neighbours on the head."""
-    from monai_deepgmm.mixture import partial_volume
+    from monai_deepgmm.mixture import mixel_model, partial_volume
     from monai_deepgmm.mixture.fit import likeliest
 
     image, mask, start, truth = head(size)
@@ -236,7 +236,7 @@ def pvgmm(size: Size) -> Sides:
 
     def fitted(degree: int) -> Facts:
         # Pairs of tissues of the protocol brain that touch, in its order: GM, WM, CSF.
-        model = partial_volume.Model(((2, 0), (0, 1)), degree=degree)
+        model = mixel_model.Model(((2, 0), (0, 1)), degree=degree)
         resp = partial_volume.fit_partial_volume(image, mask, start, spacing_mm, model).resp
         return scored(1 + likeliest(resp)[0].numpy())
 

@@ -9,6 +9,7 @@ import yaml
 
 from monai_deepgmm import protocol
 from monai_deepgmm.errors import UsageError
+from monai_deepgmm.patients.discovery import find
 
 OWN = yaml.safe_load("""
 {name: liver, title: Liver and lesion, unit: volume, mask: liver, sequences: [ADC, T2], normalisation: {crop_mm: null},
@@ -281,3 +282,16 @@ def test_a_tissue_a_name_or_a_file_that_is_not_there(tmp_path):
         protocol.load(tmp_path / "absent.yaml")
     with pytest.raises(UsageError, match=r"'heart'.*brain, infarct"):
         protocol.load("heart")
+
+
+def test_a_sequence_has_its_own_name_though_it_be_anothers_elsewhere(load, tmp_path):
+    """The layout's T2W is a T2, but not where the protocol has a T2W."""
+    raw = own("sequences", to=["ADC", "T2W"])
+    for tissue in raw["tissues"]:
+        tissue["signature"]["T2W"] = tissue["signature"].pop("T2")
+    raw["tissues"][1]["seen_in"] = ["ADC", "T2W"]
+    for name in ("ADC", "T2W", "mask"):
+        (tmp_path / "in" / "p").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "p" / f"{name}.nii.gz").touch()
+    assert list(find(tmp_path / "in", load(raw)).studies[0].images) == ["ADC", "T2W"]
+    assert list(find(tmp_path / "in", protocol.load("brain")).studies[0].images) == ["T2"]

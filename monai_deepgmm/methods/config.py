@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,9 @@ from monai_deepgmm.protocol import Protocol
 from monai_deepgmm.registration import Align
 
 logger = logging.getLogger(__name__)
+
+#: The methods that know a tissue by its signature and centrality alone.
+BY_SIGNATURE = ("gmm", "svgmm", "pvgmm", "deepg", "deepsvg")
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ def build(
     if network is not None and not _takes_network(name):
         others = ", ".join(other for other in METHODS if _takes_network(other))
         raise UsageError(f"--network: --method {name} fits no network; use {others}")
+    if means is None and name in BY_SIGNATURE:
+        _refuse_alike(found, name)
     trained = None if model is None else model_spec.read(Path(model), found, trust_code=trust_code)
     definition, trusted = network_definition(network, trust_code=trust_code)
     begun = Preprocessing(frame=frame, max_voxels=max_voxels, align=align)
@@ -185,6 +191,21 @@ def build(
         device=device,
         trusted=trusted or (trained is not None and trained.trusted),
     )
+
+
+def _refuse_alike(protocol: Protocol, method: str) -> None:
+    """Refuses two tissues that nothing tells apart: one of them would stay empty, whatever the image.
+
+    Raises:
+        UsageError: they have the same signature, and lie equally deep.
+    """
+    for a, b in itertools.combinations(protocol.components(protocol.sequences), 2):
+        if (a.signature, a.centrality) == (b.signature, b.centrality):
+            raise UsageError(
+                f"--protocol {protocol.name}: {a.name} and {b.name} have the same signature, by which --method "
+                f"{method} tells tissues apart; give each its own, or centrality, or use method anatomy with level and "
+                "depth"
+            )
 
 
 def _takes_network(name: str) -> bool:

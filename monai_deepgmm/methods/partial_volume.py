@@ -10,7 +10,7 @@ from monai_deepgmm.methods import hyperintense
 from monai_deepgmm.methods.gaussian_mixture import check_degree
 from monai_deepgmm.methods.settings import check_choice, check_numbers
 from monai_deepgmm.methods.task import Images
-from monai_deepgmm.mixture import partial_volume
+from monai_deepgmm.mixture import mixel_model, partial_volume
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR
 from monai_deepgmm.protocol import Protocol
@@ -70,7 +70,7 @@ class PartialVolumeConfig:
         if not protocol.borders:
             raise UsageError(f"--method pvgmm: protocol {protocol.name} does not say which tissues touch (borders)")
         gain = self.degree is None if self.require_bic_gain is None else self.require_bic_gain
-        degree = partial_volume.DEGREE if self.degree is None else self.degree
+        degree = mixel_model.DEGREE if self.degree is None else self.degree
         return replace(self, degree=degree, require_bic_gain=gain)
 
     def solve(self, images: Images, *, device: str = "cpu") -> Fit:
@@ -90,7 +90,7 @@ class PartialVolumeConfig:
             images.mask,
             images.expected,
             images.spacing_mm,
-            partial_volume.Model(
+            mixel_model.Model(
                 tuple(pairs),
                 degree=settled.degree or 0,
                 require_bic_gain=bool(settled.require_bic_gain),

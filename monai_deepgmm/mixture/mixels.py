@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from monai_deepgmm.mixture import bias_field, mixel_statistics
+from monai_deepgmm.mixture import bias_field, mixel_profile, mixel_statistics
 from monai_deepgmm.mixture.gaussian import Mixture, floored_matrices, log_density
 from monai_deepgmm.mixture.mixel_statistics import MixelStatistics, Moments, Pattern, patterns
 
@@ -31,6 +31,9 @@ MIXELS, MOST_MIXELS = 0.3, 0.6
 OUTLIERS, MOST_OUTLIERS, OUTLIER_SPREAD = 0.02, 0.1, 3.0
 #: τ: how far the share that another sequence sees may differ from the first one's.
 BLUR = 0.15
+#: With little noise there are gaps between nodes, whose voxels would be no tissue's: so many times as wide as they are
+#: apart is each in the first sequence, and their sum even within a tenth. In the others τ sees to it.
+LEAST_WIDTH = 0.4
 #: No logarithm of a responsibility is below this: what is not normal in single precision is slow.
 LEAST = -40.0
 #: A covariance from pairs of sequences measured in different voxels keeps at least this share of its variance.
@@ -70,6 +73,7 @@ class State(NamedTuple):
         outliers: ε.
         trace: NLL per voxel ``(T + 1, 1)``.
         converged: whether it did.
+        smooth: whether mixels have a smooth profile of their share.
     """
 
     pure: Mixture
@@ -77,6 +81,7 @@ class State(NamedTuple):
     outliers: float
     trace: Tensor
     converged: bool
+    smooth: bool = False
 
 
 class Anchor(NamedTuple):
@@ -105,21 +110,30 @@ def mixing(tissues: int, borders: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat(rows)
 
 
-def nodes(pure: Mixture, weights: Tensor, fractions: Tensor) -> Mixture:
+def nodes(
+    pure: Mixture, weights: Tensor, fractions: Tensor, *, smooth: bool = False, least: float = LEAST_WIDTH
+) -> Mixture:
     """The mixture of all nodes.
 
     Args:
         pure: means ``(B, K, M)``, covariances ``(B, K, M, M)`` and field of the tissues.
         weights: of the nodes ``(B, N)``.
         fractions: a ``(N, K)``.
+        smooth: whether a node's mixels hold any share within its part, evenly, and not all the same.
+        least: else, how wide they are in the first sequence at least, as a share of what lies between two nodes.
     """
     means = fractions @ pure.means
     covariances = torch.einsum("nk,bkij->bnij", fractions, pure.covariances)
-    if covariances.shape[-1] == 1:  # of one sequence the variance says as much, and costs less
-        return Mixture(weights, means, covariances[..., 0], pure.field)
     spread = fractions @ pure.means.square() - means.square()  # u (1 − u) (μ_a − μ_b)²
-    spread = torch.cat([torch.zeros_like(spread[..., :1]), spread[..., 1:].clamp_min(0)], -1)
-    return Mixture(weights, means, covariances + torch.diag_embed(4 * BLUR**2 * spread), pure.field)
+    mixed = (1 - fractions.square().sum(1, keepdim=True)) / 2  # u (1 − u)
+    apart = torch.where(mixed > 0, spread / mixed.clamp_min(1e-9), 0).clamp_min(0) / NODES**2
+    own = covariances.diagonal(dim1=-2, dim2=-1)
+    lacking = apart / 12 if smooth else (least**2 * apart - own).clamp_min(0)
+    if covariances.shape[-1] == 1:  # of one sequence the variance says as much, and costs less
+        return Mixture(weights, means, covariances[..., 0] + lacking, pure.field)
+    blurred = 4 * BLUR**2 * spread.clamp_min(0)
+    added = torch.cat([lacking[..., :1], blurred[..., 1:]], -1)
+    return Mixture(weights, means, covariances + torch.diag_embed(added), pure.field)
 
 
 # E-step ----------------------------------------------------------------------------------------------------------
@@ -292,26 +306,36 @@ def run(
     *,
     outliers: float = OUTLIERS,
     anchor: Anchor | None = None,
+    smooth: bool = False,
 ) -> State:
     """EM from pure tissues and the nodes' weights, with a field if there is a basis ``(1, J, V)``.
 
-    Only pure voxels speak for the field: where two tissues meet, mixels could explain any shade.
+    Only pure voxels speak for the field: where two tissues meet, mixels could explain any shade. With ``smooth`` the
+    weights of a border's mixels are a smooth profile of their share, and a node's hold any share within its part.
     """
     observed, fractions = maximise.observed, maximise.fractions
+    tissues = fractions.shape[1]
+    least = LEAST_WIDTH if basis is None else 0.0  # a field could take what is wide for shading
+    mixed = weights[:, tissues:]
+    profile = mixel_profile.even(mixed, NODES) if smooth and mixed.shape[1] > 0 else None
     b = pure.field if basis is None or pure.field is not None else torch.ones_like(observed.values)
     outlying = marginal_density(observed, broad(observed))
     resp: Tensor | None = None
     trace: list[Tensor] = []
     converged, seen = False, maximise.seen(b)
     while len(trace) <= stop.max_iter:
-        new, total = _expected(seen, nodes(pure, weights, fractions), outlying, outliers)
+        new, total = _expected(seen, nodes(pure, weights, fractions, smooth=smooth, least=least), outlying, outliers)
         trace.append(-total.mean()[None])
         converged = resp is not None and bool((resp - new).abs_().sum() < stop.tol * new.shape[-1])
         resp = new
         if converged:
             break
         share = resp.sum(1).mean()
-        weights = capped(resp.mean(-1) / share.clamp_min(1e-12), fractions.shape[1])
+        weights = resp.mean(-1) / share.clamp_min(1e-12)
+        if profile is not None:
+            profile = profile.updated(weights[:, tissues:])
+            weights = torch.cat([weights[:, :tissues], profile.weights], 1)
+        weights = capped(weights, tissues)
         outliers = min(max(1 - float(share), 1e-6), MOST_OUTLIERS)
         if anchor is not None:
             weights = anchor.weights
@@ -320,7 +344,7 @@ def run(
             seen = maximise.seen(b)
         pure = maximise.maximised(resp, seen, pure)
         pure = pure if anchor is None else anchored(pure, anchor)
-    return State(pure._replace(field=b), weights, outliers, torch.stack(trace), converged)
+    return State(pure._replace(field=b), weights, outliers, torch.stack(trace), converged, smooth)
 
 
 def _expected(seen: MixelStatistics, mixture: Mixture, outlying: Tensor, outliers: float) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from monai_deepgmm.mixture.bounding_box import enclosing, paste, within
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture
 from monai_deepgmm.mixture.lattice import Lattice, Neighbours, Slab, interior, on_grid, slabs, stride
+from monai_deepgmm.mixture.mixel_model import Model
 from monai_deepgmm.mixture.mixels import Anchor, Observed, State, Step, Stop, nodes
 from monai_deepgmm.mixture.serial import serial
 
@@ -41,46 +42,10 @@ COARSER = 6
 BORDER = 1
 #: So many voxels at a time, so that a whole head needs little memory.
 CHUNK = 1 << 16
-#: The degree of the bias field's polynomials, and that of the first field, which must gain BIC.
-DEGREE, FIRST_DEGREE = 3, 2
-#: β of one sequence, and of several: they say more in each voxel, and the label of a small lesion hangs on it.
-COUPLING, COUPLING_SEVERAL = 8.0, 5.0
-#: A sequence tells something where two tissues are so many standard deviations apart.
-TELLING = 1.0
+#: The degree of the first bias field, which must gain BIC.
+FIRST_DEGREE = 2
 #: Voxels repeat each other: so wide a patch of tissue, in mm, counts as one observation in BIC.
 PATCH_MM = 16.0
-
-
-class Model(NamedTuple):
-    """What is assumed besides the data.
-
-    Attributes:
-        borders: pairs of tissues that touch, and so share voxels.
-        degree: of the bias field; 0: none.
-        require_bic_gain: whether the field must explain more than its parameters cost (``bic_penalty``), or is dropped.
-        pooling: ν; a tissue's covariance is drawn towards the average of all, as by ν N voxels of N.
-        coupling: β, how strongly neighbours agree; 0: not at all; None: by the number of sequences.
-        sweeps: mean-field iterations.
-        voxels: how many voxels of the mask the lattice holds, at most.
-        anchored: tissues whose levels and proportions the first sequence alone defines; empty: all sequences together.
-    """
-
-    borders: tuple[tuple[int, int], ...]
-    degree: int = DEGREE
-    require_bic_gain: bool = True
-    pooling: float = 0.3
-    coupling: float | None = None
-    sweeps: int = 3
-    voxels: int = 25_000
-    anchored: tuple[int, ...] = ()
-
-    def beta(self, pure: Mixture) -> float:
-        """β, given the tissues; a sequence that cannot tell any two apart does not count."""
-        if self.coupling is not None:
-            return self.coupling
-        apart = pure.means.amax(1) - pure.means.amin(1)
-        spread = pure.covariances.diagonal(dim1=-2, dim2=-1).mean(1).sqrt()
-        return COUPLING_SEVERAL if int((apart > TELLING * spread).sum()) > 1 else COUPLING
 
 
 def fit_partial_volume(
@@ -211,7 +176,7 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
     problem = _Problem(image, zero.float(), seen, fractions, settings)
     several = image.shape[1] > 1 and len(settings.model.anchored) > 0
     with serial(len(fractions) * settings.model.voxels):
-        found = _margins_first(problem, start) if several else _alone(problem, start)
+        found = _margins_first(problem, start) if several else _smooth(problem, _alone(problem, start))
     resp, last = _everywhere(problem, mask, found)
     state, field = found.state, found.field
     if settings.model.degree and field is None:
@@ -253,6 +218,17 @@ def _alone(problem: _Problem, start: Tensor) -> _Found:
         return _Found(found, None)
     begin = shaded.pure._replace(field=None), shaded.weights
     return _shaded(problem, step, lattice, found, begin)
+
+
+def _smooth(problem: _Problem, found: _Found) -> _Found:
+    """A fit of all sequences together once more, with smooth profiles of the mixels.
+
+    The field stays: where profiles are stiff, it takes over what they cannot explain.
+    """
+    step = problem.step(problem.lattice(problem.settings.model.voxels))
+    state, stop = found.state, problem.settings.stop
+    smooth = mixels.run(step, state.pure, state.weights, None, stop, outliers=state.outliers, smooth=True)
+    return _Found(smooth, found.field)
 
 
 def _margins_first(problem: _Problem, start: Tensor) -> _Found:
@@ -393,7 +369,7 @@ def _joint(problem: _Problem, slab: Slab, found: _Found, outlying: Mixture) -> T
     """The logarithm of weight times contaminated density of every node at the voxels of a slab ``(N, V)``."""
     state, observed = found.state, problem.at(slab)
     b = None if found.field is None else found.field.flatten(2)[:, :, slab.flat]
-    mixture = nodes(state.pure._replace(field=b), state.weights, problem.fractions)
+    mixture = nodes(state.pure._replace(field=b), state.weights, problem.fractions, smooth=state.smooth)
     density = mixels.contaminated(
         mixels.marginal_density(observed, mixture), mixels.marginal_density(observed, outlying), state.outliers
     )

@@ -86,8 +86,9 @@ class Layout:
 
     def aliases(self, protocol: Protocol) -> dict[str, str]:
         """Each name of a sequence, casefolded → the sequence; a protocol's own names always count."""
-        known = {s.casefold(): s for s in (*(self.sequences or ()), *protocol.sequences)}
-        return known | {a.casefold(): s for s, aliases in (self.sequences or {}).items() for a in aliases}
+        known = self.sequences or {}
+        others = {a.casefold(): s for s, aliases in known.items() for a in (s, *aliases)}
+        return others | {s.casefold(): s for s in protocol.sequences}
 
     def truth_labels(self, protocol: Protocol) -> dict[int, int] | None:
         """Value in the reference labels → the index of the protocol's tissue; None: the values are the indices."""

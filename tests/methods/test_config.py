@@ -17,7 +17,7 @@ from monai_deepgmm.methods.anatomy import AnatomicalConfig
 from monai_deepgmm.methods.config import Config, build
 from monai_deepgmm.methods.known_means import Means
 from monai_deepgmm.methods.registry import configure, default_method
-from monai_deepgmm.mixture import map_em, partial_volume
+from monai_deepgmm.mixture import map_em, mixel_model, partial_volume
 
 INFARCT, BRAIN = protocol.load("infarct"), protocol.load("brain")
 
@@ -47,6 +47,20 @@ def test_the_default_method(without_anatomy):
     for of in (INFARCT, BRAIN):  # whose own methods have priors of their own
         assert default_method(of, means=object()) == "svgmm"
         assert default_method(of, model=object(), means=object()) == "network"
+
+
+@pytest.mark.parametrize("method", ["svgmm", "pvgmm", "gmm"])
+def test_tissues_that_nothing_tells_apart_are_refused(tmp_path, method):
+    raw = yaml.safe_load(protocol.as_yaml(BRAIN)) | {"name": "alike"}
+    grey, white = (tissue for tissue in raw["tissues"] if tissue["name"] in ("GM", "WM"))
+    white["signature"] = dict(grey["signature"])
+    file = tmp_path / "alike.yaml"
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with pytest.raises(UsageError, match=f"alike: GM and WM have the same signature.*{method}"):
+        build(protocol=file, method=method)
+    white["centrality"] = 0.7
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    assert build(protocol=file, method=method).method.name == method
 
 
 def test_a_method_needs_what_its_protocol_says(without_anatomy):
@@ -126,11 +140,11 @@ def test_presence_is_asked_for_or_the_methods_own(without_anatomy):
     [
         ("gmm", [], 0),
         ("svgmm", [], 0),
-        ("pvgmm", [], partial_volume.DEGREE),
+        ("pvgmm", [], mixel_model.DEGREE),
         ("gmm", ["degree=3"], 3),
         ("pvgmm", ["degree=0"], 0),
         ("pvgmm", ["degree=6"], 6),
-        ("pvgmm", ["degree=null"], partial_volume.DEGREE),
+        ("pvgmm", ["degree=null"], mixel_model.DEGREE),
         ("pvgmm", ["n4=true"], 0),  # the shading is off already
         ("gmm", ["n4=true", "degree=0"], 0),
         ("deepg", [], 0),

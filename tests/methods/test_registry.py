@@ -22,7 +22,7 @@ from monai_deepgmm.methods.config import Config, build
 from monai_deepgmm.methods.known_means import Means
 from monai_deepgmm.methods.settings import parsed
 from monai_deepgmm.methods.task import Images
-from monai_deepgmm.mixture import bias_field, fit, partial_volume
+from monai_deepgmm.mixture import bias_field, fit, mixel_model, partial_volume
 from monai_deepgmm.mixture.fit import Diagnostics, Fit
 from monai_deepgmm.mixture.gaussian import Mixture, m_step
 from monai_deepgmm.patients.study import Study
@@ -170,7 +170,7 @@ def test_without_a_field_the_zero_does_not_matter(method):
     assert fits[0].mixture.field is None
 
 
-def asked_of(monkeypatch: pytest.MonkeyPatch, given: Images, *settings: str) -> partial_volume.Model:
+def asked_of(monkeypatch: pytest.MonkeyPatch, given: Images, *settings: str) -> mixel_model.Model:
     """The model that the method asks for."""
     seen, original = [], partial_volume.fit_partial_volume
     monkeypatch.setattr(
@@ -192,7 +192,7 @@ def test_borders_are_those_of_the_protocol_by_name(monkeypatch):
 
 @pytest.mark.parametrize(
     ("settings", "degree", "gain"),
-    [([], partial_volume.DEGREE, True), (["degree=2"], 2, False), (["degree=0"], 0, None), (["n4=true"], 0, None)],
+    [([], mixel_model.DEGREE, True), (["degree=2"], 2, False), (["degree=0"], 0, None), (["n4=true"], 0, None)],
 )
 def test_a_field_that_is_asked_for_need_not_lower_the_bic(monkeypatch, settings, degree, gain):
     model = asked_of(monkeypatch, images(*shaded(), None), *settings, "pooling=0.3", "coupling=1.5")

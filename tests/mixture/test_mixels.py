@@ -7,8 +7,8 @@ import torch
 from monai_deepgmm.mixture import mixels
 from monai_deepgmm.mixture.gaussian import Mixture, log_density
 from monai_deepgmm.mixture.lattice import interior
+from monai_deepgmm.mixture.mixel_model import Model
 from monai_deepgmm.mixture.mixels import Anchor, Observed, Stop
-from monai_deepgmm.mixture.partial_volume import Model
 from monai_deepgmm.mixture.partial_volume import fit_partial_volume as fit
 
 MEANS = torch.tensor([[[1.0, 5.0], [3.0, 2.0]]])

@@ -14,8 +14,9 @@ from torch.nn import functional
 from monai_deepgmm.mixture import bias_field, lattice
 from monai_deepgmm.mixture.fit import Fit
 from monai_deepgmm.mixture.gaussian import Mixture
-from monai_deepgmm.mixture.mixels import BLUR, NODES, mixing, nodes
-from monai_deepgmm.mixture.partial_volume import COUPLING, COUPLING_SEVERAL, PATCH_MM, Model, bic_penalty
+from monai_deepgmm.mixture.mixel_model import COUPLING, COUPLING_SEVERAL, Model
+from monai_deepgmm.mixture.mixels import BLUR, LEAST_WIDTH, NODES, mixing, nodes
+from monai_deepgmm.mixture.partial_volume import PATCH_MM, bic_penalty
 from monai_deepgmm.mixture.partial_volume import fit_partial_volume as fit
 
 BORDERS = ((0, 1), (1, 2))
@@ -113,6 +114,24 @@ def test_a_mixels_mean_and_covariance_lie_between_those_of_its_tissues():
     pure = Mixture(torch.ones(1, 2) / 2, torch.tensor([[[1.0], [3.0]]]), torch.tensor([[[[2.0]], [[4.0]]]]), None)
     found = nodes(pure, torch.ones(1, 3) / 3, torch.tensor([[1.0, 0], [0, 1], [0.5, 0.5]]))
     assert found.covariances[0].tolist() == [[2.0], [4.0], [3.0]]
+
+
+def test_nodes_leave_no_gaps_where_there_is_little_noise():
+    means, variances = torch.tensor([[[0.0, 4.0], [10.0, 0.0]]]), torch.tensor([1e-4, 1e-4])
+    pure = Mixture(torch.ones(1, 2) / 2, means, torch.diag_embed(variances).expand(1, 2, 2, 2), None)
+    fractions = mixing(2, [(0, 1)])
+    found = nodes(pure, torch.ones(1, len(fractions)), fractions).covariances[0]
+    assert torch.allclose(found[:2], pure.covariances[0])
+    assert torch.allclose(found[2:, 0, 0], torch.tensor((LEAST_WIDTH * 10 / NODES) ** 2))
+    even = nodes(pure, torch.ones(1, len(fractions)), fractions, smooth=True).covariances[0]
+    assert torch.allclose(even[2:, 0, 0], torch.tensor(1e-4 + (10 / NODES) ** 2 / 12))  # of an even density
+    assert (found[2:, 1, 1] > (LEAST_WIDTH * 4 / NODES) ** 2).all()  # by what the second sequence may see otherwise
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_with_hardly_any_noise_every_voxel_has_its_tissues(sequences):
+    scene = Scene(noise=0.01, sequences=sequences)
+    assert scene.wrong(scene.fitted(UNSHADED)) < 0.02 * scene.inside.sum()
 
 
 def test_what_a_field_must_gain():

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from monai_deepgmm.mixture import slice_gain
 from monai_deepgmm.mixture.fit import Fit
-from monai_deepgmm.mixture.partial_volume import Model, fit_partial_volume
+from monai_deepgmm.mixture.mixel_model import Model
+from monai_deepgmm.mixture.partial_volume import fit_partial_volume
 
 SHAPE = (40, 44, 36)
 ZERO = torch.zeros(2)
