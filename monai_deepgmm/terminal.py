@@ -102,6 +102,7 @@ def cohort_json(found: Cohort) -> dict[str, Any]:
                 "problems": [_problem(p) for p in study.problems],
                 "label_problems": [_problem(p) for p in study.label_problems],
                 "unused": list(study.unused),
+                "overlooked": dict(study.overlooked),
             }
             for study in found.studies
         ],

@@ -376,6 +376,15 @@ def test_a_link_that_leads_nowhere_is_no_place_for_results(cohort, tmp_path, cap
     assert "unexpected" not in capsys.readouterr().err
 
 
+def test_scan_tells_which_unused_file_may_be_what_is_missing(tmp_path, capsys):
+    touch(tmp_path, "p1/{LGE,T2_SA,notes}.nii.gz")
+    assert main(["scan", str(tmp_path)]) == 0
+    told = "if T2_SA.nii.gz is T2, name it T2.nii.gz, or name it in a table (--manifest)"
+    assert f"p1: not used: T2_SA.nii.gz, notes.nii.gz; {told}\n" in capsys.readouterr().out
+    assert main(["scan", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["patients"][0]["overlooked"] == {"T2": told}
+
+
 def test_a_draft_of_a_manifest_names_links_as_they_are_called(tmp_path, capsys):
     touch(tmp_path / "in", "p1/LGE.nii.gz", "store/abc")
     (tmp_path / "in" / "p1" / "T2.nii.gz").symlink_to("../store/abc")
