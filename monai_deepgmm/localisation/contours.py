@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-from monai_deepgmm.localisation import polar_grid
+from monai_deepgmm.localisation import polar_grid, ventricle_shape
 from monai_deepgmm.localisation.annulus import Candidate
 from monai_deepgmm.localisation.appearance import densities
 from monai_deepgmm.localisation.closed_path import smoothest
@@ -32,6 +32,8 @@ EVIDENCE, CLIP = 0.15, 3.0
 USUAL_WALL_MM, USUAL_SHARE, WALL_SD_MM, LEAST_WALL_MM = 8.75, 0.08, 3.0, 3.0
 #: Standard deviation of a contour's change from one angle to the next in mm; of its smoothing afterwards, in angles.
 INNER_CHANGE_MM, OUTER_CHANGE_MM, SMOOTHING = 2.0, 1.2, 1.0
+#: So many slices have a shape in common.
+LEAST_SLICES = 3
 #: How far from a contour its fit is looked at, in mm.
 NEAR_MM = 8.0
 
@@ -76,33 +78,53 @@ def settled(image: Array, start: Candidate, found: Contours, even: NDArray[np.bo
     """The contours after more rounds, of which many places are not worth; the fit stays that of ``around``.
 
     More rounds make contours better, and so they do where no heart is: what a fit means was learnt without them. They
-    begin with circles of the radii found: where two contours are as good, the coarse grid must not decide.
+    begin with circles of the radii found: where two contours are as good, the coarse grid must not decide. Where no
+    sequence shows the wall evenly, scar may be taken for blood: there they begin with the shape that the slices have in
+    common, and are held to it.
     """
+    shaped = not even.any() and len(found.outer_mm) >= LEAST_SLICES
     inner, outer = (np.repeat(c.mean(1, keepdims=True), polar_grid.ANGLES, 1) for c in (found.inner_mm, found.outer_mm))
-    round_ones = found._replace(inner_mm=inner, outer_mm=outer)
-    more = _alternated(image, round_ones, range(ROUNDS, ROUNDS + MORE_ROUNDS), start.spacing_mm, even)
+    first = found._replace(inner_mm=inner, outer_mm=outer)
+    if shaped:
+        shape = ventricle_shape.fitted(found.outer_mm, found.centres * start.spacing_mm, found.fit)
+        inner = np.maximum(shape.contours_mm - (outer - inner).mean(), shape.contours_mm / 2)
+        first = found._replace(centres=shape.centres_mm / start.spacing_mm, inner_mm=inner, outer_mm=shape.contours_mm)
+    rounds = range(ROUNDS, ROUNDS + MORE_ROUNDS)
+    more = _alternated(image, first, rounds, start.spacing_mm, even, held_by=found.fit if shaped else None)
     return more._replace(inner_fit=found.inner_fit, outer_fit=found.outer_fit)
 
 
 def _alternated(
-    image: Array, found: Contours, rounds: Iterable[int], spacing_mm: Array, even: NDArray[np.bool_]
+    image: Array,
+    found: Contours,
+    rounds: Iterable[int],
+    spacing_mm: Array,
+    even: NDArray[np.bool_],
+    *,
+    held_by: Array | None = None,
 ) -> Contours:
-    """The contours after some rounds, and their fit."""
+    """The contours after some rounds, and their fit; held to their common shape by what slices count ``(Z,)``."""
     centres, inner, outer, *_ = found
     image = gaussian_filter(image, (0, *(DENOISE_MM / spacing_mm), 0), truncate=3)
     x, area = polar_grid.sample(image, centres, spacing_mm)
+    shape = None
     for number in rounds:
         if number in RECENTRED:
             shift = polar_grid.centroid(outer)
             centres = centres + shift / spacing_mm
             inner, outer = polar_grid.around(inner, shift), polar_grid.around(outer, shift)
             x, area = polar_grid.sample(image, centres, spacing_mm)
-        inner, outer = _drawn(x, area, inner, outer, even)
+        if held_by is not None:
+            middles = centres * spacing_mm
+            shape = ventricle_shape.fitted(outer, middles, held_by).around(middles)
+        inner, outer = _drawn(x, area, inner, outer, even, shape)
     return Contours(centres, inner, outer, *_fits(x, area, inner, outer, even))
 
 
-def _drawn(x: Array, area: Array, inner: Array, outer: Array, even: NDArray[np.bool_]) -> tuple[Array, Array]:
-    """Both contours, drawn again by dynamic programming, the inner one first."""
+def _drawn(
+    x: Array, area: Array, inner: Array, outer: Array, even: NDArray[np.bool_], shape: Array | None
+) -> tuple[Array, Array]:
+    """Both contours, drawn again by dynamic programming, the inner one first; the outer one near a shape, if any."""
     look = densities(x, area, inner, outer, even)
     wall = (_thickness(inner, outer) / 2 + _usual(inner) / 2)[:, None]
     gain = _gain(look.blood - look.wall, area) - _penalty(outer - wall)
@@ -110,6 +132,8 @@ def _drawn(x: Array, area: Array, inner: Array, outer: Array, even: NDArray[np.b
     inner = _smooth(ENDS_MM[smoothest(gain, 1 / (2 * (INNER_CHANGE_MM / STEP_MM) ** 2))])
     gain = _gain(look.wall - look.outside, area) - _penalty(inner + wall)
     gain = gain - 50 * ((inner + LEAST_WALL_MM)[..., None] > ENDS_MM)
+    if shape is not None:
+        gain = gain - _penalty(shape)
     return inner, _smooth(ENDS_MM[smoothest(gain, 1 / (2 * (OUTER_CHANGE_MM / STEP_MM) ** 2))])
 
 
