@@ -174,9 +174,11 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
     if gain is not None:
         image = (image - _spread(zero, image)) / gain + _spread(zero, image)
     problem = _Problem(image, zero.float(), seen, fractions, settings)
-    several = image.shape[1] > 1 and len(settings.model.anchored) > 0
+    several = image.shape[1] > 1
     with serial(len(fractions) * settings.model.voxels):
-        found = _margins_first(problem, start) if several else _smooth(problem, _alone(problem, start))
+        first = several and len(settings.model.anchored) > 0
+        found = _margins_first(problem, start) if first else _alone(problem, start)
+        found = found if several else _smooth(problem, found)
     resp, last = _everywhere(problem, mask, found)
     state, field = found.state, found.field
     if settings.model.degree and field is None:
@@ -221,7 +223,7 @@ def _alone(problem: _Problem, start: Tensor) -> _Found:
 
 
 def _smooth(problem: _Problem, found: _Found) -> _Found:
-    """A fit of all sequences together once more, with smooth profiles of the mixels.
+    """A fit of one sequence once more, with smooth profiles of the mixels: several tell where the tissues lie.
 
     The field stays: where profiles are stiff, it takes over what they cannot explain.
     """
