@@ -41,6 +41,11 @@ class Model(NamedTuple):
         """β, given the tissues; a sequence that cannot tell any two apart does not count."""
         if self.coupling is not None:
             return self.coupling
-        apart = pure.means.amax(1) - pure.means.amin(1)
-        spread = pure.covariances.diagonal(dim1=-2, dim2=-1).mean(1).sqrt()
-        return COUPLING_SEVERAL if int((apart > TELLING * spread).sum()) > 1 else COUPLING
+        return COUPLING_SEVERAL if telling(pure) > 1 else COUPLING
+
+
+def telling(pure: Mixture) -> int:
+    """How many sequences tell any two tissues apart."""
+    apart = pure.means.amax(1) - pure.means.amin(1)
+    spread = pure.covariances.diagonal(dim1=-2, dim2=-1).mean(1).sqrt()
+    return int((apart > TELLING * spread).sum())

@@ -29,7 +29,7 @@ from monai_deepgmm.mixture.bounding_box import enclosing, paste, within
 from monai_deepgmm.mixture.fit import Diagnostics, Fit, collapsed, joined
 from monai_deepgmm.mixture.gaussian import VARIANCE_FLOOR, Mixture
 from monai_deepgmm.mixture.lattice import Lattice, Neighbours, Slab, interior, on_grid, slabs, stride
-from monai_deepgmm.mixture.mixel_model import Model
+from monai_deepgmm.mixture.mixel_model import Model, telling
 from monai_deepgmm.mixture.mixels import Anchor, Observed, State, Step, Stop, nodes
 from monai_deepgmm.mixture.serial import serial
 
@@ -174,11 +174,9 @@ def _one(image: Tensor, zero: Tensor, mask: Tensor, seen: Tensor, start: Tensor,
     if gain is not None:
         image = (image - _spread(zero, image)) / gain + _spread(zero, image)
     problem = _Problem(image, zero.float(), seen, fractions, settings)
-    several = image.shape[1] > 1
+    anchored = image.shape[1] > 1 and len(settings.model.anchored) > 0
     with serial(len(fractions) * settings.model.voxels):
-        first = several and len(settings.model.anchored) > 0
-        found = _margins_first(problem, start) if first else _alone(problem, start)
-        found = found if several else _smooth(problem, found)
+        found = _margins_first(problem, start) if anchored else _smooth(problem, _alone(problem, start))
     resp, last = _everywhere(problem, mask, found)
     state, field = found.state, found.field
     if settings.model.degree and field is None:
@@ -223,10 +221,13 @@ def _alone(problem: _Problem, start: Tensor) -> _Found:
 
 
 def _smooth(problem: _Problem, found: _Found) -> _Found:
-    """A fit of one sequence once more, with smooth profiles of the mixels: several tell where the tissues lie.
+    """A fit once more, with smooth profiles of the mixels, if one sequence alone tells tissues apart; else as it is.
 
-    The field stays: where profiles are stiff, it takes over what they cannot explain.
+    Several tell by themselves where tissues lie. The field stays: where profiles are stiff, it takes over what they
+    cannot explain.
     """
+    if telling(found.state.pure) > 1:
+        return found
     step = problem.step(problem.lattice(problem.settings.model.voxels))
     state, stop = found.state, problem.settings.stop
     smooth = mixels.run(step, state.pure, state.weights, None, stop, outliers=state.outliers, smooth=True)
