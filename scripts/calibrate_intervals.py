@@ -383,8 +383,9 @@ def _tell(
     held: list[float] = []
     for name, way in ways.items():
         found = [way(_of_all(seeds, name, but=i), _of_all(healthy, name, but=i)) for i in range(len(seeds))]
-        told = [_row([checked(one[name], way_) for one, way_ in zip(seeds, found, strict=True)])]
-        held += [checked(one[name], way_)[0] for one, way_ in zip(seeds, found, strict=True)]
+        figures = [checked(one[name], its) for one, its in zip(seeds, found, strict=True)]
+        told = [_row(figures)]
+        held += [share for share, _ in figures]
         if scored.get(name):
             told.append(_row([checked(scored[name], way(_of_all(seeds, name), _of_all(healthy, name)))]))
         print(f"| {title} | {name} | {' | '.join([*told, ''][:2])} |", flush=True)
@@ -392,10 +393,8 @@ def _tell(
         if any(well):
             print(f"| {title} | {name}, healthy | {_row([checked(*one) for one in zip(well, found, strict=True)])} | |")
         elif healthy:
-            none = _of_all(healthy, name)
-            print(
-                f"| {title} | {name}, healthy | none found in {sum(r.found_ml == 0 for r in none)} of {len(none)} | | |"
-            )
+            clear = [row.found_ml == 0 for row in _of_all(healthy, name)]
+            print(f"| {title} | {name}, healthy | none found in {sum(clear)} of {len(clear)} | | |")
     print(f"| {title} | all | {np.mean(held):.0%} | | |", flush=True)
 
 
