@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from monai_deepgmm import batch
-from monai_deepgmm.errors import ALL_FAILED, DISK_FULL, OK, SOME_FAILED, UsageError
+from monai_deepgmm.errors import DISK_FULL, UsageError, exit_code
 from monai_deepgmm.images import atomic_files, loading, nifti
 from monai_deepgmm.images.nifti import DEFAULT_MAX_VOXELS
 from monai_deepgmm.patients import given_masks
@@ -77,7 +77,7 @@ def run(
     if rows[-1]["code"] == "E_DISK":
         return DISK_FULL
     failed = sum(row["status"] == "failed" for row in rows)
-    return OK if not failed else ALL_FAILED if failed == len(rows) else SOME_FAILED
+    return exit_code(failed, len(rows))
 
 
 def _log(row: Row) -> None:
